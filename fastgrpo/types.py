@@ -1,0 +1,148 @@
+"""The typed records that travel from stage to stage, and the two interfaces the trainer drives.
+
+row → Prompt → Engine.generate → Completion → rewards → RolloutGroup → advantages → token weights
+→ WeightedGroup → Policy.accumulate
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class RowError(ValueError):
+    """A data row that cannot become a prompt: corrupt image, answer not among the options, prompt too long.
+
+    Such rows are reported with their index, counted and left out; they never end a run unless every row is bad.
+    """
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that was left out, and why."""
+
+    row_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row ready for the model. Built once, in `fastgrpo.data`; nobody downstream touches a processor."""
+
+    row_id: int
+    """Index of the row in its data set; part of every completion's random seed."""
+    input_ids: Tensor
+    """[P] int64, image placeholders expanded to one token per merged patch."""
+    position_ids: Tensor
+    """[3, P] int64, M-RoPE positions (temporal, height, width)."""
+    pixel_values: Tensor | None
+    """[patches of all images, patch_dim] float32, or None for a text-only row."""
+    image_grid_thw: Tensor | None
+    """[images, 3] int64, each image's patch grid (time, height, width), or None."""
+    text: str
+    """The rendered prompt, image placeholders included: what a report shows."""
+    messages: list[dict[str, Any]] | None = None
+    """The conversation a chat prompt was rendered from; None for a plain-text (base mode) prompt."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns, handed to reward functions by name."""
+    thumbnail: bytes | None = None
+    """The row's pictures side by side, JPEG, at most 224 px high: for logs and reports only."""
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """One optimizer step's prompts on one rank, and the rows that were left out while building them."""
+
+    prompts: list[Prompt]
+    skipped: list[SkippedRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. `temperature` 0 is greedy; top_k 0, top_p 1, min_p 0 switch those filters off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    """The run's seed; a completion's own seed also hashes step, row_id and completion index."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response."""
+
+    row_id: int
+    index: int
+    """0..G-1 within its group."""
+    token_ids: Tensor
+    """[C] int64, the end token included when one was drawn."""
+    text: str
+    """Decoded without special tokens."""
+    finish_reason: FinishReason
+    logprobs: Tensor
+    """[C] float32: of each token under the tempered full softmax (no truncation, penalty or suppression)."""
+    sampling_logprobs: Tensor
+    """[C] float32: of each token under the distribution it was actually drawn from."""
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """A prompt, its G completions and what the reward functions said of them."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    rewards: Tensor
+    """[G, F] float32, one column per reward function; NaN where a function abstained (returned None)."""
+
+
+@dataclass(frozen=True)
+class WeightedGroup:
+    """A rollout group with everything the loss needs but the model: input of `Policy.accumulate`.
+
+    The update minimises Σ_groups Σ_g Σ_t token_weights[g][t] · ℓ(g, t), so aggregation (grpo, bnpo, dr_grpo,
+    dapo, …) is already decided and does not depend on how the tokens are batched.
+    """
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    advantages: Tensor
+    """[G] float32."""
+    token_weights: tuple[Tensor, ...]
+    """G tensors [C] float32; 0 where a token is masked out."""
+    old_logprobs: tuple[Tensor, ...] | None = None
+    """G tensors [C] float32: π_old, or None for "the current policy's, detached" (one update per rollout)."""
+
+
+class Engine(Protocol):
+    """Draws completions. The reference engine wraps HF `generate`; the fast sampler replaces it."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
+    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+        """Yields each prompt with its finished group, in any order, so that rewards start while others run.
+
+        `step` enters the completions' seeds. Uses the policy's current weights.
+        """
+        ...
+
+
+class Policy(Protocol):
+    """Accumulates gradients of the GRPO objective on the trained model. The caller clips, steps and schedules."""
+
+    version: int
+    """Rises by one with each optimizer step; an engine with weights of its own syncs when it is behind."""
+
+    def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
+        """Per group, G tensors [C] float32: the current policy's log-probs, without gradient (π_old)."""
+        ...
+
+    def accumulate(self, groups: Sequence[WeightedGroup]) -> dict[str, Tensor]:
+        """Adds the objective's gradient to every parameter's `.grad`. Returns metric sums, still on the device."""
+        ...
