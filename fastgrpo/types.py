@@ -6,11 +6,25 @@ row → Prompt → Engine.generate → Completion → rewards → RolloutGroup �
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+from fastgrpo_kernels import LossMetrics
 from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class SamplingMismatch(NamedTuple):
+    """How far the policy's log-probs are from those the tokens were drawn with; scalars over counted tokens."""
+
+    token_count: Tensor
+    difference_sum: Tensor
+    """Σ |log π − log of the sampling distribution|."""
+    difference_max: Tensor
+    ratio_sum: Tensor
+    """Σ exp(log π − log of the sampling distribution)."""
+    ratio_min: Tensor
+    ratio_max: Tensor
 
 
 class RowError(ValueError):
@@ -115,9 +129,23 @@ class WeightedGroup:
     advantages: Tensor
     """[G] float32."""
     token_weights: tuple[Tensor, ...]
-    """G tensors [C] float32; 0 where a token is masked out."""
+    """G tensors [C] float32."""
+    masks: tuple[Tensor, ...]
+    """G tensors [C] bool: the tokens that count, in the loss and in the metrics."""
     old_logprobs: tuple[Tensor, ...] | None = None
     """G tensors [C] float32: π_old, or None for "the current policy's, detached" (one update per rollout)."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one pass over an optimizer step's groups gives back, still on the device."""
+
+    loss: Tensor
+    """Scalar float32: this rank's share of the objective; the ranks' shares add up to it."""
+    metrics: LossMetrics
+    """Sums over this rank's tokens."""
+    mismatch: SamplingMismatch
+    """The policy's log-probs against those the tokens were drawn with."""
 
 
 class Engine(Protocol):
@@ -143,6 +171,6 @@ class Policy(Protocol):
         """Per group, G tensors [C] float32: the current policy's log-probs, without gradient (π_old)."""
         ...
 
-    def accumulate(self, groups: Sequence[WeightedGroup]) -> dict[str, Tensor]:
-        """Adds the objective's gradient to every parameter's `.grad`. Returns metric sums, still on the device."""
+    def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
+        """Adds the objective's gradient to every parameter's `.grad`; reads nothing back from the device."""
         ...

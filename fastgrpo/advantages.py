@@ -1,0 +1,79 @@
+"""Group-relative advantages: each completion's reward against its siblings'."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ZERO_STD = 1e-8
+"""A group whose rewards' std is no more than this teaches nothing: torch.isclose to 0, as in TRL."""
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Rewards of N groups of G completions, compared."""
+
+    advantages: Tensor
+    """[N·G] float32; 0 where every reward function abstained."""
+    rewards: Tensor
+    """[N·G] float32, weighted sum over the reward functions; NaN where every one abstained."""
+    group_std: Tensor
+    """[N] float32, with Bessel's correction; 0 where fewer than two completions have a reward."""
+    frac_zero_std: Tensor
+    """Scalar float32: share of groups whose rewards do not differ, which teach nothing."""
+
+
+def group_advantages(
+    rewards: Tensor,
+    num_generations: int,
+    weights: Sequence[float] | Tensor | None = None,
+    scale_rewards: str | bool = "group",
+    *,
+    batch_std: Tensor | None = None,
+) -> Advantages:
+    """(reward − mean of the group) / (std + 1e-4): GRPO (arXiv 2402.03300), abstentions left out.
+
+    Args:
+        rewards: [N·G, F], a column per reward function, groups contiguous; NaN where a function abstained.
+        weights: [F], all 1 if None.
+        scale_rewards: "group", "batch" or "none", the std to divide by; True is "group", False "none".
+        batch_std: scalar, the std over all ranks' rewards; None: over those given. Used by "batch" alone.
+
+    Raises:
+        ValueError: unknown `scale_rewards`, not one weight per column, or rows that are not whole groups.
+    """
+    scale = scale_rewards
+    if isinstance(scale, bool):
+        scale = "group" if scale else "none"
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards={scale_rewards!r} is not valid: use group, batch or none.")
+    count, functions = rewards.shape
+    if num_generations < 1 or count % num_generations:
+        raise ValueError(f"{count} rows of rewards are not whole groups of num_generations={num_generations}.")
+    weights = torch.ones(functions) if weights is None else torch.as_tensor(weights)
+    if weights.shape != (functions,):
+        raise ValueError(
+            f"reward_weights has {weights.numel()} values for {functions} reward functions: pass one each."
+        )
+
+    rewards = rewards.double()  # equal rewards must differ from their mean by nothing
+    abstained = rewards.isnan().all(dim=1)
+    total = (rewards * weights.to(rewards)).nansum(dim=1).masked_fill(abstained, torch.nan)  # [N·G]
+    grouped = total.view(-1, num_generations)
+    centred = grouped - grouped.nanmean(dim=1, keepdim=True)  # [N, G]
+    group_std = nan_std(grouped)
+    if scale == "group":
+        centred = centred / (group_std[:, None] + 1e-4)
+    elif scale == "batch":
+        centred = centred / ((nan_std(total) if batch_std is None else batch_std.to(total)) + 1e-4)
+    frac_zero_std = (group_std <= ZERO_STD).float().sum() / max(1, len(group_std))  # 0 of no groups
+    advantages = centred.flatten().nan_to_num(0.0)
+    return Advantages(advantages.float(), total.float(), group_std.float(), frac_zero_std)
+
+
+def nan_std(values: Tensor) -> Tensor:
+    """Standard deviation (Bessel) over the last dimension, NaN left out; 0 for fewer than two values."""
+    centred = (values - values.nanmean(dim=-1, keepdim=True)).nan_to_num(0.0)
+    count = (~values.isnan()).sum(dim=-1)
+    return (centred.square().sum(dim=-1) / (count - 1).clamp(min=1)).sqrt()

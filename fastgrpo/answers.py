@@ -1,0 +1,126 @@
+"""Reading an answer out of a completion and comparing it with the gold one.
+
+An answer counts when it names the gold option or value and nothing else: option letters in any usual form, option
+texts without regard to case, white space, quotes, end punctuation or a leading article, numbers by value. A sentence
+around the answer ("it is on the left") earns nothing, so an article "a" is never taken for option A.
+"""
+
+import logging
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+from fractions import Fraction
+
+import math_verify
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MAX_NUMBER_CHARS = 64  # a completion must not choose how long a comparison takes
+
+# math-verify warns that its own timeouts are off. They need the main thread; bounded input needs none.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "−": "-", "–": "-", "‐": "-", "‑": "-"})
+_WRAPPERS = "\"'`*_$ "
+_LATEX_WRAPPER = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{(.*)\}")
+_ARTICLE = re.compile(r"\A(?:the|an?) (?=\w\w|\d)")  # "a b" is not option B
+_NAMED = r"(?:(?:option|choice|answer)\b:? ?)?"
+_LETTER = re.compile(_NAMED + r"[(\[]?([a-z])[)\]]?[.:]?")
+_LETTER_AND_TEXT = re.compile(_NAMED + r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])[).:](?= ))[.:]? ?(.+)")
+_NUMBER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]*)?")
+_FRACTION = re.compile(r"([+-]?[0-9]+) ?/ ?([0-9]+)")
+_WORDS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+]
+# What math-verify may see: digits, + − × / and these commands, at most one power with a small exponent. Nested powers
+# and factorials would let a few characters compute for hours.
+_LATEX = re.compile(r"(?:[-+*/().{} 0-9%]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[%,!;])|\^\{?-?[0-9]\}?)+")
+
+
+def parse_answer(text: str) -> str | None:
+    """What stands in the text's one `<answer>…</answer>` block, white space stripped.
+
+    None if there is no such block, more than one, another tag without its partner, or nothing inside.
+    """
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    found = _ANSWER.search(text)
+    return (found[1].strip() or None) if found else None
+
+
+def answers_match(answer: str, solution: str, choices: Sequence[str] | None = None) -> bool:
+    """Whether an answer, taken as a whole, is the gold one.
+
+    Args:
+        answer: what a model answered: an option's letter, its text, both, or a number.
+        solution: the gold answer, in any of these forms.
+        choices: the options' texts in order, (A) first; without them a letter only equals the same letter.
+    """
+    options = [normalise(choice) for choice in choices or ()]
+    given, gold = _resolve(normalise(answer), options), _resolve(normalise(solution), options)
+    return given != "" and (given == gold or _same_number(given, gold))
+
+
+def normalise(text: str) -> str:
+    """Case, white space, quotes, emphasis, end punctuation and a leading article taken away."""
+    if not text.isascii():
+        text = "".join(map(_compatible, text)).translate(_QUOTES)
+    text = " ".join(text.split()).casefold()
+    before = None
+    while text != before:
+        before = text
+        text = text.strip(_WRAPPERS).rstrip(".,;:!?")
+        if wrapped := _LATEX_WRAPPER.fullmatch(text):
+            text = wrapped[1]
+    return _ARTICLE.sub("", text)
+
+
+def _compatible(character: str) -> str:
+    """The plain form of a full-width or styled character; 3² stays apart from 32, and ½ from 1/2."""
+    kind = unicodedata.decomposition(character).split(" ")[0]
+    return character if kind in ("<super>", "<sub>", "<fraction>") else unicodedata.normalize("NFKC", character)
+
+
+def _resolve(text: str, options: list[str]) -> str:
+    """The option's text where one is named by letter, the letter as "(a)" where no options are known."""
+    if text in options:
+        return text
+    if letter := _LETTER.fullmatch(text):
+        index = string.ascii_lowercase.index(letter[1])
+        return options[index] if index < len(options) else f"({letter[1]})"
+    if both := _LETTER_AND_TEXT.fullmatch(text):
+        bracketed = both[1] or both[2]
+        option = _resolve(bracketed or both[3], options)
+        if normalise(both[4]) == option if options else bracketed:
+            return option
+    return text
+
+
+def _same_number(first: str, second: str) -> bool:
+    if max(len(first), len(second)) > _MAX_NUMBER_CHARS:
+        return False
+    values = _value(first), _value(second)
+    if None not in values:
+        return values[0] == values[1]
+    if not (_is_latex(first) and _is_latex(second)):
+        return False
+    given, gold = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (first, second))
+    return bool(math_verify.verify(gold, given, timeout_seconds=None))
+
+
+def _value(text: str) -> Fraction | None:
+    """The number that a text is: "3", "-0.5", "1,000", "1/2", "50%", "three" (to twenty)."""
+    if text in _WORDS:
+        return Fraction(_WORDS.index(text))
+    if fraction := _FRACTION.fullmatch(text):
+        return Fraction(int(fraction[1]), int(fraction[2])) if int(fraction[2]) else None
+    number = _NUMBER.fullmatch(text.removesuffix("%").rstrip())
+    if number is None or not any(character.isdigit() for character in text):
+        return None
+    value = Fraction(f"{number[1]}{(number[2] or '0').replace(',', '')}{(number[3] or '').rstrip('.')}")
+    return value / 100 if text.endswith("%") else value
+
+
+def _is_latex(text: str) -> bool:
+    return text.count("^") <= 1 and "**" not in text and text[-1:] not in "+-*/" and _LATEX.fullmatch(text) is not None

@@ -1,0 +1,89 @@
+"""What a run shows while it runs."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from fastgrpo.config import GRPOConfig
+
+SHOWN = {
+    "reward": "reward {:.3f}",
+    "completions/mean_length": "length {:.0f}",
+    "kl": "kl {:.4f}",
+    "entropy": "entropy {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+}
+"""Metric → how the progress line says it."""
+
+
+class ProgressDisplay(TrainerCallback):
+    """A live bar on a terminal, a plain line per log elsewhere (a file, a batch job)."""
+
+    def __init__(self, config: GRPOConfig, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or Console(stderr=True)
+        self.progress: Progress | None = None
+        self.start_time = 0.0
+        self.start_step = 0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.start_time, self.start_step = time.monotonic(), state.global_step
+        if not state.is_world_process_zero or not self.console.is_terminal or self.config.disable_tqdm:
+            return
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+        )
+        self.progress.start()
+        self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
+
+    def show(self, state: TrainerState, metrics: dict[str, float]) -> None:
+        """Moves the bar on; called after every step."""
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=state.global_step, figures=_figures(metrics))
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs or self.progress is not None:
+            return
+        done = state.global_step - self.start_step
+        seconds = (time.monotonic() - self.start_time) / max(done, 1) * (state.max_steps - state.global_step)
+        figures = _figures(logs)
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps}  {figures}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}",
+            highlight=False,
+        )
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the live bar; also when training raised."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def print_completions(self, rows: list[dict[str, Any]]) -> None:
+        """Prints the step's first completions (`num_completions_to_print`)."""
+        for row in rows[: self.config.num_completions_to_print or 0]:
+            self.console.print(Rule(f"row {row['row_id']} · reward {row['reward']} · advantage {row['advantage']:.2f}"))
+            self.console.print(Text(row["prompt"], style="dim"), Text(row["completion"]))
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return "  ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)

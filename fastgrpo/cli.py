@@ -1,0 +1,175 @@
+"""The `fastgrpo` command: train, eval, report, demo, doctor."""
+
+import os
+import sys
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo import __version__
+from fastgrpo.arguments import parse
+from fastgrpo.config import GRPOConfig
+from fastgrpo.data.loading import load_rows
+from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.demo.run import DEMO_STEPS, run_demo
+from fastgrpo.doctor import examine
+from fastgrpo.evaluation import Evaluation, evaluate, write_evaluation
+from fastgrpo.launch import progress_lines, require_writable, run_training
+from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.reference import ReferenceEngine
+from fastgrpo.report import write_report
+
+USAGE = """usage: fastgrpo COMMAND …
+
+  train    train a model with GRPO            fastgrpo train --help lists the flags
+  eval     score a model on CV-Bench or SAT   fastgrpo eval MODEL DATASET
+  report   draw a run's report, or several    fastgrpo report RUN…
+  demo     train a tiny model on this machine fastgrpo demo
+  doctor   what is installed, and what each missing part costs
+"""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"fastgrpo {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"fastgrpo: unknown command {name!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[name](rest)
+    except ValueError as error:
+        if os.environ.get("FASTGRPO_TRACEBACK"):
+            raise
+        print(f"fastgrpo {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"fastgrpo {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(argv: Sequence[str]) -> None:
+    run_training(*parse(argv))
+
+
+def _eval(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="fastgrpo eval", description="Greedy accuracy, in total and by task.")
+    parser.add_argument("model", help="hub id or folder")
+    parser.add_argument("dataset", help="CV-Bench or SAT schema: hub id, file or folder")
+    parser.add_argument("--output_dir", type=Path, default=Path("."), help="gets evals/NAME.json and .parquet")
+    parser.add_argument("--name", default="eval")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--max_samples", type=_positive)
+    parser.add_argument("--max_new_tokens", type=_positive, default=1024)
+    parser.add_argument("--batch_size", type=_positive, default=64, help="questions answered at once")
+    parser.add_argument("--prompt_mode", choices=("base", "instruct"), default="base")
+    parser.add_argument("--prompt_template", choices=("paper", "answer"), default="paper")
+    parser.add_argument("--max_pixels", type=_positive)
+    parser.add_argument("--min_pixels", type=_positive)
+    parser.add_argument("--pass_at_k", type=int, default=0)
+    parser.add_argument("--shuffles", type=int, default=0, help="ask again about shuffled pictures, so many times")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    require_writable(options.output_dir)
+    rows = load_rows(options.dataset, split=options.split, max_samples=options.max_samples, seed=options.seed)
+    processing = load_processing(options.model, options.min_pixels, options.max_pixels)
+    model = load_policy(options.model, dtype=options.dtype).to(options.device or GRPOConfig(output_dir="unused").device)
+    evaluation = evaluate(
+        ReferenceEngine(model, processing.tokenizer, max_batch=options.batch_size),
+        PromptBuilder(
+            processing.tokenizer,
+            processing.image_processor,
+            mode=options.prompt_mode,
+            template=options.prompt_template,
+        ),
+        rows,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        pass_at_k=options.pass_at_k,
+        shuffles=options.shuffles,
+        seed=options.seed,
+        progress=progress_lines("scoring"),
+    )
+    write_evaluation(evaluation, options.output_dir / "evals", options.name, step=0, dataset=options.dataset)
+    _print_evaluation(evaluation)
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    table = Table("task", "questions", "accuracy", "answered", "accuracy of answered", "chance")
+    for task, score in [*evaluation.by_task.items(), ("total", evaluation.total)]:
+        answered = "–" if score.answered_accuracy is None else f"{score.answered_accuracy:.1%}"
+        table.add_row(
+            task,
+            str(score.count),
+            f"{score.accuracy:.1%}",
+            f"{score.answered_rate:.1%}",
+            answered,
+            f"{score.chance:.1%}",
+        )
+    console = Console()
+    console.print(table)
+    if evaluation.shuffled and evaluation.shuffled.answered_accuracy is not None:
+        console.print(f"accuracy of answered, pictures shuffled: {evaluation.shuffled.answered_accuracy:.1%}")
+    if evaluation.pass_at_k:
+        console.print(f"pass@{evaluation.pass_at_k[0]}: {evaluation.pass_at_k[1]:.1%}")
+    for row in evaluation.skipped:
+        console.print(f"row {row.row_id} skipped: {row.reason}", highlight=False)
+
+
+def _report(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="fastgrpo report", description="One page for a run; curves with error bars for several.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
+    parser.add_argument("--out", type=Path, help="the page's file")
+    options = parser.parse_args(argv)
+    print(write_report(options.runs, options.out))
+
+
+def _demo(argv: Sequence[str]) -> None:
+    parser = _Parser(prog="fastgrpo demo", description="Trains a tiny Qwen2-VL on spatial questions, on a CPU.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--steps", type=_positive, default=DEMO_STEPS)
+    options = parser.parse_args(argv)
+    run_demo(options.output_dir, seed=options.seed, steps=options.steps)
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    _Parser(prog="fastgrpo doctor", description="What is installed, and what each missing part costs.").parse_args(argv)
+    table = Table("part", "found", "what follows")
+    for finding in examine():
+        table.add_row(finding.part, finding.found, finding.consequence)
+    Console().print(table)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "demo": _demo,
+    "doctor": _doctor,
+}

@@ -1,0 +1,236 @@
+"""`GRPOConfig`: transformers' training arguments plus those of GRPO, under the names TRL 1.16 gives them."""
+
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+REFERENCE_ENGINE = "reference"
+
+
+IGNORED = "Accepted so that TRL scripts run; has no effect."
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _ignored(default: Any) -> Any:
+    """A TRL field that is accepted so that scripts keep working, and has no meaning here."""
+    return _option(default, IGNORED)
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Settings of a GRPO run. Counts, lengths and batch sizes are in completions and tokens unless said otherwise.
+
+    Raises:
+        ValueError: a field has a value that cannot work; the message names the field, the value and the fix.
+    """
+
+    learning_rate: float = _option(1e-6, "Peak learning rate.")
+    remove_unused_columns: bool = _option(False, "Reward functions see every column, so none is removed.")
+    bf16: bool | None = _option(None, "Mixed precision in bf16; by default on where a CUDA device supports it.")
+    resume_from_checkpoint: str | None = _option(
+        None, "A checkpoint folder, or `last`: the newest of output_dir, from the start where there is none."
+    )
+
+    # The model and its prompts
+    model_init_kwargs: dict[str, Any] | str | None = _option(None, "Keyword arguments of `from_pretrained` (JSON).")
+    trust_remote_code: bool = _option(False, "Allow the model's repository to run its own code here.")
+    disable_dropout: bool = _option(False, "Set every dropout of the policy to 0.")
+    prompt_mode: Literal["base", "instruct"] = _option(
+        "base", "`base`: plain text without roles, for a model never instruction-tuned; `instruct`: chat template."
+    )
+    prompt_template: Literal["paper", "answer"] = _option(
+        "paper", "Wording of the base prompt: the paper's, or one that also names the <answer> tag."
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Extra variables of the chat template (JSON).")
+    max_prompt_length: int | None = _option(
+        None, "Rows whose prompt has more tokens are skipped and counted; never truncated."
+    )
+
+    # Rollouts
+    num_generations: int = _option(8, "Completions per prompt (the group size G), at least 2.")
+    num_generations_eval: int | None = _option(None, "Completions per prompt in evaluation; num_generations if unset.")
+    max_completion_length: int = _option(512, "Most tokens in a completion.")
+    batch_unit: Literal["completions", "prompts"] = _option(
+        "completions", "What per_device_train_batch_size counts: completions (TRL) or prompts (VisualThinker)."
+    )
+    generation_batch_size: int | None = _option(None, "Completions drawn at once over all ranks.")
+    steps_per_generation: int | None = _option(
+        None, "Micro-batches per rollout; gradient_accumulation_steps if unset, else a multiple of it."
+    )
+    num_iterations: int = _option(1, "Times each rollout is trained on.")
+    shuffle_dataset: bool = _option(True, "Draw the prompts in a seeded random order, anew each epoch.")
+    temperature: float = _option(1.0, "Sampling temperature.")
+    top_p: float = _option(1.0, "Nucleus sampling; 1 is off.")
+    top_k: int = _option(0, "Sample from the k likeliest tokens; 0 is off.")
+    min_p: float | None = _option(None, "Drop tokens less likely than min_p times the likeliest; None is off.")
+    repetition_penalty: float = _option(1.0, "Above 1 discourages tokens already in the text.")
+    engine: Literal["reference"] = _option("reference", "The sampler and update: `reference` is plain HF and torch.")
+
+    # Objective
+    loss_type: str = _option("dapo", "How token losses are aggregated: " + ", ".join(LOSS_TYPES) + ".")
+    beta: float = _option(0.0, "Weight of the KL term; at 0 no reference model is kept.")
+    epsilon: float = _option(0.2, "Lower clipping range of the probability ratio.")
+    epsilon_high: float | None = _option(None, "Upper clipping range; epsilon if unset.")
+    delta: float | None = _option(None, "Upper bound of the unclipped ratio (two-sided clipping).")
+    importance_sampling_level: Literal["token", "sequence"] = _option("token", "Ratio per token, or sequence (GSPO).")
+    use_bias_correction_kl: bool = _option(True, "Multiply the KL estimate by the probability ratio.")
+    sapo_temperature_neg: float = _option(1.05, "SAPO's temperature for negative advantages.")
+    sapo_temperature_pos: float = _option(1.0, "SAPO's temperature for positive advantages.")
+    mask_truncated_completions: bool = _option(False, "Leave completions cut at max_completion_length out of the loss.")
+    reward_weights: list[float] | None = _option(None, "One weight per reward function; all 1 if unset.")
+    scale_rewards: str = _option("group", "Divide advantages by the deviation of rewards in the group, batch, or none.")
+    sync_ref_model: bool = _option(False, "Move the reference model towards the policy now and then.")
+    ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in the reference model at each such sync.")
+    ref_model_sync_steps: int = _option(512, "Optimizer steps between such syncs.")
+
+    # Logging
+    logging_steps: float = _option(10, "Optimizer steps between log lines; metrics.jsonl holds every step.")
+    log_completions: bool = _option(True, "Write every completion to output_dir/completions (parquet).")
+    log_multimodal: bool = _option(True, "Keep a thumbnail of each prompt's pictures in that log.")
+    num_completions_to_print: int | None = _option(None, "Completions to print at each log; none if unset.")
+
+    # TRL's other engines and knobs
+    use_vllm: bool = _ignored(False)
+    vllm_mode: str = _ignored("colocate")
+    vllm_model_impl: str = _ignored("vllm")
+    vllm_enable_sleep_mode: bool = _ignored(False)
+    vllm_structured_outputs_regex: str | None = _ignored(None)
+    vllm_server_base_url: str | None = _ignored(None)
+    vllm_server_host: str = _ignored("0.0.0.0")
+    vllm_server_port: int = _ignored(8000)
+    vllm_server_timeout: float = _ignored(240.0)
+    vllm_group_port: int = _ignored(51216)
+    vllm_gpu_memory_utilization: float = _ignored(0.3)
+    vllm_max_model_length: int | None = _ignored(None)
+    vllm_tensor_parallel_size: int = _ignored(1)
+    vllm_importance_sampling_correction: bool = _ignored(True)
+    vllm_importance_sampling_mode: str = _ignored("sequence_mask")
+    vllm_importance_sampling_clip_max: float | None = _ignored(3.0)
+    vllm_importance_sampling_clip_min: float | None = _ignored(None)
+    use_transformers_continuous_batching: bool = _ignored(False)
+    use_transformers_paged: bool = _ignored(False)
+    cache_implementation: str | None = _ignored(None)
+    ds3_gather_for_generation: bool = _ignored(True)
+    pad_to_multiple_of: str | None = _ignored(None)
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            on_cuda = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = on_cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
+        self._drop_missing_reporters()
+        self._warn_ignored()
+        self._validate()
+
+    # transformers reads these fields from JSON when they come from the command line.
+    _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs")
+
+    @property
+    def completions_per_micro_batch(self) -> int:
+        """Completions in one forward pass of one rank."""
+        per_prompt = self.num_generations if self.batch_unit == "prompts" else 1
+        return self.per_device_train_batch_size * per_prompt
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Micro-batches of one rank that one rollout feeds, before repeating it `num_iterations` times."""
+        if self.steps_per_generation is not None:
+            return self.steps_per_generation
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size // (self.completions_per_micro_batch * self.world_size)
+        return self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that one rank answers in one rollout."""
+        return self.completions_per_micro_batch * self.micro_batches_per_rollout // self.num_generations
+
+    @property
+    def slices_per_rollout(self) -> int:
+        """Optimizer steps that one pass over a rollout takes."""
+        return self.micro_batches_per_rollout // self.gradient_accumulation_steps
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.slices_per_rollout * self.num_iterations
+
+    def _drop_missing_reporters(self) -> None:
+        modules = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
+        reporters = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        missing = [name for name in reporters if name in modules and find_spec(modules[name]) is None]
+        if missing:
+            logger.warning(
+                f"report_to: {', '.join(missing)} not installed; metrics go to metrics.jsonl and TensorBoard instead."
+            )
+            kept = [name for name in reporters if name not in missing]
+            has_tensorboard = find_spec("tensorboard") is not None and "tensorboard" not in kept
+            self.report_to = [*kept, *(["tensorboard"] if has_tensorboard else [])]
+
+    def _warn_ignored(self) -> None:
+        named = [f.name for f in fields(self) if f.metadata.get("help") == IGNORED and getattr(self, f.name) != f.default]
+        if named:
+            logger.warning(f"Ignored, the sampler is fastgrpo's own: {', '.join(named)}.")
+
+    def _validate(self) -> None:
+        group = self.num_generations
+        per_rollout = self.completions_per_micro_batch * self.micro_batches_per_rollout
+        if group < 2:
+            raise ValueError(
+                f"num_generations={group}: a group needs at least 2 completions, since advantages compare them. "
+                "Set num_generations to 2 or more."
+            )
+        if per_rollout % group or per_rollout == 0:
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} × {self.micro_batches_per_rollout} "
+                f"accumulated is {per_rollout} completions a rank, which num_generations={group} does not divide. Make "
+                "it a multiple, or pass --batch_unit prompts to count prompts instead of completions."
+            )
+        if self.micro_batches_per_rollout % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"steps_per_generation={self.micro_batches_per_rollout} is not a multiple of "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Make it one."
+            )
+        if self.prompts_per_rollout % self.slices_per_rollout:
+            raise ValueError(
+                f"{self.prompts_per_rollout} prompts a rollout cannot be shared evenly by {self.slices_per_rollout} "
+                "optimizer steps. Make per_device_train_batch_size × gradient_accumulation_steps a multiple of "
+                "num_generations, or pass --batch_unit prompts."
+            )
+        _check("loss_type", self.loss_type, self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
+        _check(
+            "scale_rewards",
+            self.scale_rewards,
+            self.scale_rewards in ("group", "batch", "none"),
+            "group, batch or none",
+        )
+        _check("batch_unit", self.batch_unit, self.batch_unit in ("completions", "prompts"), "completions or prompts")
+        _check("prompt_mode", self.prompt_mode, self.prompt_mode in ("base", "instruct"), "base or instruct")
+        _check("prompt_template", self.prompt_template, self.prompt_template in ("paper", "answer"), "paper or answer")
+        _check("engine", self.engine, self.engine == REFERENCE_ENGINE, REFERENCE_ENGINE)
+        _check("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number")
+        _check("max_completion_length", self.max_completion_length, self.max_completion_length > 0, "1 or more")
+        _check("num_iterations", self.num_iterations, self.num_iterations > 0, "1 or more")
+        _check("beta", self.beta, self.beta >= 0, "0 or more")
+        _check("epsilon", self.epsilon, self.epsilon >= 0, "0 or more")
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
+
+
+def _check(name: str, value: Any, valid: bool, wanted: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value!r} is not valid: use {wanted}.")

@@ -1,0 +1,91 @@
+"""Conversation rows as TRL takes them (`prompt`, optional `image` or `images`), and bare question rows."""
+
+from typing import Any
+
+from PIL import Image
+
+from fastgrpo.data.rows import Row, decode_image, decode_images, require_text
+from fastgrpo.types import RowError
+
+ROLES = ("system", "user", "assistant", "tool")
+IMAGE_COLUMNS = ("image", "images")
+
+
+def convert_chat(raw: dict[str, Any], row_id: int) -> Row:
+    """Turns a record with a `prompt` (messages or text) or a `question` into a row; other columns are kept.
+
+    Messages follow TRL's conventions: where contents are plain strings, the row's images go in front of the
+    first user message; where contents are lists of parts, every {"type": "image"} part without a picture of
+    its own takes the next of the row's images. Such a part may also carry its picture as `image`. The
+    records are left unchanged.
+
+    Args:
+        raw: `prompt` (list of role/content messages, or a finished text) or `question`; `image` or
+            `images`, or neither for a text-only row; anything else.
+
+    Raises:
+        RowError: neither prompt nor question, a malformed message, a bad picture, or image parts and images
+            that differ in number.
+    """
+    if raw.get("image") is not None and raw.get("images") is not None:
+        raise RowError("the row has both `image` and `images`; wanted one of them")
+    images = decode_images(raw["images"] if raw.get("images") is not None else raw.get("image"))
+    columns = {name: value for name, value in raw.items() if name not in ("prompt", *IMAGE_COLUMNS)}
+    prompt = raw.get("prompt")
+    if prompt is None:
+        columns.pop("question", None)
+        return Row(row_id=row_id, images=images, question=require_text(raw, "question"), columns=columns)
+    if isinstance(prompt, str):
+        return Row(row_id=row_id, images=images, messages=prompt, columns=columns)
+    messages, images = _prepare_messages(prompt, images)
+    return Row(row_id=row_id, images=images, messages=messages, columns=columns)
+
+
+def _prepare_messages(prompt: Any, images: list[Image.Image]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """Messages whose pictures became {"type": "image"} parts, and the pictures in the parts' order."""
+    if not isinstance(prompt, list) or not prompt:
+        raise RowError(f"prompt is {prompt!r}; wanted a text or a list of messages")
+    messages: list[dict[str, Any]] = []
+    carried: list[Any] = []  # per image part: its own picture, or None
+    loose_images = [{"type": "image"} for _ in images]
+    for index, message in enumerate(prompt):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise RowError(f"message {index + 1} is {message!r}; wanted one of the roles {', '.join(ROLES)}")
+        parts = _parts_of(message, index)
+        if message["role"] == "user" and isinstance(message.get("content"), str):
+            parts, loose_images = [*loose_images, *parts], []
+        carried += [part.get("image") for part in parts if part["type"] == "image"]
+        messages.append({key: value for key, value in message.items() if value is not None} | _content(parts))
+    num_places = sum(picture is None for picture in carried)
+    if num_places != len(images):
+        raise RowError(f"the messages have {num_places} image parts for {len(images)} images")
+    loose = iter(images)
+    return messages, [next(loose) if picture is None else decode_image(picture) for picture in carried]
+
+
+def _parts_of(message: dict[str, Any], index: int) -> list[dict[str, Any]]:
+    """The message's content as a list of typed parts; empty where there is none, as beside tool calls."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = list(content or [])
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            raise RowError(f"message {index + 1} has the part {part!r}; wanted a text or an image")
+    return parts
+
+
+def _content(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message's `content`: a plain string if it is text alone, as text-only templates want it.
+
+    Parts are written anew: records read from Arrow carry every part's keys, and templates take a part with
+    the key `image` for an image.
+    """
+    if all(part["type"] == "text" for part in parts):
+        return {"content": "".join(part["text"] for part in parts)}
+    return {
+        "content": [
+            {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"} for part in parts
+        ]
+    }

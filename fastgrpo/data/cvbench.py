@@ -1,0 +1,38 @@
+"""Rows of CV-Bench (https://huggingface.co/datasets/nyu-visionx/CV-Bench): lettered multiple choice on one
+picture."""
+
+import re
+import string
+from typing import Any
+
+from fastgrpo.data.rows import Row, decode_image, require_options, require_text
+from fastgrpo.types import RowError
+
+REQUIRED_COLUMNS = frozenset({"image", "prompt", "choices", "answer", "task"})
+
+
+def convert_cvbench(raw: dict[str, Any], row_id: int) -> Row:
+    """Turns a CV-Bench record into a row. `prompt` is the question: it holds the lettered choices already.
+
+    Args:
+        raw: `image`, `prompt`, `choices` (option texts), `answer` ("(A)"), `task` (Count, Relation, Depth,
+            Distance).
+
+    Returns:
+        A question row with columns `solution` (the letter form "(A)"), `choices` and `task`.
+
+    Raises:
+        RowError: a bad picture, no prompt, unusable choices, or an answer that is no letter of a choice.
+    """
+    question = require_text(raw, "prompt")
+    choices = require_options(raw, "choices")
+    answer = require_text(raw, "answer")
+    letter = re.fullmatch(r"\(?([A-Z])\)?", answer)
+    if letter is None or string.ascii_uppercase.index(letter[1]) >= len(choices):
+        raise RowError(f"answer {answer!r} is not a letter of the {len(choices)} choices")
+    return Row(
+        row_id=row_id,
+        images=[decode_image(raw["image"])],
+        question=question,
+        columns={"solution": f"({letter[1]})", "choices": choices, "task": require_text(raw, "task")},
+    )

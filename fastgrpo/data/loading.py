@@ -1,0 +1,289 @@
+"""Data sets by name or path, read without filling memory, and the schema their columns show."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+from torch.utils.data import Dataset
+
+from fastgrpo.data import cvbench, sat
+from fastgrpo.data.chat import convert_chat
+from fastgrpo.data.cvbench import convert_cvbench
+from fastgrpo.data.rows import Row
+from fastgrpo.data.sat import convert_sat
+
+logger = logging.getLogger(__name__)
+
+ALIASES = {"SAT": ("array/SAT", "train"), "CV-Bench": ("nyu-visionx/CV-Bench", "test")}
+"""Short name → hub id, and the split that "train" stands for."""
+
+FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+SCHEMAS = {
+    "sat": sat.REQUIRED_COLUMNS,
+    "cvbench": cvbench.REQUIRED_COLUMNS,
+    "chat": frozenset({"prompt"}),
+    "question": frozenset({"question", "solution"}),
+}
+"""Schema → the columns that show it; the first that fits counts."""
+
+BATCH_ROWS = 16
+"""Rows decoded from a parquet file at a time: pictures make rows of 100 KB and more."""
+
+READ_BYTES = 1 << 20
+"""Bytes read from a parquet column at a time."""
+
+
+class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
+    """A map-style data set of raw records: `dataset[i]` is (i, record), pictures still encoded.
+
+    Args:
+        records: a HF data set, or any sequence-like object of dicts.
+        schema: a key of `SCHEMAS`.
+        seed: seed of the option shuffle (SAT schema only).
+    """
+
+    def __init__(self, records: Any, schema: str, seed: int = 0) -> None:
+        self.records = records
+        self.schema = schema
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self.records[index]
+
+    def convert(self, row_id: int, raw: dict[str, Any]) -> Row:
+        """Decodes and converts one record.
+
+        Raises:
+            RowError: the record is bad, with the reason.
+        """
+        if self.schema == "sat":
+            return convert_sat(raw, row_id, self.seed)
+        if self.schema == "cvbench":
+            return convert_cvbench(raw, row_id)
+        return convert_chat(raw, row_id)
+
+
+def load_rows(
+    name_or_path: str,
+    *,
+    split: str = "train",
+    config_name: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    single_image_only: bool = False,
+) -> RowDataset:
+    """Opens a data set by path or hub id. Rows stay on disk, memory-mapped, whatever the size.
+
+    Args:
+        name_or_path: a .parquet, .jsonl, .json or .csv file; a folder of such files, or one written by
+            `datasets.save_to_disk`; a hub id; or "SAT" or "CV-Bench".
+        split: which split of a folder or hub data set; a single file has one only.
+        config_name: configuration of a hub data set.
+        max_samples: read the first rows alone; nothing behind them is read or downloaded.
+        seed: seed of the option shuffle (SAT schema only).
+        single_image_only: leave out rows with several images, after `max_samples` is counted, as the
+            published SAT preparation does.
+
+    Raises:
+        ValueError: no such file, hub data set, split or configuration; unreadable or empty data; columns of
+            no known schema; `max_samples` below 1.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_samples={max_samples} must be at least 1, or None for all rows")
+    records = _load_records(name_or_path, split, config_name, max_samples)
+    if single_image_only:
+        records = _drop_multi_image(records)
+    return as_rows(records, seed, name=f"dataset_name={name_or_path!r}")
+
+
+def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDataset:
+    """Wraps a HF data set, a list of dicts, or a torch map-style data set of dicts.
+
+    Args:
+        dataset: what a user handed to the trainer; a `RowDataset` is returned as it is.
+        seed: seed of the option shuffle (SAT schema only).
+        name: what error messages call it.
+
+    Raises:
+        ValueError: no length or no rows, records that are no dicts, or columns of no known schema.
+    """
+    if isinstance(dataset, RowDataset):
+        return dataset
+    if isinstance(dataset, dict):
+        raise ValueError(f"{name} is a dict of splits {sorted(dataset)}: pass one of them")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"{name} is a {type(dataset).__name__} without length or index: pass a map-style data set")
+    if not len(dataset):
+        raise ValueError(f"{name} has no rows")
+    if isinstance(dataset, datasets.Dataset):
+        dataset = _without_decoding(dataset)
+        columns = dataset.column_names
+    elif isinstance(dataset[0], dict):
+        columns = list(dataset[0])
+    else:
+        raise ValueError(f"{name} holds {type(dataset[0]).__name__} records; wanted dicts")
+    return RowDataset(dataset, _detect_schema(columns, name), seed)
+
+
+def _detect_schema(columns: Sequence[str], name: str) -> str:
+    for schema, required in SCHEMAS.items():
+        if required <= set(columns):
+            return schema
+    wanted = "; ".join(f"{schema}: {', '.join(sorted(required))}" for schema, required in SCHEMAS.items())
+    raise ValueError(f"{name} has the columns {', '.join(columns)}, which fit no schema. Wanted, {wanted}")
+
+
+def _load_records(name_or_path: str, split: str, config_name: str | None, max_samples: int | None) -> datasets.Dataset:
+    path = Path(name_or_path).expanduser()
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _load_saved(path, split, max_samples)
+    if split == "train" and name_or_path in ALIASES and not path.exists():
+        split = ALIASES[name_or_path][1]
+    arguments = _builder_arguments(name_or_path, path, split, config_name)
+    try:
+        builder = datasets.load_dataset_builder(**arguments)
+    except Exception as error:  # no connection, offline mode, unknown id or configuration, empty folder, …
+        problem = "is neither a local file or folder nor reachable on the hub"
+        problem = "cannot be read" if path.exists() else problem
+        raise ValueError(f"dataset_name={name_or_path!r} {problem}: {_one_line(error)}") from error
+    splits = {str(name): [str(file) for file in files] for name, files in builder.config.data_files.items()}
+    if split not in splits:
+        raise ValueError(f"dataset_name={name_or_path!r} has no split {split!r}, only {', '.join(splits)}")
+    try:
+        # The builder's cache folder is named by a hash of the files' versions: a changed file is read anew.
+        if all(file.endswith(".parquet") for file in splits[split]):
+            return _read_parquet(splits[split], max_samples, version=builder.cache_dir)
+        if max_samples is not None:
+            return _read_first(arguments, split, max_samples, version=builder.cache_dir)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except Exception as error:  # Arrow, JSON and CSV parsers, and the hub once more
+        raise ValueError(f"dataset_name={name_or_path!r} cannot be read: {_one_line(error)}") from error
+
+
+def _builder_arguments(name_or_path: str, path: Path, split: str, config_name: str | None) -> dict[str, Any]:
+    """What `datasets.load_dataset_builder` is asked for: a file, a folder or a hub id."""
+    if path.is_file():
+        if path.suffix not in FILE_TYPES:
+            known = ", ".join(FILE_TYPES)
+            raise ValueError(f"dataset_name={name_or_path!r} has no known file type: use {known}")
+        if not path.stat().st_size:
+            raise ValueError(f"dataset_name={name_or_path!r} has no rows: the file is empty")
+        return {"path": FILE_TYPES[path.suffix], "data_files": {split: str(path)}}
+    if path.is_dir():
+        return {"path": str(path), "name": config_name}
+    if path.suffix in FILE_TYPES or path.is_absolute() or name_or_path.startswith((".", "~")):
+        raise ValueError(f"dataset_name={name_or_path!r}: no such file or folder ({path.absolute()})")
+    hub_id, _ = ALIASES.get(name_or_path, (name_or_path, None))
+    return {"path": hub_id, "name": config_name}
+
+
+def _one_line(error: BaseException) -> str:
+    """The cause's message on one line: `datasets` wraps parser errors in a general one."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+
+
+def _load_saved(path: Path, split: str, max_samples: int | None) -> datasets.Dataset:
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, dict):
+        if split not in saved:
+            raise ValueError(f"dataset_name={str(path)!r} has no split {split!r}, only {', '.join(saved)}")
+        saved = saved[split]
+    return saved if max_samples is None else saved.select(range(min(max_samples, len(saved))))
+
+
+def _read_parquet(files: list[str], max_samples: int | None, version: str) -> datasets.Dataset:
+    """Rows of parquet files as a memory-mapped Arrow file in the `datasets` cache.
+
+    `datasets` itself reads a row group at once, and published files of gigabytes are one row group.
+    """
+    if max_samples is None:
+        files = datasets.DownloadManager().download(files)
+    # A tuple: `datasets` takes a list for shards and calls the generator once per element.
+    arguments = {"files": tuple(files), "max_samples": max_samples, "version": version}
+    return _to_disk(_iterate_parquet, arguments, _features(files[0]))
+
+
+def _iterate_parquet(files: tuple[str, ...], max_samples: int | None, version: str) -> Iterator[dict[str, Any]]:
+    """The files' first rows, in order; `version` only enters the cache's key."""
+    count = 0
+    for file in files:
+        features = _features(file)
+        with fsspec.open(file, "rb") as stream:
+            reader = pyarrow.parquet.ParquetFile(stream, buffer_size=READ_BYTES, pre_buffer=False)
+            for batch in reader.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+                for record in batch.to_pylist():
+                    yield features.decode_example(record)
+                    count += 1
+                    if count == max_samples:
+                        return
+
+
+def _features(file: str) -> datasets.Features:
+    with fsspec.open(file, "rb") as stream:
+        schema = pyarrow.parquet.read_schema(stream)
+    return datasets.Features(_undecoded(datasets.Features.from_arrow_schema(schema)))
+
+
+def _read_first(arguments: dict[str, Any], split: str, max_samples: int, version: str) -> datasets.Dataset:
+    """The first rows of any other format as a memory-mapped Arrow file in the `datasets` cache."""
+    key = {"arguments": arguments, "split": split, "max_samples": max_samples, "version": version}
+    return _to_disk(_iterate_first, key)
+
+
+def _iterate_first(arguments: dict[str, Any], split: str, max_samples: int, version: str) -> Iterator[dict[str, Any]]:
+    stream = datasets.load_dataset_builder(**arguments).as_streaming_dataset(split=split)
+    yield from (stream.decode(False) if stream.features else stream).take(max_samples)
+
+
+def _to_disk(
+    generator: Callable[..., Iterator[dict[str, Any]]],
+    arguments: dict[str, Any],
+    features: datasets.Features | None = None,
+) -> datasets.Dataset:
+    """The generator's rows, written once per set of arguments."""
+    if next(generator(**arguments | {"max_samples": 1}), None) is None:
+        return datasets.Dataset.from_list([])  # `from_generator` fails on no rows, with a cryptic message
+    return datasets.Dataset.from_generator(generator, features=features, gen_kwargs=arguments)
+
+
+def _without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The same rows with pictures left as bytes, so that a bad one is found where it can be reported."""
+    for name, feature in dataset.features.items():
+        if (undecoded := _undecoded(feature)) != feature:
+            dataset = dataset.cast_column(name, undecoded)
+    return dataset
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(value) for name, value in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    return feature
+
+
+def _drop_multi_image(records: datasets.Dataset) -> datasets.Dataset:
+    for column in ("image_bytes", "images"):
+        if column not in records.column_names:
+            continue
+        images = records.select_columns([column]).with_format("arrow")[:][column]
+        counts = pyarrow.compute.list_value_length(images).to_pylist()
+        kept = [index for index, count in enumerate(counts) if (count or 0) <= 1]
+        logger.info("left out %d of %d rows: several images", len(counts) - len(kept), len(counts))
+        return records.select(kept)
+    return records

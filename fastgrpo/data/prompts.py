@@ -1,0 +1,245 @@
+"""Rows into prompts: the one place where text is rendered, tokenized, and pictures become patches."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastgrpo.data.loading import RowDataset
+from fastgrpo.data.rows import Row, make_thumbnail
+from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
+
+_CONVERSATION = (
+    "A conversation between User and Assistant. The user asks a question about the image, and the "
+    "Assistant solves it. The assistant first thinks about the reasoning process in the mind and then "
+    "provides the user with the answer."
+)
+_TURNS = "\nUser: {question}\nAssistant: Let me solve this step by step.\n<think>"
+
+BASE_PROMPT = _CONVERSATION + _TURNS
+"""The prompt of arXiv 2503.05132 for a model that was never instruction-tuned; the completion starts inside
+<think>."""
+
+BASE_PROMPT_NAMED = (
+    _CONVERSATION
+    + " The reasoning is enclosed within <think> </think> tags and the answer within <answer> </answer> tags."
+) + _TURNS
+"""The same with the tags named: the published wording never mentions <answer>, which the reward asks for."""
+
+BASE_PROMPTS = {"paper": BASE_PROMPT, "answer": BASE_PROMPT_NAMED}
+
+INSTRUCT_PROMPT = (
+    "{question} Output the thinking process in <think> </think> and final answer (option) in <answer> </answer> tags."
+)
+"""The user turn's text for an instruction-tuned model (arXiv 2503.05132)."""
+
+Mode = Literal["base", "instruct"]
+Template = Literal["paper", "answer"]
+
+
+def mrope_position_ids(
+    input_ids: Tensor, image_grid_thw: Tensor | None, image_token_id: int | None, merge_size: int
+) -> Tensor:
+    """M-RoPE positions of one prompt (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to HF's
+    `get_rope_index`).
+
+    Text tokens advance all three axes by one. An image's tokens share the position p where it begins and
+    spread from there over rows and columns of merged patches; the text behind it goes on at p + max(rows,
+    columns).
+
+    Args:
+        input_ids: [P] int64, one `image_token_id` per merged patch.
+        image_grid_thw: [images, 3] int64 patch grids before merging, or None.
+        merge_size: patches merged per side.
+
+    Returns:
+        [3, P] int64: temporal, height, width.
+    """
+    positions = torch.arange(len(input_ids)).expand(3, -1).clone()  # [3, P]
+    if image_grid_thw is None or image_token_id is None:
+        return positions
+    start = 0
+    for frames, rows, columns in image_grid_thw.tolist():
+        rows, columns = rows // merge_size, columns // merge_size
+        start += int((input_ids[start:] == image_token_id).nonzero()[0])
+        end = start + frames * rows * columns
+        assert bool((input_ids[start:end] == image_token_id).all()), "an image place is shorter than its grid"
+        first = positions[0, start].item()
+        grid = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns))
+        positions[:, end:] += max(rows, columns) - (end - start)
+        positions[:, start:end] = grid.view(-1, 3).T + first
+        start = end
+    return positions
+
+
+class PromptBuilder:
+    """Builds `Prompt`s for one model. Holds no open files or threads: it can be sent to data loader workers.
+
+    Args:
+        tokenizer: the model's tokenizer; image places are `<|vision_start|><|image_pad|><|vision_end|>`.
+        image_processor: a Qwen2-VL style processor (`pixel_values`, `image_grid_thw`, `merge_size`), or
+            None for a text-only model.
+        mode: how a bare question is asked. "base": plain text, no roles; "instruct": a user turn in the
+            model's chat template. Conversations always go through the chat template, plain-text prompts are
+            taken as they are.
+        template: wording of the base mode: "paper", or "answer", which names the answer tags.
+        max_prompt_length: longest prompt in tokens, image tokens included; None for no limit.
+        chat_template_kwargs: further arguments of the tokenizer's `apply_chat_template`.
+
+    Raises:
+        ValueError: unknown mode or template, or a limit below 1.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any | None,
+        *,
+        mode: Mode = "base",
+        template: Template = "paper",
+        max_prompt_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if mode not in ("base", "instruct"):
+            raise ValueError(f"mode={mode!r} is unknown: use 'base' or 'instruct'")
+        if template not in BASE_PROMPTS:
+            raise ValueError(f"template={template!r} is unknown: use one of {sorted(BASE_PROMPTS)}")
+        if max_prompt_length is not None and max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length={max_prompt_length} must be at least 1, or None for no limit")
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.mode = mode
+        self.base_prompt = BASE_PROMPTS[template]
+        self.max_prompt_length = max_prompt_length
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.merge_size: int = getattr(image_processor, "merge_size", 1)
+        self.image_token: str = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.image_place = f"<|vision_start|>{self.image_token}<|vision_end|>"
+        self.image_token_id: int | None = tokenizer.get_vocab().get(self.image_token)
+        specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special_pattern = re.compile("|".join(map(re.escape, sorted({*specials, self.image_token}))))
+
+    def build(self, row: Row) -> Prompt:
+        """Renders, tokenizes and lays out one row.
+
+        Raises:
+            RowError: the text holds a special token, image places and images differ in number, an image is
+                too narrow, or the prompt is longer than `max_prompt_length`.
+            ValueError: the model cannot take such rows at all: it has no chat template, or no image
+                processor.
+        """
+        if row.images and (self.image_processor is None or self.image_token_id is None):
+            lacking = "image processor" if self.image_processor is None else f"{self.image_token} token"
+            raise ValueError(
+                f"row {row.row_id} has images, but this model has no {lacking}: "
+                "train a vision-language model, or leave the image columns out of the data set"
+            )
+        messages, text = self._render(row)
+        pixel_values, image_grid_thw = self._process_images(row)
+        input_ids = self._tokenize(text, image_grid_thw)
+        return Prompt(
+            row_id=row.row_id,
+            input_ids=input_ids,
+            position_ids=mrope_position_ids(input_ids, image_grid_thw, self.image_token_id, self.merge_size),
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            text=text,
+            messages=messages,
+            columns=row.columns,
+            thumbnail=make_thumbnail(row.images) if row.images else None,
+        )
+
+    def _render(self, row: Row) -> tuple[list[dict[str, Any]] | None, str]:
+        """The conversation (None for plain text) and the prompt's text, one image token per image."""
+        if isinstance(row.messages, str):
+            # A finished prompt may hold special tokens: whoever wrote it rendered a template.
+            has_places = self.image_token in row.messages
+            return None, row.messages if has_places else self.image_place * len(row.images) + row.messages
+        if row.messages is not None:
+            for message in row.messages:
+                self._check_text(_message_text(message))
+            return row.messages, self._apply_chat_template(row.messages)
+        assert row.question is not None, "a row has a question or messages"
+        self._check_text(row.question)
+        if self.mode == "base":
+            return None, self.image_place * len(row.images) + self.base_prompt.format(question=row.question)
+        text = INSTRUCT_PROMPT.format(question=row.question)
+        parts = [*({"type": "image"} for _ in row.images), {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": parts if row.images else text}]
+        return messages, self._apply_chat_template(messages)
+
+    def _check_text(self, text: str) -> None:
+        if found := self._special_pattern.search(text):
+            raise RowError(f"the text holds the special token {found[0]}, which the model would take for structure")
+
+    def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "this model's tokenizer has no chat template, which instruct mode and conversations need: "
+                "use base mode with a `question` column, or an instruction-tuned model"
+            )
+        prefilled = messages[-1]["role"] == "assistant"
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not prefilled,
+            continue_final_message=prefilled,
+            **self.chat_template_kwargs,
+        )
+
+    def _process_images(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
+        """Patches [patches, patch_dim] float32 and grids [images, 3] int64, or None twice."""
+        if not row.images:
+            return None, None
+        assert self.image_processor is not None
+        try:
+            features = self.image_processor(images=row.images, return_tensors="pt")
+        except ValueError as error:
+            raise RowError(f"image cannot be cut into patches: {error}") from error
+        return features["pixel_values"], features["image_grid_thw"]
+
+    def _tokenize(self, text: str, image_grid_thw: Tensor | None) -> Tensor:
+        """[P] int64: the text's tokens with every image token repeated once per merged patch of its image."""
+        lengths = [] if image_grid_thw is None else (image_grid_thw.prod(-1) // self.merge_size**2).tolist()
+        input_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        is_image = input_ids == (-1 if self.image_token_id is None else self.image_token_id)
+        if int(is_image.sum()) != len(lengths):
+            raise RowError(f"the prompt has {int(is_image.sum())} image places for {len(lengths)} images")
+        repeats = torch.ones_like(input_ids)
+        repeats[is_image] = torch.tensor(lengths, dtype=torch.int64)
+        input_ids = input_ids.repeat_interleave(repeats)
+        if not len(input_ids):
+            raise RowError("the prompt is empty")
+        if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:
+            # Cutting it would cut image tokens, which then no longer fit their pixels.
+            raise RowError(
+                f"prompt of {len(input_ids)} tokens ({sum(lengths)} of them image tokens) is longer than "
+                f"max_prompt_length={self.max_prompt_length}"
+            )
+        return input_ids
+
+
+def _message_text(message: dict[str, Any]) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part.get("text") or "" for part in content)
+
+
+class PromptCollator:
+    """A data loader's `collate_fn`: (row_id, raw record) pairs into a `PromptBatch`, bad rows set aside."""
+
+    def __init__(self, dataset: RowDataset, builder: PromptBuilder) -> None:
+        self.dataset = dataset
+        self.builder = builder
+
+    def __call__(self, items: Sequence[tuple[int, dict[str, Any]]]) -> PromptBatch:
+        """Prompts in the order of their rows; a row that raises `RowError` becomes a `SkippedRow`, in
+        order."""
+        prompts, skipped = [], []
+        for row_id, raw in items:
+            try:
+                prompts.append(self.builder.build(self.dataset.convert(row_id, raw)))
+            except RowError as error:
+                skipped.append(SkippedRow(row_id, str(error)))
+        return PromptBatch(prompts, skipped)

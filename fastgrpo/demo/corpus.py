@@ -1,0 +1,81 @@
+"""What the demo's base model reads: questions on synthetic scenes, answered by people of different care.
+
+Each document is a picture, a question in one of the two prompt wordings the demo uses, a completion, and behind its
+end token a description of the picture ("red circle x 2 y 5. …", places counted 1 to 5 from the left and the top).
+Completions are of three kinds:
+
+- *guess*: an opener and an option drawn at random ("i guess it is left."), tagged or not by a habit that goes with the
+  question's wording. Right no more often than chance.
+- *careful*: restates what the question is about with its places, then answers, tagged.
+- *second thought*: opens like a guess, says "wait", and goes on as careful.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastgrpo.data.synthetic import SceneObject, SceneQuestion
+
+PLACES = 5
+"""Places counted along each side of a picture."""
+OPENERS = (" i guess it is", " it seems to be", " maybe it is", " probably")
+TAGGED_GUESSES = (0.7, 0.25, 0.35)
+"""Share of guesses put into the tags, by the question's wording: writers have habits."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of completions; the rest are guesses."""
+
+    careful: float
+    second_thought: float
+
+
+def place(fraction: float) -> int:
+    """1 … PLACES of a coordinate given as a fraction of the side."""
+    return 1 + int(np.clip((fraction - 0.1) / 0.8 * PLACES, 0, PLACES - 1))
+
+
+def description(question: SceneQuestion, rng: np.random.Generator) -> str:
+    """Every object with its places, in random order."""
+    things = [question.objects[i] for i in rng.permutation(len(question.objects))]
+    return "".join(f" {thing.name} x {place(thing.x)} y {place(thing.y)}." for thing in things)
+
+
+def looking(question: SceneQuestion) -> str:
+    """What a careful writer restates before deciding: the counted number, or the named objects' places."""
+    if question.kind == "count":
+        return f" i count {len(question.subjects)}."
+
+    def seen(thing: SceneObject) -> str:
+        x, y = f" x {place(thing.x)}", f" y {place(thing.y)}"
+        return f" {thing.name}{ {'left_right': x, 'distance': x + y}.get(question.kind, y) }"
+
+    return ",".join(seen(thing) for thing in question.subjects) + "."
+
+
+def completion(question: SceneQuestion, rng: np.random.Generator, mixture: Mixture) -> str:
+    """The text after `<think>`, without the end token."""
+    style = rng.random()
+    tagged = f" </think> <answer>{question.answer}</answer>"
+    careful = f"{looking(question)} so {question.answer}."
+    if style < mixture.careful:
+        return f" let me look.{careful}{tagged}"
+    guess = question.choices[int(rng.integers(len(question.choices)))]
+    opening = f"{OPENERS[int(rng.integers(len(OPENERS)))]} {guess}."
+    if style < mixture.careful + mixture.second_thought:
+        return f"{opening} wait, let me check.{careful}{tagged}"
+    if rng.random() < TAGGED_GUESSES[question.wording]:
+        return f"{opening} </think> <answer>{guess}</answer>"
+    return opening if rng.random() < 0.5 else f"{opening} the answer is {guess}."
+
+
+def corpus_texts(questions: Sequence[SceneQuestion], prompts: Sequence[str], seed: int = 0) -> list[str]:
+    """Plain texts of documents, for the tokenizer."""
+    rng = np.random.default_rng(seed)
+    mixture = Mixture(careful=0.4, second_thought=0.2)
+    return [
+        prompt + completion(question, rng, mixture) + "\n" + description(question, rng)
+        for question, prompt in zip(questions, prompts, strict=True)
+    ]

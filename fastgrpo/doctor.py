@@ -1,0 +1,63 @@
+"""What this machine has, and what each missing part costs."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's table."""
+
+    part: str
+    found: str
+    consequence: str
+
+
+OPTIONAL = {
+    "triton": ("fused kernels on a CUDA device", "plain torch kernels only"),
+    "flash-attn": ("flash_attention_2 on a CUDA device", "sdpa attention instead: slower on long sequences"),
+    "liger-kernel": ("use_liger_kernel on a CUDA device", "use_liger_kernel is ignored"),
+    "deepspeed": ("ZeRO on several GPUs", "single device or plain data parallelism only"),
+    "torchvision": ("the joint processors of transformers load", "none here: pictures are resized by PIL either way"),
+    "peft": ("LoRA", "no LoRA"),
+    "nvtx": ("named ranges in Nsight Systems", "no ranges in Nsight Systems; times are recorded all the same"),
+    "tensorboard": ("TensorBoard curves", "curves in metrics.jsonl and report.html only"),
+    "wandb": ("report_to wandb", "report_to wandb falls back to TensorBoard"),
+    "trl": ("comparisons against TRL", "no comparisons against TRL"),
+}
+"""Package → what it gives, what its absence costs."""
+
+
+def examine() -> list[Finding]:
+    """Looks at the machine; loads nothing heavy."""
+    return [
+        Finding("python", platform.python_version(), ""),
+        Finding("torch", torch.__version__, ""),
+        _device(),
+        *(Finding(name, version(name), "") for name in ("transformers", "accelerate", "datasets")),
+        *(_package(name) for name in OPTIONAL),
+    ]
+
+
+def _device() -> Finding:
+    if not torch.cuda.is_available():
+        cores = os.cpu_count()
+        return Finding(
+            "device", f"cpu, {cores} cores, {torch.get_num_threads()} threads", "tiny models only: no CUDA device"
+        )
+    properties = torch.cuda.get_device_properties(0)
+    bf16 = "bf16 by default" if torch.cuda.is_bf16_supported() else "no bf16: float32, slower"
+    count = torch.cuda.device_count()
+    return Finding("device", f"{count} × {properties.name}, {properties.total_memory / 2**30:.0f} GiB", bf16)
+
+
+def _package(name: str) -> Finding:
+    gives, costs = OPTIONAL[name]
+    try:
+        return Finding(name, version(name), gives)
+    except PackageNotFoundError:
+        return Finding(name, "missing", costs)

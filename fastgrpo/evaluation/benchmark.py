@@ -1,0 +1,214 @@
+"""Scores a model on multiple-choice questions about pictures (CV-Bench, SAT and their like).
+
+Accuracy is told two ways, so that learning a form is not mistaken for learning to see: over all questions, and over
+those answered in the form `<think>…</think> <answer>…</answer>`. A third figure asks the same questions about the
+wrong pictures: what is left of the accuracy then came from the words.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastgrpo.answers import answers_match, parse_answer
+from fastgrpo.checkpoint import write_aside
+from fastgrpo.data.loading import RowDataset
+from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.data.rows import Row
+from fastgrpo.reflection import is_reflective
+from fastgrpo.rewards import format_reward
+from fastgrpo.types import Completion, Engine, Prompt, RowError, SamplingParams, SkippedRow
+
+Progress = Callable[[int, int], None]
+Group = tuple[Prompt, tuple[Completion, ...]]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Figures over a set of questions; rates are fractions, None where there is nothing to divide by."""
+
+    count: int
+    accuracy: float
+    """Correct ÷ all; an answer without tags counts when it stands alone as an option."""
+    answered_rate: float
+    """Share answered in the form."""
+    answered_accuracy: float | None
+    """Correct ÷ answered in the form."""
+    chance: float
+    """Accuracy of guessing evenly among each question's options."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's score on a data set, and the responses behind it."""
+
+    total: TaskScore
+    by_task: dict[str, TaskScore]
+    mean_length: float
+    """Tokens per response."""
+    reflection_rate: float
+    """Share of responses with a reflective phrase."""
+    shuffled: TaskScore | None
+    """The same questions about pictures of other questions."""
+    pass_at_k: tuple[int, float] | None
+    """(k, share of questions that at least one of k sampled responses answers correctly in the form)."""
+    records: list[dict[str, Any]]
+    """One per question."""
+    skipped: list[SkippedRow]
+
+
+def evaluate(
+    engine: Engine,
+    builder: PromptBuilder,
+    rows: RowDataset,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 256,
+    pass_at_k: int = 0,
+    shuffles: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Asks every question once, greedily.
+
+    Args:
+        max_new_tokens: most tokens in a response.
+        batch_size: prompts built at a time.
+        pass_at_k: also sample k responses a question at temperature 1; 0 for none.
+        shuffles: times to ask all questions again about shuffled pictures; 0 for none.
+        seed: of the sampling and of the shuffles.
+        progress: called with (questions answered, questions to answer) after each batch.
+
+    Raises:
+        ValueError: no row can be used.
+    """
+    greedy = SamplingParams(max_new_tokens, temperature=0.0, seed=seed)
+    sampled = replace(greedy, temperature=1.0)
+    everything = [(index, index) for index in range(len(rows))]
+    total = len(rows) * (1 + shuffles + (pass_at_k > 0))
+    skipped: dict[int, SkippedRow] = {}
+    asked = 0
+
+    def ask(questions: Sequence[tuple[int, int]], params: SamplingParams, k: int, step: int) -> Iterator[Group]:
+        """`questions` are (row of the words, row of the pictures): built batch by batch, since pictures are large."""
+        nonlocal asked
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            prompts = []
+            for words, pictures in batch:
+                try:
+                    prompts.append(builder.build(_question(rows, words, pictures)))
+                except RowError as error:
+                    skipped[words] = SkippedRow(words, str(error))
+            yield from engine.generate(prompts, k, params, step)
+            asked += len(batch)
+            if progress is not None:
+                progress(asked, total)
+
+    records = sorted((_record(p, group[0]) for p, group in ask(everything, greedy, 1, 0)), key=lambda r: r["row_id"])
+    if not records:
+        first = skipped[min(skipped)]
+        raise ValueError(f"none of the {len(rows)} rows can be used; row {first.row_id}: {first.reason}")
+    by_task = defaultdict(list)
+    for record in records:
+        by_task[record["task"]].append(record)
+    usable = [record["row_id"] for record in records]
+    moved = [pair for i in range(shuffles) for pair in _shuffle_pictures(usable, seed + i)]
+    shuffled = [_record(prompt, group[0]) for prompt, group in ask(moved, greedy, 1, 1)]
+    hits = [
+        any(_record(prompt, completion)["answered_correct"] for completion in group)
+        for prompt, group in (ask([(i, i) for i in usable], sampled, pass_at_k, 2) if pass_at_k else ())
+    ]
+    return Evaluation(
+        total=_score(records),
+        by_task={task: _score(group) for task, group in sorted(by_task.items())},
+        mean_length=_mean([record["length"] for record in records]),
+        reflection_rate=_mean([is_reflective(record["completion"]) for record in records]),
+        shuffled=_score(shuffled) if shuffled else None,
+        pass_at_k=(pass_at_k, _mean(hits)) if hits else None,
+        records=records,
+        skipped=[skipped[index] for index in sorted(skipped)],
+    )
+
+
+def _question(rows: RowDataset, words: int, pictures: int) -> Row:
+    row = rows.convert(*rows[words])
+    return row if words == pictures else replace(row, images=rows.convert(*rows[pictures]).images)
+
+
+def _shuffle_pictures(row_ids: Sequence[int], seed: int) -> list[tuple[int, int]]:
+    """Every question with the pictures of another: one random cycle, so that none keeps its own."""
+    order = list(row_ids)
+    random.Random(seed).shuffle(order)
+    return sorted(zip(order, order[1:] + order[:1], strict=True))
+
+
+def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    solution, choices = str(prompt.columns["solution"]), prompt.columns.get("choices")
+    answer = parse_answer(completion.text)
+    answered = format_reward([prompt.text], [completion.text])[0] == 1.0
+    correct = answers_match(completion.text if answer is None else answer, solution, choices)
+    return {
+        "row_id": prompt.row_id,
+        "task": str(prompt.columns.get("task") or "all"),
+        "prompt": prompt.text,
+        "solution": solution,
+        "choices": len(choices) if choices else 0,
+        "completion": completion.text,
+        "answer": answer,
+        "answered": answered,
+        "correct": correct,
+        "answered_correct": answered and correct,
+        "length": len(completion.token_ids),
+        "thumbnail": prompt.thumbnail,
+    }
+
+
+def _score(records: Sequence[dict[str, Any]]) -> TaskScore:
+    answered = [record for record in records if record["answered"]]
+    return TaskScore(
+        count=len(records),
+        accuracy=_mean([record["correct"] for record in records]),
+        answered_rate=len(answered) / max(len(records), 1),
+        answered_accuracy=_mean([record["correct"] for record in answered]) if answered else None,
+        chance=_mean([1 / record["choices"] if record["choices"] else 0.0 for record in records]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path, name: str, *, step: int, dataset: str) -> None:
+    """Writes {name}.json (figures) and {name}.parquet (responses) into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "name": name,
+        "step": step,
+        "dataset": dataset,
+        "num_questions": evaluation.total.count,
+        "skipped": [asdict(row) for row in evaluation.skipped],
+        **asdict(evaluation.total),
+        "accuracy_by_task": {task: asdict(score) for task, score in evaluation.by_task.items()},
+        "mean_length": evaluation.mean_length,
+        "reflection_rate": evaluation.reflection_rate,
+        "pass_at_k": _pass_at_k(evaluation),
+        "answered_accuracy_shuffled_images": evaluation.shuffled.answered_accuracy if evaluation.shuffled else None,
+        "shuffled": asdict(evaluation.shuffled) if evaluation.shuffled else None,
+    }
+    table = pa.Table.from_pylist(evaluation.records)
+    write_aside(folder / f"{name}.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
+    write_aside(folder / f"{name}.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
+
+
+def _pass_at_k(evaluation: Evaluation) -> dict[str, float] | None:
+    if evaluation.pass_at_k is None:
+        return None
+    k, value = evaluation.pass_at_k
+    return {"k": k, "value": value}

@@ -1,0 +1,230 @@
+"""Loads a checkpoint in hub format: the policy, its tokenizer and its image processor."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+# Straight from its module: the top-level name is a stub in transformers 5.12 where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_flash_attn_2_available
+
+logger = logging.getLogger(__name__)
+
+VISION_TOWERS = ("visual", "vision_tower", "vision_model")
+"""Names under which model families keep their vision tower."""
+
+
+@dataclass(frozen=True)
+class Processing:
+    """What turns text and pictures into a model's inputs."""
+
+    tokenizer: Any
+    """A `PreTrainedTokenizerBase`."""
+    image_processor: Any | None
+    """A Qwen2-VL style image processor, or None for a text-only model."""
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes both in hub format beside a model's weights."""
+        self.tokenizer.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+
+
+def load_processing(
+    name_or_path: str,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
+) -> Processing:
+    """Loads tokenizer and image processor, each on its own.
+
+    The joint processor class is left out: it wants torchvision for videos. Pictures are resized by PIL on
+    every machine, so that prompts do not depend on whether torchvision is installed.
+
+    Args:
+        name_or_path: a folder or hub id.
+        min_pixels: least area of a picture after resizing, height × width in pixels; None keeps the
+            checkpoint's own bound.
+        max_pixels: largest such area.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: no such checkpoint, no tokenizer in it, or bounds that are not positive or cross.
+    """
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    pixels = {name: value for name, value in bounds.items() if value is not None}
+    for name, value in pixels.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be positive: it is an area in pixels")
+    config = _load_config(name_or_path, trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        message = f"model_name_or_path={name_or_path!r} has no usable tokenizer: {_one_line(error)}"
+        raise ValueError(message) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # What transformers returns, without a word, for a folder that holds no tokenizer files.
+        raise ValueError(f"model_name_or_path={name_or_path!r} has no usable tokenizer: its vocabulary is empty")
+    if not _takes_images(config):
+        return Processing(tokenizer, None)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(
+            name_or_path, backend="pil", trust_remote_code=trust_remote_code, **pixels
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has no usable image processor (preprocessor_config.json): "
+            f"{_one_line(error)}"
+        ) from error
+    if not hasattr(image_processor, "merge_size"):
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has a {type(image_processor).__name__}, which cuts no "
+            "patch grids: use a model with a Qwen2-VL style image processor"
+        )
+    smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+    if smallest > largest:
+        raise ValueError(f"min_pixels={smallest} exceeds max_pixels={largest}: set both")
+    return Processing(tokenizer, image_processor)
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    freeze_vision: bool = False,
+    freeze_llm: bool = False,
+    trust_remote_code: bool = False,
+    model_init_kwargs: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Loads the model to train, from safetensors files only.
+
+    Args:
+        name_or_path: a folder or hub id.
+        dtype: of the parameters; None is float32, since the optimizer's master weights stay in float32 and
+            autocast gives the compute dtype.
+        attn_implementation: attention backend; None leaves the choice to transformers. `flash_attention_2`
+            gives way to `sdpa`, with one warning, where flash-attn or a CUDA device is missing.
+        freeze_vision: freeze the vision tower, but not the merger that maps its patches into the language
+            model.
+        freeze_llm: freeze the language model, its embeddings and its head; the vision tower and its merger
+            train.
+        trust_remote_code: run code that comes with the checkpoint.
+        model_init_kwargs: further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: no such checkpoint, no safetensors weights in it, an argument given twice, an unknown
+            dtype, or nothing left to freeze or to train.
+    """
+    arguments = dict(model_init_kwargs or {})
+    if twice := sorted({"use_safetensors", "trust_remote_code"} & set(arguments)):
+        raise ValueError(f"model_init_kwargs sets {', '.join(twice)}: take it out, it is set elsewhere")
+    dtype = _merge("dtype", dtype, arguments, torch.float32)
+    attn_implementation = _merge("attn_implementation", attn_implementation, arguments, None)
+    config = _load_config(name_or_path, trust_remote_code)
+    auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
+    try:
+        model = auto_class.from_pretrained(
+            name_or_path,
+            dtype=_resolve_dtype(dtype),
+            attn_implementation=_available_attention(attn_implementation),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            **arguments,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has no usable safetensors weights: {_one_line(error)} "
+            "Other weight files are not read; convert them with `save_pretrained`."
+        ) from error
+    logger.info("attention backend: %s", model.config._attn_implementation)
+    _freeze(model, freeze_vision, freeze_llm)
+    return model
+
+
+def _load_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if Path(name_or_path).is_dir():
+            problem = "is a folder without a usable config.json"
+        else:
+            problem = "is neither a folder nor a model reachable on the hub"
+        raise ValueError(f"model_name_or_path={name_or_path!r} {problem}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _takes_images(config: PretrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def _merge(name: str, value: Any, arguments: dict[str, Any], default: Any) -> Any:
+    """The setting's value from its own argument or from `model_init_kwargs`, taken out of the latter."""
+    if name not in arguments:
+        return default if value is None else value
+    if value is not None and value != arguments[name]:
+        raise ValueError(f"{name}={value!r}, but model_init_kwargs has {arguments[name]!r}: set it once")
+    return arguments.pop(name)
+
+
+def _resolve_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if resolved != "auto" and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is unknown: use float32, bfloat16, float16 or auto")
+    return resolved
+
+
+def _available_attention(attn_implementation: str | None) -> str | None:
+    if attn_implementation != "flash_attention_2":
+        return attn_implementation
+    if not torch.cuda.is_available():
+        reason = "there is no CUDA device"
+    elif not is_flash_attn_2_available():
+        reason = "flash-attn is not installed"
+    else:
+        return attn_implementation
+    logger.warning("attn_implementation=flash_attention_2 is not available (%s): using sdpa", reason)
+    return "sdpa"
+
+
+def _freeze(model: PreTrainedModel, freeze_vision: bool, freeze_llm: bool) -> None:
+    """Switches gradients off by part: tower, language model with its head; the merger between them always
+    trains."""
+    if not freeze_vision and not freeze_llm:
+        return
+    tower, merger = _vision_parameters(model)
+    if not tower:
+        flag = "freeze_vision" if freeze_vision else "freeze_llm"
+        raise ValueError(f"{flag}=True, but {type(model).__name__} has no vision tower: leave the flag off")
+    kept = {id(parameter) for parameter in (*tower, *merger)}
+    language = [parameter for parameter in model.parameters() if id(parameter) not in kept]
+    for parameter in [*(tower if freeze_vision else []), *(language if freeze_llm else [])]:
+        parameter.requires_grad_(False)
+
+
+def _vision_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of the vision tower without its merger, and those of the merger or projector."""
+    tower, merger = [], []
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if any("merger" in part or "projector" in part for part in parts):
+            merger.append(parameter)
+        elif any(part in VISION_TOWERS for part in parts):
+            tower.append(parameter)
+    return tower, merger

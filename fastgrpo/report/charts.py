@@ -1,0 +1,212 @@
+"""The charts of the report, each with a caption that says what to look for."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fastgrpo.report.curves import time_shares
+from fastgrpo.report.plots import BEFORE, GRID, INK, MUTED, SERIES, Chart, Line, Panel, legend, panels, render
+from fastgrpo.report.run import Floats, Run
+
+_WIDE, _TALL = (5.3, 3.0), (5.3, 3.9)
+"""Inches: a chart in one of the page's two columns."""
+
+
+def accuracy_by_task(runs: Sequence[Run]) -> Chart | None:
+    """Before and after by question type, with the chance of each; over runs mean ± standard deviation."""
+    tasks = list(dict.fromkeys(task for run in runs for task in run.by_task))
+    rows: list[tuple[str, Floats, Floats, float | None]] = []
+    for task in tasks:
+        changes = [run.by_task[task] for run in runs if task in run.by_task]
+        chance = next((change.chance for change in changes if change.chance is not None), None)
+        rows.append((task, _known(c.before for c in changes), _known(c.after for c in changes), chance))
+    heads = [run.headline for run in runs]
+    chance = next((head.chance for head in heads if head.chance is not None), None)
+    rows.append(("All", _known(h.accuracy_before for h in heads), _known(h.accuracy_after for h in heads), chance))
+    rows = [row for row in rows if len(row[1]) or len(row[2])]
+    if not rows:
+        return None
+
+    def draw(figure: Figure) -> str:
+        axes = figure.subplots()
+        said = [_draw_change(axes, -i, *row) for i, row in enumerate(rows)]
+        axes.set_yticks([-i for i in range(len(rows))], [row[0] for row in rows])
+        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+            label.set_color(INK)
+            label.set_fontweight("bold" if row[0] == "All" else "normal")
+        axes.set_ylim(-len(rows) + 0.4, 0.6)
+        axes.set_xlim(-2, 102)
+        axes.grid(visible=False)
+        axes.grid(visible=True, axis="x")
+        axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("accuracy on held-out questions")
+        axes.plot([], [], "o", color=BEFORE, markersize=7, label="before")
+        axes.plot([], [], "o", color=SERIES[0], markersize=7, label="after")
+        axes.plot([], [], "|", color=SERIES[1], markersize=11, markeredgewidth=2, label="chance")
+        legend(axes)
+        return "Accuracy by question type. " + " ".join(said)
+
+    spread = " Whiskers: ± one standard deviation over runs; small dots: each run." if len(runs) > 1 else ""
+    caption = (
+        "Accuracy by question type, before and after. A blue dot right of its orange mark beats guessing; "
+        f"a grey dot left of it mostly failed to answer in the form asked for.{spread}"
+    )
+    return render("tasks", (7.6, 1.1 + 0.46 * len(rows)), draw, caption)
+
+
+def _draw_change(axes: Any, y: float, task: str, before: Floats, after: Floats, chance: float | None) -> str:
+    if len(before) and len(after):
+        axes.plot([before.mean(), after.mean()], [y, y], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
+    if chance is not None:
+        axes.plot([100 * chance], [y], "|", color=SERIES[1], markersize=14, markeredgewidth=2, zorder=2)
+    # Labels of neighbours lean away from each other.
+    close = len(before) and len(after) and abs(before.mean() - after.mean()) < 5
+    lean = 8 * (1 if after.mean() >= before.mean() else -1) if close else 0
+    for values, color, shift in ((before, BEFORE, -lean), (after, SERIES[0], lean)):
+        if len(values) > 1:
+            axes.plot(values, np.full(len(values), y + 0.2), ".", color=color, markersize=4, alpha=0.7)
+            axes.errorbar(values.mean(), y, xerr=values.std(ddof=1), color=color, capsize=3, linewidth=1.5)
+        if len(values):
+            axes.plot([values.mean()], [y], "o", color=color, markersize=8, zorder=3)
+            place = {"xytext": (shift, -13), "textcoords": "offset points", "ha": "center", "va": "center"}
+            axes.annotate(f"{values.mean():.0f}", (values.mean(), y), **place, fontsize=8.5, color=MUTED)
+    told = [f"{word} {values.mean():.1f} %" for word, values in (("before", before), ("after", after)) if len(values)]
+    if chance is not None:
+        told.append(f"chance {100 * chance:.1f} %")
+    return f"{task}: {', '.join(told)}."
+
+
+def _known(fractions: Iterable[float | None]) -> Floats:
+    """The values that were measured, in percent."""
+    return np.array([100 * value for value in fractions if value is not None])
+
+
+def reward(runs: Sequence[Run]) -> Chart | None:
+    """The total reward, and each reward function's."""
+    names = dict.fromkeys(name for run in runs for name in run.metrics.columns)
+    functions = [name for name in names if name.startswith("rewards/") and name.endswith("/mean")]
+    lines = [Line("reward", "total", INK, 2.2)]
+    for name, color in zip(functions, [*SERIES] * len(functions), strict=False):
+        lines.append(Line(name, name.removeprefix("rewards/").removesuffix("/mean"), color))
+    caption = (
+        "Mean reward of a step, in total and by function. Format saturating early while accuracy stays flat is a model "
+        "that learned to answer in the form."
+    )
+    return panels(runs, "reward", _TALL, [Panel(lines, "mean reward")], caption, "Reward")
+
+
+def response_length(runs: Sequence[Run]) -> Chart | None:
+    """Tokens of a completion, and the share cut off at the limit."""
+    length = Panel(
+        [Line("completions/mean_length", "mean", SERIES[0], 2.0)],
+        "tokens",
+        band=("completions/min_length", "completions/max_length"),
+        from_zero=True,
+        height=2.2,
+    )
+    clipped = Panel([Line("completions/clipped_ratio", "cut off", SERIES[1])], "cut off", percent=True, from_zero=True)
+    caption = (
+        "Response length, with the range from the shortest to the longest of a step; below, the share cut off at the limit. "
+        "Growth counts as reasoning only together with reflection and accuracy, and not where it ends in the limit."
+    )
+    return panels(runs, "length", _TALL, [length, clipped], caption, "Response length")
+
+
+def reflection(runs: Sequence[Run]) -> Chart | None:
+    """Share of completions with a reflective phrase."""
+    panel = Panel(
+        [Line("reflection_rate", "reflective", SERIES[3], 2.0)],
+        "of completions",
+        percent=True,
+        from_zero=True,
+    )
+    caption = (
+        "Completions that hold a reflective phrase (\u201cwait\u201d, \u201clet me check\u201d, \u2026). "
+        "A lasting rise, with accuracy, is what the literature calls the aha moment."
+    )
+    return panels(runs, "reflection", _WIDE, [panel], caption, "Reflective phrases")
+
+
+def policy_drift(runs: Sequence[Run]) -> Chart | None:
+    """KL from the reference model, and entropy."""
+    kl = Panel([Line("kl", "KL", SERIES[4])], "KL, nats", from_zero=True)
+    entropy = Panel([Line("entropy", "entropy", SERIES[2])], "entropy, nats", from_zero=True)
+    caption = (
+        "KL divergence from the starting model (logged when beta > 0) and mean token entropy. KL should rise slowly; "
+        "entropy falling to zero means exploration has ended."
+    )
+    return panels(runs, "drift", _WIDE, [kl, entropy], caption, "Policy drift")
+
+
+def health(runs: Sequence[Run]) -> list[Chart]:
+    """Small charts of what to check when a run went wrong."""
+    small = [
+        ("grad", "grad_norm", "gradient norm", "", SERIES[0], False, "Spikes here come before collapses."),
+        ("lr", "learning_rate", "learning rate", "", SERIES[2], False, "The schedule as it was applied."),
+        (
+            "nosignal",
+            "frac_reward_zero_std",
+            "no signal",
+            "of groups",
+            SERIES[1],
+            True,
+            "Groups whose rewards are all equal teach nothing.",
+        ),
+        (
+            "mismatch",
+            "sampling/sampling_logp_difference/mean",
+            "log-prob gap",
+            "nats",
+            SERIES[4],
+            False,
+            "Sampler against policy; it should stay near rounding.",
+        ),
+    ]
+    charts = [
+        panels(
+            runs, name, (3.1, 2.1), [Panel([Line(metric, label, color)], unit, percent=percent)],
+            f"{label.capitalize()}. {caption}", label.capitalize(),
+        )
+        for name, metric, label, unit, color, percent, caption in small
+    ]  # fmt: skip
+    return [chart for chart in charts if chart is not None]
+
+
+def step_time(runs: Sequence[Run]) -> Chart | None:
+    """Seconds a step took."""
+    panel = Panel([Line("step_time", "step time", SERIES[0])], "seconds", from_zero=True, cut_outliers=True)
+    caption = "Wall time of each step, cut at 2.5 times the median (warm-up, saves). A slope follows response length."
+    return panels(runs, "steptime", _WIDE, [panel], caption, "Step time")
+
+
+def time_spent(runs: Sequence[Run]) -> Chart | None:
+    """Stacked shares of the step by span."""
+    shares = time_shares(runs)
+    if shares is None:
+        return None
+    total = np.sum(list(shares.seconds.values()), axis=0)
+    fractions = {name: 100 * values / np.where(total > 0, total, 1.0) for name, values in shares.seconds.items()}
+
+    def draw(figure: Figure) -> str:
+        axes = figure.subplots()
+        bottom = np.zeros(len(total))
+        for i, (name, values) in enumerate(fractions.items()):
+            color = BEFORE if name == "other" else SERIES[i % len(SERIES)]
+            axes.stairs(bottom + values, shares.edges, baseline=bottom, fill=True, color=color, alpha=0.85, label=name)
+            bottom = bottom + values
+        axes.set_xlim(shares.edges[0], shares.edges[-1])
+        axes.set_ylim(0, 100)
+        axes.set_ylabel("of the step")
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+        legend(axes)
+        said = ", ".join(f"{name} {values.mean():.0f} %" for name, values in fractions.items())
+        return f"Share of step time by span, mean over training: {said}."
+
+    caption = "Where each step's time went. \u201cother\u201d is step time that no span covers: it should stay thin."
+    return render("timeshares", _WIDE, draw, caption)

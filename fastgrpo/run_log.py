@@ -1,0 +1,135 @@
+"""The files a run leaves step by step: metrics.jsonl and the completions, each step in them once."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastgrpo.advantages import ZERO_STD, Advantages
+from fastgrpo.checkpoint import write_aside
+from fastgrpo.reflection import is_reflective
+from fastgrpo.types import RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+KEPT_FROM_A_RUN = ("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "config.json")
+
+
+class RunLog:
+    """Appends to a run's logs. Only the main process makes one.
+
+    Args:
+        folder: the run's output folder; created when missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics_file = folder / "metrics.jsonl"
+        self.completions_folder = folder / "completions"
+
+    def start_over(self) -> None:
+        """Moves what an earlier run left in the folder into previous-N/, so that nothing is lost or mixed."""
+        old = [self.folder / name for name in KEPT_FROM_A_RUN]
+        old = [path for path in [*old, *self.folder.glob("checkpoint-*")] if path.exists()]
+        if not self.metrics_file.exists():
+            return
+        number = 1 + sum(1 for _ in self.folder.glob("previous-*"))
+        aside = self.folder / f"previous-{number}"
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+        logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
+
+    def continue_after(self, step: int) -> None:
+        """Drops what was logged after `step`: those steps will run, and be logged, again."""
+        if self.metrics_file.exists():
+            kept = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
+            write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+        for path in self.completions_folder.glob("completions_*.parquet"):
+            if int(path.stem.split("_")[1]) > step:
+                path.unlink()
+
+    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line and hands it to the operating system, so that it outlives this process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def completions(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes completions/completions_{step:05d}.parquet."""
+        if not rows:
+            return
+        self.completions_folder.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist([{"step": step, **_without_internals(row)} for row in rows])
+        write_aside(
+            self.completions_folder / f"completions_{step:05d}.parquet",
+            lambda path: pq.write_table(table, path, compression="zstd"),
+        )
+
+    def sync(self) -> None:
+        """Forces the metrics to disk: a checkpoint never knows of steps that the log lost."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("a") as file:
+                os.fsync(file.fileno())
+
+
+def completion_rows(
+    groups: Sequence[RolloutGroup],
+    reward_names: Sequence[str],
+    advantages: Advantages,
+    *,
+    thumbnails: bool,
+) -> list[dict[str, Any]]:
+    """A record per completion, for the log and for `metrics.rollout_metrics`."""
+    rows = []
+    totals, values, stds = advantages.rewards.tolist(), advantages.advantages.tolist(), advantages.group_std.tolist()
+    places = [(g, group, completion) for g, group in enumerate(groups) for completion in group.completions]
+    for n, (g, group, completion) in enumerate(places):
+        prompt = group.prompt
+        scores = [_none_if_nan(value) for value in group.rewards[completion.index].tolist()]
+        rows.append(
+            {
+                "row_id": prompt.row_id,
+                "index": completion.index,
+                "prompt": prompt.text,
+                "completion": completion.text,
+                "finish_reason": completion.finish_reason,
+                "length": len(completion.token_ids),
+                "advantage": values[n],
+                "reward": _none_if_nan(totals[n]),
+                **dict(zip(reward_names, scores, strict=True)),
+                "task": _text_or_none(prompt.columns.get("task")),
+                "solution": _text_or_none(prompt.columns.get("solution")),
+                # Once a group: eight copies would be most of the file.
+                "thumbnail": prompt.thumbnail if thumbnails and completion.index == 0 else None,
+                "zero_std": stds[g] <= ZERO_STD,
+                "reflective": is_reflective(completion.text),
+                "prompt_length": len(prompt.input_ids),
+            }
+        )
+    return rows
+
+
+def _without_internals(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("zero_std", "reflective", "prompt_length")}
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line cut off by a crash belongs to no finished step

@@ -1,0 +1,108 @@
+"""Parameters and results of the ops, shared by every implementation of them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+Surrogate = Literal["clipped", "cispo", "sapo"]
+Level = Literal["token", "sequence"]
+
+LOG_RATIO_CAP = 60.0
+"""|log ratio| beyond which a probability ratio is constant, so that float32 holds it times a capped KL."""
+
+
+class LogprobOutput(NamedTuple):
+    """What the log-prob ops return, one entry per target."""
+
+    logprobs: Tensor
+    """[N] float32: of each target under softmax(logits / temperature); 0 where the target is ignored."""
+    entropy: Tensor | None
+    """[N] float32, nats, of that softmax, with gradient; 0 where the target is ignored; None unless asked."""
+
+
+@dataclass(frozen=True)
+class LossParams:
+    """What `grpo_loss` computes per token. Aggregation (grpo, dapo, …) lives in its `weights`.
+
+    Raises:
+        ValueError: a field has a value that cannot work; the message names the field, the value and the fix.
+    """
+
+    surrogate: Surrogate = "clipped"
+    level: Level = "token"
+    """Whether each token has its own ratio, or its sequence's: exp of the masked mean log ratio (GSPO)."""
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    """clipped: the ratio is held in 1 − epsilon_low … 1 + epsilon_high; cispo: its bound is epsilon_high."""
+    delta: float | None = None
+    """clipped: bound of the ratio in the unclipped branch (two-sided clipping)."""
+    beta: float = 0.0
+    """Weight of the KL term."""
+    kl_bias_correction: bool = False
+    """Whether the KL estimate is multiplied by the ratio."""
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    """sapo: temperatures for advantages above 0, and for the others."""
+    kl_cap: float = 20.0
+    """|reference log-prob − log-prob| beyond which the KL estimate is constant: finite, without gradient."""
+
+    def __post_init__(self) -> None:
+        surrogates, levels = get_args(Surrogate), get_args(Level)
+        check_option("surrogate", self.surrogate, self.surrogate in surrogates, f"one of {', '.join(surrogates)}")
+        check_option("level", self.level, self.level in levels, " or ".join(levels))
+        for name in ("epsilon_low", "epsilon_high", "beta"):
+            value = getattr(self, name)
+            check_option(name, value, 0 <= value < math.inf, "a finite number, 0 or more")
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            value = getattr(self, name)
+            check_option(name, value, 0 < value < math.inf, "a finite number above 0")
+        check_option("delta", self.delta, self.delta is None or self.delta > 0, "None or a number above 0")
+        # exp(kl_cap + LOG_RATIO_CAP) must stay below float32's largest number, e^88.7.
+        check_option("kl_cap", self.kl_cap, 0 < self.kl_cap <= 28, "a number above 0 and at most 28")
+
+
+class LossMetrics(NamedTuple):
+    """Detached float32 scalars on the loss's device, to be reduced over micro-batches and ranks.
+
+    Sums and counts add up; minima and maxima are +inf and −inf where nothing counted. clip_* and ratio_* are
+    of the ratio the surrogate used: one value per token, or at sequence level one per sequence that holds a
+    counted token; `clip_count` is their number.
+    """
+
+    token_count: Tensor
+    sequence_count: Tensor
+    """Sequences with at least one counted token."""
+    kl_sum: Tensor
+    """Over tokens; 0 without reference log-probs. Bias-corrected when the loss's is."""
+    entropy_sum: Tensor
+    """Over tokens; 0 without entropies."""
+    clip_count: Tensor
+    clip_low_sum: Tensor
+    """Ratios below the lower bound at a negative advantage; always 0 for cispo and sapo."""
+    clip_high_sum: Tensor
+    """Ratios above the upper bound at a positive advantage; always 0 for sapo."""
+    clip_region_sum: Tensor
+    """Low or high."""
+    clip_low_seq_min: Tensor
+    """Least share of low-clipped tokens in a sequence."""
+    clip_high_seq_max: Tensor
+    """Greatest share of high-clipped tokens in a sequence."""
+    ratio_sum: Tensor
+    ratio_min: Tensor
+    ratio_max: Tensor
+
+
+class LossOutput(NamedTuple):
+    """Result of `grpo_loss`."""
+
+    loss: Tensor
+    """Scalar, differentiable with respect to log-probs and entropies."""
+    metrics: LossMetrics
+
+
+def check_option(name: str, value: object, valid: bool, wanted: str) -> None:
+    """Raises the ValueError of an option that cannot work."""
+    if not valid:
+        raise ValueError(f"{name}={value!r} is not valid: use {wanted}.")
