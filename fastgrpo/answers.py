@@ -15,7 +15,7 @@ from fractions import Fraction
 import math_verify
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_MAX_NUMBER_CHARS = 64  # a completion must not choose how long a comparison takes
+_MAX_NUMBER_CHARS = 40  # a completion must not choose how long a comparison takes
 
 # math-verify warns that its own timeouts are off. They need the main thread; bounded input needs none.
 logging.getLogger("math_verify").setLevel(logging.ERROR)

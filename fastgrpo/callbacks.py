@@ -67,6 +67,7 @@ class ProgressDisplay(TrainerCallback):
         self.console.print(
             f"step {state.global_step}/{state.max_steps}  {figures}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}",
             highlight=False,
+            soft_wrap=True,
         )
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

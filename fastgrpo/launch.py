@@ -78,7 +78,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     summary = summarise(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
     write_aside(output_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     report = write_report([output_dir])
-    console.print(f"summary: {output_dir / 'summary.json'}\nreport:  {report}", highlight=False)
+    console.print(f"summary: {output_dir / 'summary.json'}\nreport:  {report}", highlight=False, soft_wrap=True)
     return summary
 
 
@@ -131,7 +131,7 @@ def progress_lines(what: str, every_seconds: float = 5.0) -> Callable[[int, int]
         nonlocal last
         if done >= total or time.monotonic() - last > every_seconds:
             last = time.monotonic()
-            console.print(f"{what}: {done}/{total} questions", highlight=False)
+            console.print(f"{what}: {done}/{total} questions", highlight=False, soft_wrap=True)
 
     return progress
 

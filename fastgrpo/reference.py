@@ -116,12 +116,10 @@ class ReferenceEngine:
     def _generation_config(self, params: SamplingParams) -> GenerationConfig:
         # Every filter is off here and stated in `_processors`, so that the model's own defaults cannot slip in and
         # both log-probs can be read around them.
+        sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
+            **(sampled if params.temperature > 0 else {"do_sample": False}),
             max_new_tokens=params.max_new_tokens,
-            do_sample=params.temperature > 0,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
             repetition_penalty=1.0,
             eos_token_id=self.eos_ids,
             pad_token_id=self.pad_id,

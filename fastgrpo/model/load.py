@@ -132,6 +132,8 @@ def load_policy(
     arguments = dict(model_init_kwargs or {})
     if twice := sorted({"use_safetensors", "trust_remote_code"} & set(arguments)):
         raise ValueError(f"model_init_kwargs sets {', '.join(twice)}: take it out, it is set elsewhere")
+    if "torch_dtype" in arguments:  # the name before transformers 5
+        arguments.setdefault("dtype", arguments.pop("torch_dtype"))
     dtype = _merge("dtype", dtype, arguments, torch.float32)
     attn_implementation = _merge("attn_implementation", attn_implementation, arguments, None)
     config = _load_config(name_or_path, trust_remote_code)

@@ -5,12 +5,11 @@ import re
 
 from markupsafe import Markup, escape
 
-from fastgrpo.reflection import REFLECTIVE_PHRASES
+from fastgrpo.reflection import REFLECTION
 
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
 _PICTURE = re.compile(r"(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?")
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
-_REFLECTIVE = re.compile("|".join(rf"\b{re.escape(p)}\b" for p in REFLECTIVE_PHRASES), re.IGNORECASE)
 _BASE_QUESTION = re.compile(r"\nUser: (.*?)\nAssistant:", re.DOTALL)
 _CHAT_QUESTION = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -36,7 +35,7 @@ def completion_html(text: str, prompt: str = "") -> Markup:
 
 def _mark_reflections(text: str) -> Markup:
     end, parts = 0, []
-    for match in _REFLECTIVE.finditer(text):
+    for match in REFLECTION.finditer(text):
         parts += [escape(text[end : match.start()]), Markup("<mark>{}</mark>").format(match[0])]
         end = match.end()
     return Markup("").join([*parts, escape(text[end:])])
@@ -56,7 +55,3 @@ def picture_uri(thumbnail: object) -> str | None:
     kinds = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png"}
     kind = next((kind for magic, kind in kinds.items() if thumbnail.startswith(magic)), None)
     return kind and f"data:image/{kind};base64,{base64.b64encode(thumbnail).decode('ascii')}"
-
-
-def reflections_in(text: str) -> int:
-    return len(_REFLECTIVE.findall(text))

@@ -12,9 +12,10 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from fastgrpo.reflection import count_reflections
 from fastgrpo.report import charts
 from fastgrpo.report.examples import pick_held_out, pick_trajectories
-from fastgrpo.report.markup import completion_html, picture_uri, question_of, reflections_in
+from fastgrpo.report.markup import completion_html, picture_uri, question_of
 from fastgrpo.report.plots import PALETTE
 from fastgrpo.report.run import Evaluation, Headline, Run, TaskScore, flatten, read_run
 from fastgrpo.report.verdict import PERCENT, Verdict, judge_reasoning, judge_seeing, percent
@@ -108,7 +109,7 @@ def render_page(runs: Sequence[Run]) -> str:
         question=question_of,
         completion=completion_html,
         picture=picture_uri,
-        reflections=reflections_in,
+        reflections=count_reflections,
     )
     return environment.get_template("template.html.j2").render(_content(runs)).strip() + "\n"
 
@@ -284,6 +285,7 @@ def _span_rows(runs: Sequence[Run]) -> list[SpanRow]:
             if name.startswith("time/"):
                 spans.setdefault(name.removeprefix("time/"), []).extend(column[np.isfinite(column)])
     time = {name: sum(values) for name, values in spans.items() if values}
+    top_level = sum(seconds for name, seconds in time.items() if "/" not in name)
     lineages = {name: [name.rsplit("/", up)[0] for up in range(name.count("/"), -1, -1)] for name in time}
     order = sorted(time, key=lambda name: [(-time.get(part, math.inf), part) for part in lineages[name]])
     return [

@@ -219,7 +219,8 @@ def cispo_surrogate(ratio: Tensor, advantage: Tensor, logprobs: Tensor, params: 
 
 def sapo_surrogate(ratio: Tensor, advantage: Tensor, logprobs: Tensor, params: LossParams) -> Tensor:
     """−4 σ(τ (r − 1)) / τ · A with τ chosen by the advantage's sign, [T]."""
-    tau = torch.where(advantage > 0, params.sapo_temperature_pos, params.sapo_temperature_neg).to(ratio.dtype)
+    tau = torch.full_like(ratio, params.sapo_temperature_neg)
+    tau = tau.masked_fill(advantage > 0, params.sapo_temperature_pos)
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
 
 

@@ -170,6 +170,7 @@ def test_model_init_kwargs(vlm: str) -> None:
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
     assert set(kwargs) == {"dtype", "attn_implementation"}
+    assert load_policy(vlm, model_init_kwargs={"torch_dtype": "bfloat16"}).dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"dtype='float32', but model_init_kwargs has torch\.bfloat16: set it once"):
         load_policy(vlm, dtype="float32", model_init_kwargs=kwargs)
     with pytest.raises(ValueError, match="model_init_kwargs sets use_safetensors"):

@@ -1,0 +1,45 @@
+"""GRPO without the Trainer: the same engine, rewards, objective and policy in a loop of one's own.
+
+usage: python docs/minimal_loop.py MODEL SAT.parquet STEPS
+"""
+
+import sys
+
+import torch
+
+from fastgrpo.advantages import group_advantages
+from fastgrpo.config import GRPOConfig
+from fastgrpo.data.loading import load_rows
+from fastgrpo.data.prompts import PromptBuilder, PromptCollator
+from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.objective import loss_params
+from fastgrpo.reference import ReferenceEngine, ReferencePolicy
+from fastgrpo.resolve import sampling_params
+from fastgrpo.rewards import accuracy_reward, format_reward, score
+from fastgrpo.types import RolloutGroup
+from fastgrpo.update_plan import plan_updates, token_masks
+
+path, data, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+config = GRPOConfig(batch_unit="prompts", per_device_train_batch_size=4, max_completion_length=48, report_to="none")
+processing = load_processing(path)
+model = load_policy(path)
+rows = load_rows(data)
+collate = PromptCollator(rows, PromptBuilder(processing.tokenizer, processing.image_processor))
+engine = ReferenceEngine(model, processing.tokenizer)
+policy = ReferencePolicy(model, loss_params(config), micro_batch_size=32)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+
+for step in range(steps):
+    batch = collate([rows[i % len(rows)] for i in range(4 * step, 4 * step + 4)])
+    drawn = list(engine.generate(batch.prompts, config.num_generations, sampling_params(config), step))
+    rewards = score(drawn, [accuracy_reward, format_reward])
+    groups = [RolloutGroup(*group, r) for group, r in zip(drawn, rewards.split(config.num_generations), strict=True)]
+    advantages = group_advantages(rewards, config.num_generations).advantages
+    masks = token_masks(groups, config)
+    totals = {"total_sequences": len(masks), "total_tokens": sum(len(mask) for mask in masks), "world_size": 1}
+    for update in plan_updates(groups, advantages, masks, config, **totals):
+        result = policy.accumulate(update)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"step {step}: loss {result.loss:.4f} reward {rewards.sum(dim=1).mean():.3f}")
