@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> tuple[GRPOConfig, ScriptArguments]:
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
     """
-    parser = _Parser((GRPOConfig, ScriptArguments), allow_abbrev=False, prog="fastgrpo train")  # type: ignore[arg-type]
+    parser = _Parser((GRPOConfig, ScriptArguments), allow_abbrev=False, prog="fastgrpo train")
     known = sorted(option for action in parser._actions for option in action.option_strings)
     flags = _normalise(argv)
     config_files, flags = _take_config(flags)

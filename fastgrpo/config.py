@@ -138,6 +138,16 @@ class GRPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs")
 
     @property
+    def model_kwargs(self) -> dict[str, Any]:
+        """`model_init_kwargs` as parsed."""
+        return _parsed("model_init_kwargs", self.model_init_kwargs)
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as parsed."""
+        return _parsed("chat_template_kwargs", self.chat_template_kwargs)
+
+    @property
     def completions_per_micro_batch(self) -> int:
         """Completions in one forward pass of one rank."""
         per_prompt = self.num_generations if self.batch_unit == "prompts" else 1
@@ -177,7 +187,7 @@ class GRPOConfig(TrainingArguments):
             )
             kept = [name for name in reporters if name not in missing]
             has_tensorboard = find_spec("tensorboard") is not None and "tensorboard" not in kept
-            self.report_to = [*kept, *(["tensorboard"] if has_tensorboard else [])]
+            self.report_to: list[str] = [*kept, *(["tensorboard"] if has_tensorboard else [])]
 
     def _warn_ignored(self) -> None:
         named = [f.name for f in fields(self) if f.metadata.get("help") == IGNORED and getattr(self, f.name) != f.default]
@@ -229,6 +239,12 @@ class GRPOConfig(TrainingArguments):
         _check("epsilon", self.epsilon, self.epsilon >= 0, "0 or more")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
+
+
+def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(value, str):
+        raise ValueError(f"{name}={value!r} is not a JSON object: pass one such as '{{\"key\": 1}}'.")
+    return value or {}
 
 
 def _check(name: str, value: Any, valid: bool, wanted: str) -> None:

@@ -51,7 +51,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
             freeze_vision=script.freeze_vision,
             freeze_llm=script.freeze_llm,
             trust_remote_code=config.trust_remote_code,
-            model_init_kwargs=config.model_init_kwargs,
+            model_init_kwargs=config.model_kwargs,
         ),
         reward_funcs=script.reward_funcs,
         args=config,
@@ -61,7 +61,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
         ),
     )
     is_main = trainer.is_world_process_zero()
-    if is_main and not resuming:
+    if trainer.run_log is not None and not resuming:
         trainer.run_log.start_over()
     if is_main:
         write_aside(output_dir / "settings.json", lambda path: path.write_text(_settings_json(config, script)))

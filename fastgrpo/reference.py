@@ -270,6 +270,7 @@ class ReferencePolicy:
         ).to(device)
         targets = torch.cat([completion.token_ids for _, completion in batch]).to(device)
         output = logprob_from_logits(logits.flatten(0, 1)[rows], targets, temperature=self.temperature, entropy=True)
+        assert output.entropy is not None
         return output.logprobs, output.entropy
 
     @torch.no_grad()

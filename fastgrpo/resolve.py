@@ -41,7 +41,7 @@ def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTraine
     """The policy: loaded when named, wrapped in adapters when asked, dropout off when asked."""
     if isinstance(model, str):
         model = load_policy(
-            model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_init_kwargs
+            model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs
         )
     if peft_config is not None:
         model = get_peft_model(model, peft_config)

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from fastgrpo_profiling import SpanRecorder, record, span
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
@@ -99,7 +99,7 @@ class GRPOTrainer(Trainer):
             mode=self.config.prompt_mode,
             template=self.config.prompt_template,
             max_prompt_length=self.config.max_prompt_length,
-            chat_template_kwargs=self.config.chat_template_kwargs,
+            chat_template_kwargs=self.config.template_kwargs,
         )
         rows = as_rows(train_dataset, self.config.seed, name="train_dataset")
         require_a_good_row(rows, self.builder)
@@ -384,7 +384,7 @@ class GRPOTrainer(Trainer):
         figures = rollout_metrics(gather_object(records), names)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 

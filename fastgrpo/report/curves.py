@@ -1,7 +1,8 @@
 """Metrics of one or several runs lined up by step, smoothed and averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,11 +79,22 @@ class TimeShares:
     """[B] mean seconds a step by span, largest first, and "other": step time that no span covers."""
 
 
+def enclosing_spans(name: str, names: Collection[str]) -> list[str]:
+    """Those of `names` that a span lies in, outermost first: "a" and "a/b" for "a/b/c"."""
+    parts = name.split("/")
+    outer = ("/".join(parts[:i]) for i in range(1, len(parts)))
+    return [path for path in outer if path in names]
+
+
 def time_shares(runs: Sequence[Run], max_bins: int = 60) -> TimeShares | None:
-    """The top-level `time/<span>` metrics and the rest of the step; None when no span was logged."""
-    names = dict.fromkeys(name for run in runs for name in run.metrics.columns if name.startswith("time/"))
-    spans = {name.removeprefix("time/"): curve(runs, name) for name in names if name.count("/") == 1}
-    means = {name: np.nan_to_num(found.mean) for name, found in spans.items() if found is not None and name != "step"}
+    """The outermost `time/<span>` metrics and the rest of the step; None when no span was logged."""
+    logged = dict.fromkeys(name for run in runs for name in run.metrics.columns if name.startswith("time/"))
+    spans = [name.removeprefix("time/") for name in logged]
+    means = {
+        name: np.nan_to_num(found.mean)
+        for name in spans
+        if not enclosing_spans(name, spans) and (found := curve(runs, f"time/{name}")) is not None
+    }
     if not means:
         return None
     step_time = curve(runs, "step_time")
@@ -91,7 +103,8 @@ def time_shares(runs: Sequence[Run], max_bins: int = 60) -> TimeShares | None:
         means["other"] = np.maximum(np.nan_to_num(step_time.mean) - covered, 0.0)
     steps = np.unique(np.concatenate([run.metrics.steps for run in runs]))
     bins = np.array_split(np.arange(len(steps)), min(max_bins, len(steps)))
-    middles = [(steps[left[-1]] + steps[right[0]]) / 2 for left, right in zip(bins, bins[1:], strict=False)]
+    middles = [(steps[left[-1]] + steps[right[0]]) / 2 for left, right in pairwise(bins)]
     binned = {name: np.array([values[part].mean() for part in bins]) for name, values in means.items()}
     order = sorted(binned, key=lambda name: (name == "other", -binned[name].sum()))
-    return TimeShares(np.array([steps[0] - 0.5, *middles, steps[-1] + 0.5]), {name: binned[name] for name in order})
+    edges = np.array([steps[0] - 0.5, *middles, steps[-1] + 0.5])
+    return TimeShares(edges, {name: binned[name] for name in order})

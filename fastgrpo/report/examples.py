@@ -47,6 +47,7 @@ class Sample:
 class Group:
     """A prompt's completions at one step, the first few in the order they were drawn."""
 
+    row_id: int
     step: int
     prompt: str
     task: str
@@ -68,7 +69,7 @@ class Trajectory:
 
     @property
     def same_prompt(self) -> bool:
-        return self.late is None or self.early.prompt == self.late.prompt
+        return self.late is None or self.early.row_id == self.late.row_id
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Answer:
     """What the model said to a held-out question."""
 
     text: str
-    answer: str | None
+    answered: bool
+    """In the form asked for."""
     correct: bool
 
 
@@ -166,6 +168,7 @@ def _read_group(file: Path, step: int, row_id: int, samples: int) -> Group:
     rows.sort(key=lambda row: row.get("index") or 0)
     first = rows[0]
     return Group(
+        row_id=row_id,
         step=step,
         prompt=str(first.get("prompt") or ""),
         task=str(first.get("task") or ""),
@@ -233,7 +236,7 @@ def _held_out(row_id: int, tables: Mapping[str, Mapping[int, dict[str, Any]]]) -
     rows = {name: table[row_id] for name, table in tables.items()}
     any_row = next(iter(rows.values()))
     answers = {
-        name: Answer(str(row.get("completion") or ""), row.get("answer"), bool(row.get("correct")))
+        name: Answer(str(row.get("completion") or ""), bool(row.get("answered")), bool(row.get("correct")))
         for name, row in rows.items()
     }
     return HeldOut(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from fastgrpo.reflection import count_reflections
 from fastgrpo.report import charts
+from fastgrpo.report.curves import enclosing_spans
 from fastgrpo.report.examples import pick_held_out, pick_trajectories
 from fastgrpo.report.markup import completion_html, picture_uri, question_of
 from fastgrpo.report.plots import PALETTE
@@ -22,6 +24,8 @@ from fastgrpo.report.verdict import PERCENT, Verdict, judge_reasoning, judge_see
 
 _OWN_SETTINGS = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir"})
 """Settings in which runs that differ by seed alone may differ."""
+
+_SECRET = re.compile(r"(hub_token|api_key|secret|password)$")
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,10 @@ class SpanRow:
     """A line of the table of where time went."""
 
     name: str
-    median_ms: float
-    """Milliseconds of a step."""
+    depth: int
+    """How many of the spans around it are in the table too."""
+    median_s: float
+    """Of a step."""
     share: float
     """Of all step time, 0..1."""
 
@@ -129,6 +135,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": runs,
         "facts": _facts(runs),
         "spread": {name: _spread(runs, name) for name in Headline.__dataclass_fields__},
+        "pass_name": _pass_name(runs),
         "table": [] if len(runs) == 1 else _table(runs),
         "seeing": [judge_seeing(run.headline) for run in runs],
         "reasoning": [judge_reasoning(run.metrics) for run in runs],
@@ -205,6 +212,11 @@ def _spread(runs: Sequence[Run], figure: str) -> Spread:
     return Spread(tuple(float(value) for value in found if value is not None))
 
 
+def _pass_name(runs: Sequence[Run]) -> str:
+    ks = {run.headline.pass_k for run in runs if run.headline.pass_k is not None}
+    return f"pass@{ks.pop()}" if len(ks) == 1 else "pass@k"
+
+
 def _table(runs: Sequence[Run]) -> list[HeadlineRow]:
     """The headline figures, a column per run and one for mean ± standard deviation."""
     rows: list[tuple[str, str, Callable[[float | None], str]]] = [
@@ -216,7 +228,7 @@ def _table(runs: Sequence[Run]) -> list[HeadlineRow]:
         ("Answered accuracy after", "answered_accuracy_after", percent),
         ("… with shuffled pictures", "answered_accuracy_shuffled_images", percent),
         ("Chance", "chance", percent),
-        ("pass@8 before", "pass_at_8_before", percent),
+        (f"{_pass_name(runs)} before", "pass_at_k_before", percent),
         ("Response length before, tokens", "mean_length_before", format_count),
         ("Response length after, tokens", "mean_length_after", format_count),
         ("Steps", "steps", format_count),
@@ -285,17 +297,23 @@ def _span_rows(runs: Sequence[Run]) -> list[SpanRow]:
             if name.startswith("time/"):
                 spans.setdefault(name.removeprefix("time/"), []).extend(column[np.isfinite(column)])
     time = {name: sum(values) for name, values in spans.items() if values}
-    top_level = sum(seconds for name, seconds in time.items() if "/" not in name)
-    lineages = {name: [name.rsplit("/", up)[0] for up in range(name.count("/"), -1, -1)] for name in time}
-    order = sorted(time, key=lambda name: [(-time.get(part, math.inf), part) for part in lineages[name]])
-    return [
-        SpanRow(name, 1000 * statistics.median(spans[name]), time[name] / total if total else math.nan)
-        for name in order
-    ]
+    lineages = {name: [*enclosing_spans(name, time), name] for name in time}
+    order = sorted(time, key=lambda name: [(-time[part], part) for part in lineages[name]])
+    rows = []
+    for name in order:
+        *outer, _ = lineages[name]
+        label = name.removeprefix(f"{outer[-1]}/") if outer else name
+        share = time[name] / total if total else math.nan
+        rows.append(SpanRow(label, len(outer), statistics.median(spans[name]), share))
+    return rows
 
 
 def _config_rows(run: Run) -> list[tuple[str, str]]:
-    return [(key, _value(value)) for key, value in sorted(flatten(run.config).items())]
+    """Every setting; a report is passed around, so access tokens are left out."""
+    return [
+        (key, "(hidden)" if value and _SECRET.search(key) else _value(value))
+        for key, value in sorted(flatten(run.config).items())
+    ]
 
 
 def _value(value: Any) -> str:

@@ -84,7 +84,9 @@ class Headline:
     answered_accuracy_after: float | None
     answered_accuracy_shuffled_images: float | None
     chance: float | None
-    pass_at_8_before: float | None
+    pass_at_k_before: float | None
+    pass_k: int | None
+    """The k of pass@k."""
     mean_length_before: float | None
     """Tokens, in the held-out evaluation."""
     mean_length_after: float | None
@@ -159,7 +161,7 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise ValueError(f"run folder {str(path)!r} does not exist: give the folder a training run wrote")
     missing: list[str] = []
-    config = _read_json(path / "config.json", "the configuration", missing)
+    config = _read_config(path, missing)
     metrics = _read_metrics(path / "metrics.jsonl", missing)
     files = completion_files(path)
     if not files:
@@ -169,7 +171,7 @@ def read_run(path: Path) -> Run:
     if not (config or len(metrics.steps) or files or evaluations or summary):
         raise ValueError(
             f"run folder {str(path)!r} holds nothing to report on: "
-            "expected config.json, metrics.jsonl, completions/, evals/ or summary.json in it"
+            "expected settings.json, metrics.jsonl, completions/, evals/ or summary.json in it"
         )
     return Run(path, path.resolve().name, config, metrics, evaluations, summary, files, tuple(missing))
 
@@ -234,6 +236,17 @@ def _read_json(file: Path, purpose: str, missing: list[str]) -> dict[str, Any]:
         missing.append(f"{label} could not be read (not a JSON object)")
         return {}
     return content
+
+
+def _read_config(folder: Path, missing: list[str]) -> dict[str, Any]:
+    """`settings.json`; else `config.json`, unless that is the model's, which a saved model puts in the same place."""
+    unread: list[str] = []
+    config = _read_json(folder / "settings.json", "the configuration is unknown", unread)
+    if not config:
+        config = _read_json(folder / "config.json", "", [])
+        config = {} if "model_type" in config else config
+    missing += [] if config else unread
+    return config
 
 
 def _read_metrics(file: Path, missing: list[str]) -> Metrics:
@@ -330,24 +343,23 @@ def _headline(run: Run) -> Headline:
     def scored(evaluation: Evaluation | None, name: str) -> float | None:
         return None if evaluation is None else getattr(evaluation, name)
 
-    pass_at_k = before.pass_at_k if before else None
+    pass_k, pass_at_k = _pass_at_k(run)
     step_time = run.metrics.get("step_time")
     measured_wall = None if step_time is None else float(np.nansum(step_time))
     last_step = int(run.metrics.steps[-1]) if len(run.metrics.steps) else None
     return Headline(
         accuracy_before=first_known(told("accuracy_before"), scored(before, "accuracy")),
         accuracy_after=first_known(told("accuracy_after"), scored(after, "accuracy")),
-        answered_rate_before=scored(before, "answered_rate"),
-        answered_rate_after=scored(after, "answered_rate"),
+        answered_rate_before=first_known(told("answered_rate_before"), scored(before, "answered_rate")),
+        answered_rate_after=first_known(told("answered_rate_after"), scored(after, "answered_rate")),
         answered_accuracy_before=first_known(told("answered_accuracy_before"), scored(before, "answered_accuracy")),
         answered_accuracy_after=first_known(told("answered_accuracy_after"), scored(after, "answered_accuracy")),
         answered_accuracy_shuffled_images=first_known(
             told("answered_accuracy_shuffled_images"), scored(after, "answered_accuracy_shuffled_images")
         ),
         chance=first_known(told("chance"), scored(after, "chance"), scored(before, "chance")),
-        pass_at_8_before=first_known(
-            told("pass_at_8_before"), pass_at_k[1] if pass_at_k and pass_at_k[0] == 8 else None
-        ),
+        pass_at_k_before=pass_at_k,
+        pass_k=pass_k,
         mean_length_before=first_known(told("mean_length_before"), scored(before, "mean_length")),
         mean_length_after=first_known(told("mean_length_after"), scored(after, "mean_length")),
         num_questions=_integer(first_known(scored(after, "num_questions"), scored(before, "num_questions"))),
@@ -356,6 +368,15 @@ def _headline(run: Run) -> Headline:
         tokens_per_s=first_known(told("tokens_per_s"), _mean_tokens_per_s(run.metrics)),
         seed=_integer(first_known(run.summary.get("seed"), run.setting("seed"))),
     )
+
+
+def _pass_at_k(run: Run) -> tuple[int | None, float | None]:
+    """k and the untrained model's pass@k: `pass_at_<k>_before` of the summary, else what its evaluation says."""
+    for key in run.summary:
+        if (match := re.fullmatch(r"pass_at_(\d+)_before", key)) and number(run.summary[key]) is not None:
+            return int(match[1]), number(run.summary[key])
+    before = run.evaluations.get("before")
+    return (before.pass_at_k if before else None) or (None, None)
 
 
 def _mean_tokens_per_s(metrics: Metrics) -> float | None:

@@ -61,9 +61,10 @@ def metrics_line(step: int, progress: float, draws: np.random.Generator) -> dict
     accuracy = near(0.3 + 0.35 * progress, 0.05)
     form = min(1.0, max(0.0, near(0.2 + 0.8 * min(1.0, 3 * progress), 0.04)))
     length = near(90 + 160 * progress, 12)
-    spans = {"rollout": near(1.2 + 0.7 * progress, 0.05), "reward": 0.02, "update": near(0.8, 0.03)}
-    spans["rollout/decode"] = 0.8 * spans["rollout"]
-    step_time = spans["rollout"] + spans["reward"] + spans["update"] + near(0.12, 0.01) + (4.0 if step == 1 else 0.0)
+    spans = {"rollout": near(1.2 + 0.7 * progress, 0.05), "reward": 0.02}
+    spans |= {"update/forward": near(0.3, 0.02), "update/backward": near(0.5, 0.03)}
+    step_time = sum(spans.values()) + near(0.12, 0.01) + (4.0 if step == 1 else 0.0)
+    spans["rollout/generate"] = 0.8 * spans["rollout"]
     return {
         "step": step, "epoch": 2 * progress, "loss": near(0, 0.01), "grad_norm": abs(near(0.6, 0.15)),
         "learning_rate": 1e-6 * (1 - progress), "step_time": step_time, "num_tokens": 64 * 300 * step,
@@ -163,7 +164,8 @@ def write_fake_run(folder: Path, *, steps: int = 60, seed: int = 0, repeat_rows:
         "num_generations": 8, "max_completion_length": 700, "reward_funcs": ["accuracy", "format"],
         "output_dir": str(folder), "model_init_kwargs": {"dtype": "bfloat16"},
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "settings.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1):
             progress = step / steps
