@@ -111,7 +111,7 @@ def response_length(runs: Sequence[Run]) -> Chart | None:
     )
     clipped = Panel([Line("completions/clipped_ratio", "cut off", SERIES[1])], "cut off", percent=True, from_zero=True)
     caption = (
-        "Response length, with the range from the shortest to the longest of a step; below, the share cut off at the limit. "
+        "Response length, with the range from a step's shortest to its longest; below, the share cut off at the limit. "
         "Growth counts as reasoning only together with reflection and accuracy, and not where it ends in the limit."
     )
     return panels(runs, "length", _TALL, [length, clipped], caption, "Response length")

@@ -36,7 +36,7 @@ class Curve:
     def shared(self) -> NDArray[np.bool_]:
         """[S], the steps of every run that logged the metric at all: where a mean over runs has no jumps."""
         known = np.isfinite(self.values)
-        return known[known.any(1)].all(0)
+        return np.all(known[known.any(1)], axis=0, keepdims=True)[0]
 
     @property
     def smooth(self) -> "Curve":

@@ -22,7 +22,7 @@ from fastgrpo.report.plots import PALETTE
 from fastgrpo.report.run import Evaluation, Headline, Run, TaskScore, flatten, read_run
 from fastgrpo.report.verdict import PERCENT, Verdict, judge_reasoning, judge_seeing, percent
 
-_OWN_SETTINGS = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir"})
+_OWN_SETTINGS = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint"})
 """Settings in which runs that differ by seed alone may differ."""
 
 _SECRET = re.compile(r"(hub_token|api_key|secret|password)$")
@@ -66,8 +66,8 @@ class SpanRow:
     name: str
     depth: int
     """How many of the spans around it are in the table too."""
-    median_s: float
-    """Of a step."""
+    median_s: float | None
+    """Of a step; None for what no span covers."""
     share: float
     """Of all step time, 0..1."""
 
@@ -259,8 +259,8 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[st
     configs = [flatten(run.config) for run in runs if run.config]
     if len(configs) < 2:
         return {}
-    keys = [key for key in dict.fromkeys(key for config in configs for key in config)]
-    told = {key: [_value(flatten(run.config).get(key)) for run in runs] for key in keys}
+    keys = dict.fromkeys(key for config in configs for key in config)
+    told = {key: [_value(key, flatten(run.config).get(key)) for run in runs] for key in keys}
     return {
         key: values
         for key, values in told.items()
@@ -305,18 +305,20 @@ def _span_rows(runs: Sequence[Run]) -> list[SpanRow]:
         label = name.removeprefix(f"{outer[-1]}/") if outer else name
         share = time[name] / total if total else math.nan
         rows.append(SpanRow(label, len(outer), statistics.median(spans[name]), share))
+    if rows and total:
+        covered = sum(row.share for row in rows if row.depth == 0)
+        rows.append(SpanRow("other", 0, None, max(1.0 - covered, 0.0)))
     return rows
 
 
 def _config_rows(run: Run) -> list[tuple[str, str]]:
-    """Every setting; a report is passed around, so access tokens are left out."""
-    return [
-        (key, "(hidden)" if value and _SECRET.search(key) else _value(value))
-        for key, value in sorted(flatten(run.config).items())
-    ]
+    return [(key, _value(key, value)) for key, value in sorted(flatten(run.config).items())]
 
 
-def _value(value: Any) -> str:
+def _value(key: str, value: Any) -> str:
+    """A setting as text; a report is passed around, so access tokens are left out."""
+    if value and _SECRET.search(key):
+        return "(hidden)"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

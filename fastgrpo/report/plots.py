@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG whose colours are CSS variables (so they follow the theme), and curves over steps."""
+"""Matplotlib figures as inline SVG, colours as CSS variables so that they follow the theme; curves over steps."""
 
 import io
 import re
@@ -132,12 +132,12 @@ def panels(
     runs: Sequence[Run],
     name: str,
     size: tuple[float, float],
-    panels: Sequence[Panel],
+    rows: Sequence[Panel],
     caption: str,
     title: str,
 ) -> Chart | None:
     """Panels one below the other over a shared step axis; None when no run logged any of the metrics."""
-    kept = [panel for panel in panels if any(curve(runs, line.metric) for line in panel.lines)]
+    kept = [panel for panel in rows if any(curve(runs, line.metric) for line in panel.lines)]
     if not kept:
         return None
 

@@ -105,15 +105,21 @@ def token_surrogate(params: LossParams, ratio: Tensor, advantage: float, logprob
     """One token's surrogate by cases of the advantage's sign, and whether it is clipped from below, from above."""
     value = ratio.item()
     if params.surrogate == "cispo":
-        return -min(value, params.epsilon_high) * advantage * logprob, False, value > params.epsilon_high and advantage > 0
+        return (
+            -min(value, params.epsilon_high) * advantage * logprob,
+            False,
+            value > params.epsilon_high and advantage > 0,
+        )
     if params.surrogate == "sapo":
         tau = params.sapo_temperature_pos if advantage > 0 else params.sapo_temperature_neg
         return -advantage * 4 / (tau * (1 + (-tau * (ratio - 1)).exp())), False, False
     low, high = 1 - params.epsilon_low, 1 + params.epsilon_high
     bounded = ratio if params.delta is None or value <= params.delta else constant(params.delta)
     if advantage >= 0:
-        return -advantage * (bounded if bounded.item() <= high else constant(high)), False, (
-            bounded.item() > high and advantage > 0
+        return (
+            -advantage * (bounded if bounded.item() <= high else constant(high)),
+            False,
+            (bounded.item() > high and advantage > 0),
         )
     return -advantage * (bounded if bounded.item() >= low else constant(low)), bounded.item() < low, False
 
@@ -219,9 +225,7 @@ def test_kl_pulls_towards_the_reference() -> None:
     logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
     reference = torch.tensor([-2.0, -2.0])
     params = LossParams(beta=1.0)
-    output = grpo_loss(
-        logprobs, torch.zeros(1), torch.ones(2), torch.tensor([0, 2]), params, ref_logprobs=reference
-    )
+    output = grpo_loss(logprobs, torch.zeros(1), torch.ones(2), torch.tensor([0, 2]), params, ref_logprobs=reference)
     output.loss.backward()
     assert logprobs.grad[0] > 0 > logprobs.grad[1]
     assert output.metrics.kl_sum.item() == pytest.approx((math.exp(-1) + 1 - 1) + (math.e - 1 - 1), rel=1e-6)

@@ -72,8 +72,8 @@ def metrics_line(step: int, progress: float, draws: np.random.Generator) -> dict
         "frac_reward_zero_std": min(1.0, abs(near(0.1 + 0.25 * progress, 0.05))),
         "rewards/accuracy/mean": accuracy, "rewards/accuracy/std": 0.4, "rewards/format/mean": form,
         "rewards/format/std": 0.2, "entropy": near(1.6 - 0.9 * progress, 0.05), "kl": abs(near(0.05 * progress, 0.003)),
-        "completions/mean_length": length, "completions/min_length": 0.4 * length, "completions/max_length": 2.2 * length,
-        "completions/clipped_ratio": abs(near(0.08 * (1 - progress), 0.01)), "skipped_rows": step // 50,
+        "completions/mean_length": length, "completions/min_length": 0.4 * length,
+        "completions/max_length": 2.2 * length, "completions/clipped_ratio": abs(near(0.08 * (1 - progress), 0.01)), "skipped_rows": step // 50,
         "reflection_rate": min(1.0, abs(near(0.04 + 0.4 * progress**2, 0.02))),
         "sampling/sampling_logp_difference/mean": abs(near(0.003, 0.0005)),
         **{f"time/{name}": seconds for name, seconds in spans.items()},
@@ -143,7 +143,10 @@ def fake_figures(seed: int, **changed: Any) -> dict[str, Any]:
         "answered_accuracy_before": 0.4615, "answered_accuracy_after": round(0.6068 + shift, 4),
         "answered_accuracy_shuffled_images": round(0.4712 + shift / 2, 4), "chance": 0.4375, "pass_at_8_before": 0.8721,
         "accuracy_by_task": {
-            task: {"before": before, "after": round(after + float(0.02 * draws.normal()), 4), "chance": chance, "count": 650}
+            task: {
+                "before": before, "after": round(after + float(0.02 * draws.normal()), 4),
+                "chance": chance, "count": 650,
+            }
             for (task, chance), before, after in zip(
                 TASKS.items(), (0.5469, 0.2246, 0.0016, 0.3166), (0.5964, 0.6676, 0.5416, 0.5666), strict=True
             )
