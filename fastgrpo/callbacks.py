@@ -80,7 +80,7 @@ class ProgressDisplay(TrainerCallback):
             self.progress = None
 
     def print_completions(self, rows: list[dict[str, Any]]) -> None:
-        """Prints the step's first completions (`num_completions_to_print`)."""
+        """Prints a rollout's first completions (`num_completions_to_print`)."""
         for row in rows[: self.config.num_completions_to_print or 0]:
             self.console.print(Rule(f"row {row['row_id']} · reward {row['reward']} · advantage {row['advantage']:.2f}"))
             self.console.print(Text(row["prompt"], style="dim"), Text(row["completion"]))

@@ -190,7 +190,9 @@ class GRPOConfig(TrainingArguments):
             self.report_to: list[str] = [*kept, *(["tensorboard"] if has_tensorboard else [])]
 
     def _warn_ignored(self) -> None:
-        named = [f.name for f in fields(self) if f.metadata.get("help") == IGNORED and getattr(self, f.name) != f.default]
+        named = [
+            f.name for f in fields(self) if f.metadata.get("help") == IGNORED and getattr(self, f.name) != f.default
+        ]
         if named:
             logger.warning(f"Ignored, the sampler is fastgrpo's own: {', '.join(named)}.")
 

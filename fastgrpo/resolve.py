@@ -40,9 +40,7 @@ def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing
 def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTrainedModel:
     """The policy: loaded when named, wrapped in adapters when asked, dropout off when asked."""
     if isinstance(model, str):
-        model = load_policy(
-            model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs
-        )
+        model = load_policy(model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs)
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     if config.disable_dropout:

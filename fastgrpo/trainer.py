@@ -118,7 +118,8 @@ class GRPOTrainer(Trainer):
         )
         for shown_by_trainer in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown_by_trainer)
-        self.add_callback(ProgressDisplay(self.config))
+        self.display = ProgressDisplay(self.config)
+        self.add_callback(self.display)
         if reference_model is not None:
             reference_model = reference_model.to(self.accelerator.device)
         self.engine = ReferenceEngine(self.model, self.processing.tokenizer, rank=self.accelerator.process_index)
@@ -232,6 +233,7 @@ class GRPOTrainer(Trainer):
         self.step_metrics |= rollout_metrics(rows, names)
         if self.run_log and self.config.log_completions:
             self.run_log.completions(self.state.global_step + 1, rows)
+        self.display.print_completions(rows)
         self._drawn_tokens = sum(row["length"] for row in rows)
 
     def note_update(self, result: UpdateResult, spans: SpanRecorder) -> None:
@@ -262,6 +264,7 @@ class GRPOTrainer(Trainer):
             self.step_metrics, self._drawn_tokens = {}, 0
             for name, value in metrics.items():
                 self.window[name].append(value)
+            self.display.show(self.state, metrics)
             if self.run_log:
                 self.run_log.metrics(self.state.global_step, metrics)
         # A checkpoint amid a rollout would have to hold its completions: wait for the rollout's last step.

@@ -159,9 +159,7 @@ def _choice(rng: np.random.Generator, items: Sequence[str]) -> str:
     return items[int(rng.integers(len(items)))]
 
 
-def _positions(
-    rng: np.random.Generator, count: int, fits: Callable[[np.ndarray], bool] = lambda _: True
-) -> np.ndarray:
+def _positions(rng: np.random.Generator, count: int, fits: Callable[[np.ndarray], bool] = lambda _: True) -> np.ndarray:
     """[count, 2] float64 centres that keep apart and satisfy `fits`, by rejection."""
     while True:
         centres = rng.uniform(0.12, 0.88, size=(count, 2))
@@ -346,9 +344,7 @@ class SyntheticScenes:
         self.seed, self.kinds, self.image_size, self.split = seed, tuple(kinds), image_size, split
 
     def question(self, index: int) -> SceneQuestion:
-        return scene_question(
-            self.seed, index, split=self.split, kinds=self.kinds, image_size=self.image_size
-        )
+        return scene_question(self.seed, index, split=self.split, kinds=self.kinds, image_size=self.image_size)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return sat_row(self.question(index))

@@ -124,9 +124,7 @@ def build_image_processor_config() -> dict[str, Any]:
     }
 
 
-def save_model(
-    path: str | Path, model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def save_model(path: str | Path, model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     """Writes weights, configs, tokenizer and image processor settings in hub format."""
     eos = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(

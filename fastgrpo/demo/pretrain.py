@@ -83,9 +83,7 @@ def make_batch(
 ) -> Batch:
     """Appends a freshly drawn completion and a description to every prompt."""
     end = tokenizer.eos_token
-    texts = [
-        completion(e.question, rng, mixture) + end + description(e.question, rng) + end for e in examples
-    ]
+    texts = [completion(e.question, rng, mixture) + end + description(e.question, rng) + end for e in examples]
     tails = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     longest = max(len(e.input_ids) + len(tail) for e, tail in zip(examples, tails, strict=True))
     input_ids = torch.full((len(examples), longest), tokenizer.pad_token_id)
