@@ -33,9 +33,10 @@ _WORDS = [
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 ]
-# What math-verify may see: digits, + − × / and these commands, at most one power with a small exponent. Nested powers
+# What math-verify may see: digits, + − × / and these commands, at most one power and that of one digit. Large powers
 # and factorials would let a few characters compute for hours.
-_LATEX = re.compile(r"(?:[-+*/().{} 0-9%]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|[%,!;])|\^\{?-?[0-9]\}?)+")
+_POWER = r"\^(?:[0-9]|\{-?[0-9]\})(?=[-+*/)}]|\\cdot|\\times|$)"
+_LATEX = re.compile(r"(?:[-+*/().{} 0-9%]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left|right|%)|" + _POWER + ")+")
 
 
 def parse_answer(text: str) -> str | None:

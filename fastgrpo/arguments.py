@@ -64,10 +64,13 @@ def parse(argv: Sequence[str]) -> tuple[GRPOConfig, ScriptArguments]:
     known = sorted(option for action in parser._actions for option in action.option_strings)
     flags = _normalise(argv)
     config_files, flags = _take_config(flags)
+    # Ahead of the parser, which would only say of a misspelt required flag that it is missing.
+    if unknown := next((token for token in flags if token.startswith("--") and token not in known), None):
+        raise ValueError(f"unknown argument {unknown}{_nearest(unknown, known)}")
     from_files = [token for file in config_files for token in _yaml_flags(file, known)]
-    *parsed, unknown = parser.parse_args_into_dataclasses([*from_files, *flags], return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
+    *parsed, stray = parser.parse_args_into_dataclasses([*from_files, *flags], return_remaining_strings=True)
+    if stray:
+        raise ValueError(f"unknown argument {stray[0]}: settings are given as --name value")
     config, script = parsed
     return config, script
 
@@ -103,7 +106,7 @@ def _yaml_flags(file: Path, known: Sequence[str]) -> list[str]:
         settings = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ValueError(f"--config {file}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"--config {file} should map setting names to values")

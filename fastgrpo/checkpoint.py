@@ -27,10 +27,12 @@ def publish(aside: Path, final: Path) -> None:
     for path in sorted(aside.rglob("*")):
         _sync(path)
     _sync(aside)
+    replaced = aside.with_name(f"{aside.name}.replaced")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)  # removing it takes time, in which a kill would leave half of it
     aside.rename(final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -2,13 +2,18 @@
 
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import datasets
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from fastgrpo import __version__
 from fastgrpo.arguments import parse
@@ -51,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"fastgrpo: unknown command {name!r}: use {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    _quieten()
     try:
         COMMANDS[name](rest)
     except ValueError as error:
@@ -64,6 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _quieten() -> None:
+    """Switches off what libraries print that tells a user nothing. Downloads keep their bars."""
+    had_download_bars = not are_progress_bars_disabled()
+    logging.disable_progress_bar()  # of loading and writing weights; the hub's go with them
+    if had_download_bars:
+        enable_progress_bars()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    # That settings of today get another name in transformers 6.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find that out
+
+
 def _train(argv: Sequence[str]) -> None:
     run_training(*parse(argv))
 
@@ -75,17 +95,19 @@ def _eval(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("."), help="gets evals/NAME.json and .parquet")
     parser.add_argument("--name", default="eval")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--max_samples", type=_positive)
-    parser.add_argument("--max_new_tokens", type=_positive, default=1024)
-    parser.add_argument("--batch_size", type=_positive, default=64, help="questions answered at once")
+    parser.add_argument("--max_samples", type=_at_least(1))
+    parser.add_argument("--max_new_tokens", type=_at_least(1), default=1024)
+    parser.add_argument("--batch_size", type=_at_least(1), default=64, help="questions answered at once")
     parser.add_argument("--prompt_mode", choices=("base", "instruct"), default="base")
     parser.add_argument("--prompt_template", choices=("paper", "answer"), default="paper")
-    parser.add_argument("--max_pixels", type=_positive)
-    parser.add_argument("--min_pixels", type=_positive)
-    parser.add_argument("--pass_at_k", type=int, default=0)
-    parser.add_argument("--shuffles", type=int, default=0, help="ask again about shuffled pictures, so many times")
+    parser.add_argument("--max_pixels", type=_at_least(1))
+    parser.add_argument("--min_pixels", type=_at_least(1))
+    parser.add_argument("--pass_at_k", type=_at_least(0), default=0, help="also sample so many responses a question")
+    parser.add_argument(
+        "--shuffles", type=_at_least(0), default=0, help="ask again about shuffled pictures, so many times"
+    )
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_device, default=None, help="cuda where there is one, else cpu")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     require_writable(options.output_dir)
@@ -146,7 +168,7 @@ def _demo(argv: Sequence[str]) -> None:
     parser = _Parser(prog="fastgrpo demo", description="Trains a tiny Qwen2-VL on spatial questions, on a CPU.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--steps", type=_positive, default=DEMO_STEPS)
+    parser.add_argument("--steps", type=_at_least(1), default=DEMO_STEPS)
     options = parser.parse_args(argv)
     run_demo(options.output_dir, seed=options.seed, steps=options.steps)
 
@@ -159,11 +181,24 @@ def _doctor(argv: Sequence[str]) -> None:
     Console().print(table)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise ArgumentTypeError(f"{value} is not {minimum} or more")
+        return value
+
+    return parse_number
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ArgumentTypeError(f"{text!r} cannot be used here: {error}") from None
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

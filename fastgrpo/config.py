@@ -37,7 +37,15 @@ class GRPOConfig(TrainingArguments):
 
     learning_rate: float = _option(1e-6, "Peak learning rate.")
     remove_unused_columns: bool = _option(False, "Reward functions see every column, so none is removed.")
-    bf16: bool | None = _option(None, "Mixed precision in bf16; by default on where a CUDA device supports it.")
+    bf16: bool | None = field(
+        default=None,
+        # The parser lets a flag stand without a value only where the default is no None.
+        metadata={
+            "help": "Mixed precision in bf16; by default on where a CUDA device supports it.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     resume_from_checkpoint: str | None = _option(
         None, "A checkpoint folder, or `last`: the newest of output_dir, from the start where there is none."
     )
@@ -131,6 +139,7 @@ class GRPOConfig(TrainingArguments):
         super().__post_init__()
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         self._drop_missing_reporters()
+        self._drop_liger()
         self._warn_ignored()
         self._validate()
 
@@ -189,6 +198,18 @@ class GRPOConfig(TrainingArguments):
             has_tensorboard = find_spec("tensorboard") is not None and "tensorboard" not in kept
             self.report_to: list[str] = [*kept, *(["tensorboard"] if has_tensorboard else [])]
 
+    def _drop_liger(self) -> None:
+        if not self.use_liger_kernel:
+            return
+        if find_spec("liger_kernel") is None:
+            lacking = "liger-kernel is not installed"
+        elif self.use_cpu or not torch.cuda.is_available():
+            lacking = "its kernels need a CUDA device"
+        else:
+            return
+        logger.warning(f"use_liger_kernel: {lacking}; the model's own layers are used instead.")
+        self.use_liger_kernel = False
+
     def _warn_ignored(self) -> None:
         named = [
             f.name for f in fields(self) if f.metadata.get("help") == IGNORED and getattr(self, f.name) != f.default
@@ -239,6 +260,11 @@ class GRPOConfig(TrainingArguments):
         _check("num_iterations", self.num_iterations, self.num_iterations > 0, "1 or more")
         _check("beta", self.beta, self.beta >= 0, "0 or more")
         _check("epsilon", self.epsilon, self.epsilon >= 0, "0 or more")
+        for name in ("model_init_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            _check(name, value, value is None or isinstance(value, dict), 'a JSON object such as {"a": 1}')
+        if self.sync_ref_model:
+            raise ValueError("sync_ref_model=True is not supported yet: leave it off; the reference stays as loaded.")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
 

@@ -60,6 +60,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
             script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
         ),
     )
+    trainer.get_train_dataloader()  # a data set smaller than a rollout is told now, not after the first scoring
     is_main = trainer.is_world_process_zero()
     if trainer.run_log is not None and not resuming:
         trainer.run_log.start_over()

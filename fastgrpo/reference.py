@@ -7,14 +7,14 @@ paths are tested and measured against it, and it serves every model that they do
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from fastgrpo_kernels import LossOutput, LossParams, grpo_loss, logprob_from_logits
 from fastgrpo_profiling import span
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
@@ -44,7 +44,7 @@ class ReferenceEngine:
     """`Engine` over HF `generate`: a left-padded batch that holds every prompt G times.
 
     HF draws a batch from one random stream, so a completion depends on the batch it is in: the stream is seeded by
-    (run seed, step, rank) instead of by completion, which keeps runs and resumed runs equal.
+    (run seed, step, rank, first prompt) instead of by completion, which keeps runs and resumed runs equal.
     """
 
     def __init__(
@@ -68,14 +68,15 @@ class ReferenceEngine:
         """See `Engine.generate`; groups come in the order of `prompts`."""
         per_call = max(1, self.max_batch // num_generations)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(rollout_seed(params.seed, step, self.rank))
-            for start in range(0, len(prompts), per_call):
-                chunk = prompts[start : start + per_call]
+        for start in range(0, len(prompts), per_call):
+            chunk = prompts[start : start + per_call]
+            # Never around a `yield`: whoever takes the groups may draw random numbers of their own in between.
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(rollout_seed(params.seed, step, self.rank) + start)
                 completions = self._generate([p for p in chunk for _ in range(num_generations)], params)
-                for i, prompt in enumerate(chunk):
-                    group = completions[i * num_generations : (i + 1) * num_generations]
-                    yield prompt, tuple(Completion(prompt.row_id, index, *fields) for index, fields in enumerate(group))
+            for i, prompt in enumerate(chunk):
+                group = completions[i * num_generations : (i + 1) * num_generations]
+                yield prompt, tuple(Completion(prompt.row_id, index, *fields) for index, fields in enumerate(group))
 
     @torch.no_grad()
     def _generate(self, prompts: list[Prompt], params: SamplingParams) -> list[tuple[Any, ...]]:
@@ -91,13 +92,13 @@ class ReferenceEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with span("rollout/generate"):
+            with span("rollout/generate"), _own_defaults_off(self.model):
                 sequences = self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     **vision_inputs(self.model, prompts, input_ids),
                     generation_config=self._generation_config(params),
-                    logits_processor=self._processors(params, full, drawn),
+                    logits_processor=self._processors(params, full, drawn, attention_mask),
                 )
         finally:
             self.model.train(was_training)
@@ -114,8 +115,7 @@ class ReferenceEngine:
         ]
 
     def _generation_config(self, params: SamplingParams) -> GenerationConfig:
-        # Every filter is off here and stated in `_processors`, so that the model's own defaults cannot slip in and
-        # both log-probs can be read around them.
+        # Every filter is off here and stated in `_processors`, so that both log-probs can be read around them.
         sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
             **(sampled if params.temperature > 0 else {"do_sample": False}),
@@ -126,12 +126,14 @@ class ReferenceEngine:
             use_cache=True,
         )
 
-    def _processors(self, params: SamplingParams, full: LogitsProcessor, drawn: LogitsProcessor) -> LogitsProcessorList:
+    def _processors(
+        self, params: SamplingParams, full: LogitsProcessor, drawn: LogitsProcessor, prompt_mask: Tensor
+    ) -> LogitsProcessorList:
         chain: list[LogitsProcessor] = [full]
         if self.suppressed:
             chain.append(SuppressTokensLogitsProcessor(self.suppressed, device=str(self.model.device)))
         if params.repetition_penalty != 1.0:
-            chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+            chain.append(_RepetitionPenalty(params.repetition_penalty, prompt_mask))
         if params.temperature > 0:
             if params.temperature != 1.0:
                 chain.append(TemperatureLogitsWarper(float(params.temperature)))
@@ -142,6 +144,33 @@ class ReferenceEngine:
             if params.min_p > 0.0:
                 chain.append(MinPLogitsWarper(params.min_p))
         return LogitsProcessorList([*chain, drawn])
+
+
+@contextmanager
+def _own_defaults_off(model: nn.Module) -> Iterator[None]:
+    """Hides the model's own generation settings, with which HF fills every field that ours leave open."""
+    holders = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
+    own = [module.generation_config for module in holders]
+    for module in holders:
+        module.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for module, config in zip(holders, own, strict=True):
+            module.generation_config = config
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """HF's, blind to the padding before a prompt: the padding token often is the end token."""
+
+    def __init__(self, penalty: float, prompt_mask: Tensor) -> None:
+        super().__init__(float(penalty))
+        self.is_padding = prompt_mask == 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = self.is_padding.shape[1]
+        prompt = torch.where(self.is_padding, input_ids[:, width - 1 : width], input_ids[:, :width])
+        return super().__call__(torch.cat([prompt, input_ids[:, width:]], dim=1), scores)
 
 
 class _LogprobRecorder(LogitsProcessor):
@@ -201,7 +230,8 @@ class ReferencePolicy:
         """See `Policy.logprobs`."""
         pieces: list[Tensor] = []
         for batch in self._micro_batches(groups):
-            flat = self._forward(self.model, batch)[0]
+            # Not through DDP, which broadcasts buffers in forward passes: ranks may run different numbers of these.
+            flat = self._forward(_unwrap(self.model), batch)[0]
             pieces += flat.split([len(c.token_ids) for _, c in batch])
         by_group = iter(pieces)
         return [tuple(next(by_group) for _ in group.completions) for group in groups]
@@ -227,6 +257,8 @@ class ReferencePolicy:
             outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
         if not outputs:
             outputs.append(self._nothing())
+            if self.accelerator is not None and self.accelerator.num_processes > 1:
+                self._keep_company()
         return UpdateResult(
             torch.stack([output.loss.detach() for output, _ in outputs]).sum(),
             combine([output.metrics for output, _ in outputs]),
@@ -239,6 +271,13 @@ class ReferencePolicy:
         lengths = torch.zeros(1, dtype=torch.int64, device=self._device)
         params = dataclasses.replace(self.loss_params, beta=0.0)
         return grpo_loss(none, none, none, lengths, params), sampling_mismatch(none, none, none.bool())
+
+    def _keep_company(self) -> None:
+        """A backward pass of zeros: the other ranks have completions and wait for this one's gradients."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+        positions = token.expand(3, 1, 1) if _is_multimodal(self.model) else token
+        logits = self.model(input_ids=token, position_ids=positions, use_cache=False).logits
+        self._backward(logits.sum() * 0.0)
 
     def _micro_batches(self, groups: Sequence[WeightedGroup]) -> list[list[tuple[Prompt, Completion]]]:
         flat = [(group.prompt, completion) for group in groups for completion in group.completions]
@@ -279,8 +318,9 @@ class ReferencePolicy:
             return None
         if self.reference_model is not None:
             return self._forward(self.reference_model, batch)[0]
-        with _unwrap(self.model).disable_adapter():
-            return self._forward(self.model, batch)[0]
+        model = _unwrap(self.model)
+        with model.disable_adapter():
+            return self._forward(model, batch)[0]
 
     @property
     def _device(self) -> torch.device:

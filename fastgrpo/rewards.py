@@ -159,6 +159,8 @@ def score(
         "log_metric": log_metric or _ignore,
     }
     count = len(arguments["completions"])
+    if not count:  # every row of the batch was skipped
+        return torch.zeros(0, len(reward_functions))
     results = [_call(function, arguments) for function in reward_functions]
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if pending:

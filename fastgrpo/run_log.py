@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from fastgrpo.types import RolloutGroup
 
 logger = logging.getLogger(__name__)
 
-KEPT_FROM_A_RUN = ("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "config.json")
+OF_A_RUN = (
+    *("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "settings.json", "checkpoint-*"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "preprocessor_config.json"),
+    *("tokenizer*", "chat_template.jinja", "training_args.bin", "adapter_config.json"),
+)
+"""What a run leaves in its folder: logs, checkpoints, the trained model. Anything else there is the user's."""
 
 
 class RunLog:
@@ -35,14 +41,12 @@ class RunLog:
 
     def start_over(self) -> None:
         """Moves what an earlier run left in the folder into previous-N/, so that nothing is lost or mixed."""
-        old = [self.folder / name for name in KEPT_FROM_A_RUN]
-        old = [path for path in [*old, *self.folder.glob("checkpoint-*")] if path.exists()]
         if not self.metrics_file.exists():
             return
-        number = 1 + sum(1 for _ in self.folder.glob("previous-*"))
-        aside = self.folder / f"previous-{number}"
+        candidates = (self.folder / f"previous-{number}" for number in count(1))
+        aside = next(path for path in candidates if not path.exists())
         aside.mkdir()
-        for path in old:
+        for path in [path for pattern in OF_A_RUN for path in self.folder.glob(pattern)]:
             path.rename(aside / path.name)
         logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
 

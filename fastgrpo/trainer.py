@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 
-from fastgrpo.advantages import Advantages, group_advantages
+from fastgrpo.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.callbacks import ProgressDisplay
 from fastgrpo.checkpoint import ASIDE, find_checkpoint, load_state, publish, save_state
 from fastgrpo.config import GRPOConfig
@@ -42,14 +42,7 @@ from fastgrpo.resolve import (
 )
 from fastgrpo.rewards import RewardFunction, resolve_reward_functions, reward_name, score
 from fastgrpo.run_log import RunLog, completion_rows
-from fastgrpo.types import (
-    Completion,
-    Prompt,
-    PromptBatch,
-    RolloutGroup,
-    UpdateResult,
-    WeightedGroup,
-)
+from fastgrpo.types import Completion, Prompt, PromptBatch, RolloutGroup, UpdateResult, WeightedGroup
 from fastgrpo.update_plan import plan_updates, token_masks
 
 logger = logging.get_logger(__name__)
@@ -121,7 +114,8 @@ class GRPOTrainer(Trainer):
         self.display = ProgressDisplay(self.config)
         self.add_callback(self.display)
         if reference_model is not None:
-            reference_model = reference_model.to(self.accelerator.device)
+            # Placed and autocast as the policy is: the two log-probs are compared.
+            reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
         self.engine = ReferenceEngine(self.model, self.processing.tokenizer, rank=self.accelerator.process_index)
         self.policy = ReferencePolicy(
             self.model,
@@ -135,6 +129,7 @@ class GRPOTrainer(Trainer):
         self.updates: list[list[WeightedGroup]] = []
         """The optimizer steps still to take on the last rollout."""
         self.skipped_rows = 0
+        self._named_rows: set[int] = set()
         self.step_metrics: dict[str, float] = {}
         """Of the step under way."""
         self.window: dict[str, list[float]] = defaultdict(list)
@@ -183,17 +178,11 @@ class GRPOTrainer(Trainer):
         """Group-relative advantages."""
         none = torch.zeros(0, len(self.reward_functions))
         rewards = torch.cat([group.rewards for group in groups] or [none])
-        batch_std = None
-        if self.config.scale_rewards == "batch" and self.accelerator.num_processes > 1:
-            weighted = (rewards * self.reward_weights).nansum(dim=1)
-            batch_std = torch.tensor(gather_object(weighted.tolist())).std()
-        return group_advantages(
-            rewards,
-            self.config.num_generations,
-            self.reward_weights,
-            self.config.scale_rewards,
-            batch_std=batch_std,
-        )
+        size, scale, batch_std = self.config.num_generations, self.config.scale_rewards, None
+        if scale == "batch":
+            mine = group_advantages(rewards, size, self.reward_weights, "none").rewards
+            batch_std = nan_std(torch.tensor(gather_object(mine.tolist()), dtype=torch.float64))
+        return group_advantages(rewards, size, self.reward_weights, scale, batch_std=batch_std)
 
     def plan_updates(self, groups: Sequence[RolloutGroup], advantages: Advantages) -> list[list[WeightedGroup]]:
         """The optimizer steps to take on a rollout."""
@@ -226,14 +215,17 @@ class GRPOTrainer(Trainer):
         rows = completion_rows(groups, names, advantages, thumbnails=self.config.log_multimodal)
         skipped = [(row.row_id, row.reason) for row in batch.skipped]
         rows, skipped = gather_object(rows), gather_object(skipped)
-        for row_id, reason in skipped:
-            logger.warning(f"row {row_id} skipped: {reason}")
         self.skipped_rows += len(skipped)
         self.state.num_input_tokens_seen += sum(row["length"] + row["prompt_length"] for row in rows)
         self.step_metrics |= rollout_metrics(rows, names)
-        if self.run_log and self.config.log_completions:
-            self.run_log.completions(self.state.global_step + 1, rows)
-        self.display.print_completions(rows)
+        if self.run_log:
+            for row_id, reason in skipped:
+                if row_id not in self._named_rows:  # it comes again each epoch
+                    self._named_rows.add(row_id)
+                    logger.warning(f"row {row_id} skipped: {reason}")
+            self.display.print_completions(rows)
+            if self.config.log_completions:
+                self.run_log.completions(self.state.global_step + 1, rows)
         self._drawn_tokens = sum(row["length"] for row in rows)
 
     def note_update(self, result: UpdateResult, spans: SpanRecorder) -> None:
@@ -288,8 +280,8 @@ class GRPOTrainer(Trainer):
         output_dir = Path(self.config.output_dir)
         checkpoint = find_checkpoint(resume_from_checkpoint or self.config.resume_from_checkpoint, output_dir)
         state = load_state(checkpoint)
-        self.skipped_rows = state.get("skipped_rows", 0)
-        self.window.update(state.get("window", {}))
+        self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
+        self.window = defaultdict(list, state.get("window", {}))
         if self.run_log:
             if checkpoint is None and not (resume_from_checkpoint or self.config.resume_from_checkpoint):
                 self.run_log.start_over()
@@ -396,4 +388,6 @@ def _one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     args = copy.copy(config)
     args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True  # a rank without pictures leaves the vision tower out
     return args

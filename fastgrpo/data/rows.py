@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastgrpo.types import RowError
 
@@ -56,6 +56,8 @@ def decode_image(value: Any) -> Image.Image:
         image = value if isinstance(value, Image.Image) else Image.open(_source(value))
         image.load()  # `open` reads the header alone: a truncated file only shows here
         return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:  # PIL's own message holds an address in memory
+        raise RowError("image cannot be decoded: its format is unknown") from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, …
         raise RowError(f"image cannot be decoded: {type(error).__name__}: {error}") from error
 

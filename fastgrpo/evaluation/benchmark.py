@@ -86,7 +86,7 @@ def evaluate(
         progress: called with (questions answered, questions to answer) after each batch.
 
     Raises:
-        ValueError: no row can be used.
+        ValueError: no row can be used, or one has no `solution`.
     """
     greedy = SamplingParams(max_new_tokens, temperature=0.0, seed=seed)
     sampled = replace(greedy, temperature=1.0)
@@ -144,12 +144,18 @@ def _question(rows: RowDataset, words: int, pictures: int) -> Row:
 
 def _shuffle_pictures(row_ids: Sequence[int], seed: int) -> list[tuple[int, int]]:
     """Every question with the pictures of another: one random cycle, so that none keeps its own."""
+    if len(row_ids) < 2:
+        return []
     order = list(row_ids)
     random.Random(seed).shuffle(order)
     return sorted(zip(order, order[1:] + order[:1], strict=True))
 
 
 def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    if prompt.columns.get("solution") is None:
+        raise ValueError(
+            f"row {prompt.row_id} has no `solution` to score against: evaluate on data with such a column."
+        )
     solution, choices = str(prompt.columns["solution"]), prompt.columns.get("choices")
     answer = parse_answer(completion.text)
     answered = format_reward([prompt.text], [completion.text])[0] == 1.0

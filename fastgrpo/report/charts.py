@@ -86,6 +86,16 @@ def _known(fractions: Iterable[float | None]) -> Floats:
     return np.array([100 * value for value in fractions if value is not None])
 
 
+def curves(runs: Sequence[Run]) -> list[Chart]:
+    """What training did to the model, step by step; charts of what no run logged are left out."""
+    return [chart for draw in (reward, response_length, reflection, policy_drift) if (chart := draw(runs))]
+
+
+def timing(runs: Sequence[Run]) -> list[Chart]:
+    """What a step cost."""
+    return [chart for draw in (step_time, time_spent) if (chart := draw(runs))]
+
+
 def reward(runs: Sequence[Run]) -> Chart | None:
     """The total reward, and each reward function's."""
     names = dict.fromkeys(name for run in runs for name in run.metrics.columns)
@@ -169,7 +179,7 @@ def health(runs: Sequence[Run]) -> list[Chart]:
     ]
     charts = [
         panels(
-            runs, name, (3.1, 2.1), [Panel([Line(metric, label, color)], unit, percent=percent)],
+            runs, name, (3.1, 2.1), [Panel([Line(metric, label, color)], unit, percent=percent, from_zero=percent)],
             f"{label.capitalize()}. {caption}", label.capitalize(),
         )
         for name, metric, label, unit, color, percent, caption in small

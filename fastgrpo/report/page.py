@@ -128,37 +128,26 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
     trajectories = pick_trajectories(runs[shown].completion_files, notes[names[shown]])
     held_out_run = next((i for i, run in enumerate(runs) if any((run.path / "evals").glob("*.parquet"))), 0)
     held_out = pick_held_out(runs[held_out_run].path / "evals", notes[names[held_out_run]])
+    seeing = [judge_seeing(run.headline) for run in runs]
+    reasoning = [judge_reasoning(run.metrics) for run in runs]
     return {
         "palette": PALETTE,
         "title": _title(runs),
         "names": names,
-        "runs": runs,
         "facts": _facts(runs),
         "spread": {name: _spread(runs, name) for name in Headline.__dataclass_fields__},
         "pass_name": _pass_name(runs),
         "table": [] if len(runs) == 1 else _table(runs),
-        "seeing": [judge_seeing(run.headline) for run in runs],
-        "reasoning": [judge_reasoning(run.metrics) for run in runs],
-        "overall": [
-            _overall([judge_seeing(run.headline) for run in runs]),
-            _overall([judge_reasoning(run.metrics) for run in runs]),
-        ],
+        "seeing": seeing,
+        "reasoning": reasoning,
+        "overall": [_overall(seeing), _overall(reasoning)],
         "notes": {name: lines for name, lines in notes.items() if lines},
         "differences": _differences(runs, names),
         "task_chart": charts.accuracy_by_task(runs),
         "evaluations": _evaluations(runs, names),
         "task_scores": _task_scores(runs),
-        "curves": [
-            c
-            for c in (
-                charts.reward(runs),
-                charts.response_length(runs),
-                charts.reflection(runs),
-                charts.policy_drift(runs),
-            )
-            if c
-        ],
-        "time_charts": [c for c in (charts.step_time(runs), charts.time_spent(runs)) if c],
+        "curves": charts.curves(runs),
+        "time_charts": charts.timing(runs),
         "spans": _span_rows(runs),
         "health": charts.health(runs),
         "trajectories": trajectories,
@@ -176,15 +165,14 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    models = dict.fromkeys(_model(run) for run in runs)
+    models = dict.fromkeys(_short_name(run.setting("model_name_or_path") or run.setting("model")) for run in runs)
     return " · ".join(name for name in models if name) or runs[0].name
 
 
-def _model(run: Run) -> str | None:
-    """The model's name without the folders in front of a local path."""
-    name = run.setting("model_name_or_path") or run.setting("model")
+def _short_name(name: object) -> str:
+    """A model's or data set's name; of a local path the last part."""
     if not isinstance(name, str):
-        return None
+        return ""
     return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
 
 
@@ -196,7 +184,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     skipped = [np.nanmax(column) for run in runs if (column := run.metrics.get("skipped_rows")) is not None]
     facts = [
         ("runs", str(len(runs)) if len(runs) > 1 else ""),
-        ("dataset", str(runs[0].setting("dataset_name") or "")),
+        ("dataset", _short_name(runs[0].setting("dataset_name"))),
         ("steps", _spread(runs, "steps").told(format_count)),
         ("wall time", _spread(runs, "wall_s").told(format_duration)),
         ("tokens / s", _spread(runs, "tokens_per_s").told(format_count)),

@@ -146,7 +146,7 @@ def panels(
         grid = figure.subplots(len(kept), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
         said = [part for axes, panel in zip(grid[:, 0], kept, strict=True) for part in _draw_panel(axes, runs, panel)]
         grid[-1, 0].set_xlabel("optimizer step")
-        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7 if size[0] > 4 else 4))
         figure.align_ylabels()
         return f"{title} against optimizer step. " + " ".join(said)
 
@@ -176,7 +176,8 @@ def _draw_panel(axes: Any, runs: Sequence[Run], panel: Panel) -> list[str]:
     if panel.percent:
         axes.yaxis.set_major_formatter("{x:g}%")
     if panel.from_zero:
-        axes.set_ylim(bottom=0)
+        top = 1.04 * axes.get_ylim()[1]
+        axes.set_ylim(0, max(top, 1.0) if panel.percent else top)
     if len(panel.lines) > 1 or panel.band:
         legend(axes)
     return said
@@ -190,7 +191,7 @@ def _draw_line(axes: Any, found: Curve, line: Line, raw: bool) -> None:
     if raw or len(found.values) > 1:
         faint = smooth if len(found.values) > 1 else found
         for row in faint.values:
-            axes.plot(steps, row, color=line.color, linewidth=0.8, alpha=0.35)
+            axes.plot(steps, row, color=line.color, linewidth=0.8, alpha=0.35 if len(steps) < 500 else 0.2)
     if np.isfinite(std).any():
         axes.fill_between(steps, mean - std, mean + std, color=line.color, alpha=0.18, linewidth=0)
     marker = "o" if len(steps) < 3 else None
@@ -207,4 +208,7 @@ def _in_words(label: str, found: Curve, unit: str) -> str:
 
 
 def legend(axes: Any) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=4, fontsize=9)
+    """Above the axes, in as many columns as fit."""
+    longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
+    columns = min(4, max(1, 75 // (longest + 6)))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, fontsize=9)

@@ -28,50 +28,81 @@ def judge_seeing(headline: Headline) -> Verdict:
     question gets another question's picture (so it is not one of guessing from the words). A change counts when it
     exceeds two standard errors of the two proportions, taken as independent samples.
     """
-    before, after = headline.answered_accuracy_before, headline.answered_accuracy_after
-    shuffled, chance = headline.answered_accuracy_shuffled_images, headline.chance
-    if before is None or after is None:
-        when = "before" if before is None else "after"
-        return Verdict("unknown", "Not known yet", f"There is no evaluation from {when} training to compare with.")
-    rise = after - before
-    noise = _noise(before, headline.answered_rate_before, after, headline.answered_rate_after, headline.num_questions)
-    told = f"Among answered questions, accuracy went from {percent(before)} to {percent(after)}"
-    if chance is not None:
-        told += f" (chance {percent(chance)})"
-    if shuffled is None:
-        if rise <= noise:
-            return _form_only(headline, told + ", within noise", sees=False)
+    change = _answered_change(headline)
+    if isinstance(change, Verdict):
+        return change
+    after, shuffled = headline.answered_accuracy_after, headline.answered_accuracy_shuffled_images
+    assert after is not None, "a change has an end"
+    rate = headline.answered_rate_after
+    fall = None if shuffled is None else after - shuffled
+    falls = (
+        fall is not None and shuffled is not None and fall > _noise(after, rate, shuffled, rate, headline.num_questions)
+    )
+    if change.rise <= change.noise:
+        return _no_gain(headline, change, falls)
+    if shuffled is None or fall is None:
         rest = "; whether it looks at the pictures is open, since it was not evaluated with shuffled ones."
-        return Verdict("unknown", "Better answers, cause unknown", told + rest)
-    fall = after - shuffled
-    fall_noise = _noise(
-        after, headline.answered_rate_after, shuffled, headline.answered_rate_after, headline.num_questions
-    )
-    if rise < -noise:
-        return Verdict("no", "It sees less than before", told + ": training made its answers worse.")
-    if rise <= noise:
-        return _form_only(headline, told + ", within noise", sees=fall > fall_noise)
-    if fall <= fall_noise:
+        return Verdict("unknown", "Better answers, cause unknown", change.told + rest)
+    if not falls:
         rest = f" and stays at {percent(shuffled)} with shuffled pictures: the gain does not come from the pictures."
-        return Verdict("no", "It learned to answer, not to see", told + rest)
-    rest = f" and falls to {percent(shuffled)} with shuffled pictures: "
-    if fall >= 0.5 * rise:
-        return Verdict("yes", "It learned to see", told + rest + "the gain comes from looking.")
-    return Verdict(
-        "partly", "It learned to see in part", told + rest + "most of the gain survives without the picture."
-    )
+        return Verdict("no", "It learned to answer, not to see", change.told + rest)
+    told = f"{change.told} and falls to {percent(shuffled)} with shuffled pictures: "
+    if fall >= 0.5 * change.rise:
+        return Verdict("yes", "It learned to see", told + "the gain comes from looking.")
+    return Verdict("partly", "It learned to see in part", told + "most of the gain survives without the picture.")
 
 
-def _form_only(headline: Headline, told: str, sees: bool) -> Verdict:
+@dataclass(frozen=True)
+class _Change:
+    """How far accuracy among answered questions rose."""
+
+    rise: float
+    noise: float
+    told: str
+    from_guessing: bool
+    """Measured from chance, since the untrained model answered nothing."""
+
+
+def _answered_change(headline: Headline) -> _Change | Verdict:
+    """The change, or the verdict that there is none to judge."""
+    before, after, chance = headline.answered_accuracy_before, headline.answered_accuracy_after, headline.chance
+    rate_before, rate_after = headline.answered_rate_before, headline.answered_rate_after
+    if after is None:
+        return _not_known("after", rate_after)
+    if before is None and rate_before == 0 and chance is not None:
+        # A base model that never answers in the form has no answered accuracy; guessing is what to beat then.
+        told = (
+            "Before training no question was answered in the form asked for; "
+            f"accuracy among those answered after it is {percent(after)} (chance {percent(chance)})"
+        )
+        return _Change(after - chance, _noise(chance, None, after, rate_after, headline.num_questions), told, True)
+    if before is None:
+        return _not_known("before", rate_before)
+    told = f"Among answered questions, accuracy went from {percent(before)} to {percent(after)}"
+    told += "" if chance is None else f" (chance {percent(chance)})"
+    return _Change(after - before, _noise(before, rate_before, after, rate_after, headline.num_questions), told, False)
+
+
+def _not_known(when: str, answered_rate: float | None) -> Verdict:
+    lacking = f"There is no evaluation from {when} training to compare with."
+    if answered_rate == 0:
+        lacking = f"No question was answered in the form asked for {when} training, so there is nothing to compare."
+    return Verdict("unknown", "Not known" if answered_rate == 0 else "Not known yet", lacking)
+
+
+def _no_gain(headline: Headline, change: _Change, uses_pictures: bool) -> Verdict:
     """The answered accuracy did not rise; did the total?"""
+    if change.rise < -change.noise and not change.from_guessing:
+        return Verdict("no", "It sees less than before", f"{change.told}: training made its answers worse.")
+    told = change.told + (", no better than guessing" if change.from_guessing else ", within noise")
     before, after = headline.accuracy_before, headline.accuracy_after
-    already = " It does use the pictures, but did so before training." if sees else ""
+    already = " It does use the pictures, but did so before training." if uses_pictures else ""
     noise = _noise(before or 0.0, None, after or 0.0, None, headline.num_questions)
     if before is not None and after is not None and after - before > noise:
-        total = (
-            f", while total accuracy rose from {percent(before)} to {percent(after)}: it learned the form of an answer."
+        total = f", while total accuracy rose from {percent(before)} to {percent(after)}"
+        return Verdict(
+            "no", "It learned the form, not to see", f"{told}{total}: it learned the form of an answer.{already}"
         )
-        return Verdict("no", "It learned the form, not to see", told + total + already)
     return Verdict("no", "It did not learn to see", f"{told}, and total accuracy did not rise either.{already}")
 
 

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 import torch
+
 from fastgrpo.advantages import group_advantages
 
 NAN = math.nan
@@ -102,5 +103,5 @@ def test_mistakes_are_refused() -> None:
         group_advantages(column(1.0, 0.0), 2, scale_rewards="std")
     with pytest.raises(ValueError, match="3 values for 1 reward functions"):
         group_advantages(column(1.0, 0.0), 2, [1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match="3 rows.*num_generations=2"):
+    with pytest.raises(ValueError, match=r"3 rows.*num_generations=2"):
         group_advantages(column(1.0, 0.0, 1.0), 2)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo.objective import LOSS_TYPES, loss_params, sequence_weights
 from fastgrpo_kernels import LossParams
 from torch import Tensor
+
+from fastgrpo.objective import LOSS_TYPES, loss_params, sequence_weights
 
 MAX_LENGTH = 12
 MICRO = 3  # completions per micro-batch

@@ -1,6 +1,7 @@
 """Reflective phrases: found as whole phrases, in any case and spacing."""
 
 import pytest
+
 from fastgrpo.reflection import REFLECTIVE_PHRASES, count_reflections, is_reflective
 
 REFLECTIVE = [

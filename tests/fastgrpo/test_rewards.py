@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastgrpo.rewards import (
     accuracy_reward,
     answers_match,
@@ -243,6 +244,11 @@ HOSTILE = [
     "9**9**9**9",
     "(9^9)^9^9",
     "9^{999999999}",
+    "9^999999999",
+    "9^9 999999999",
+    "9^{9}{999999999}",
+    "9^9\\left999999999",
+    "9^{-9}99999999",
     "99999999!",
     "9" * 100_000,
     "1/" + "9" * 100_000,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def truth(params: LossParams, data: dict[str, Any]) -> tuple[Tensor, dict[str, f
     loss = torch.zeros((), dtype=torch.float64)
     kls, entropies, ratios, lows, highs, low_shares, high_shares = [], [], [], [], [], [], []
     offsets = data["cu_seqlens"].tolist()
-    for s, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for s, (start, end) in enumerate(pairwise(offsets)):
         tokens = [t for t in range(start, end) if data["mask"][t]]
         if not tokens:
             continue
@@ -381,9 +382,9 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
             grpo_loss(params=LossParams(), **{**data, name: data[name][:-1]})
     with pytest.raises(ValueError, match="cu_seqlens"):
         grpo_loss(params=LossParams(), **{**data, "cu_seqlens": data["cu_seqlens"][:-1]})
-    with pytest.raises(ValueError, match="cu_seqlens ends at 17"):
+    with pytest.raises(ValueError, match=r"cu_seqlens ends at 17"):
         grpo_loss(params=LossParams(), **{**data, "cu_seqlens": (data["cu_seqlens"] - 1).clamp(min=0)})
-    with pytest.raises(ValueError, match="beta=0.1 needs ref_logprobs"):
+    with pytest.raises(ValueError, match=r"beta=0\.1 needs ref_logprobs"):
         grpo_loss(params=LossParams(beta=0.1), **{**data, "ref_logprobs": None})
     with pytest.raises(ValueError, match="entropy_weights needs entropy"):
         grpo_loss(params=LossParams(), **{**data, "entropy": None})

@@ -1,0 +1,59 @@
+"""Curves over several runs: alignment, mean and spread, time shares."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastgrpo.report.curves import curve, enclosing_spans, rolling_mean, time_shares
+from fastgrpo.report.run import Metrics, Run
+
+
+def run(steps: list[int], **columns: list[float]) -> Run:
+    named = {name.replace("__", "/"): np.array(values, dtype=float) for name, values in columns.items()}
+    return Run(Path("."), "run", {}, Metrics(np.array(steps), named), {}, {}, {})
+
+
+def test_runs_are_lined_up_by_step() -> None:
+    found = curve([run([1, 2, 3], reward=[1, 2, 3]), run([2, 3, 4], reward=[4, np.nan, 9])], "reward")
+    assert found is not None
+    assert found.steps.tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(found.mean, [1, 3, 3, 9])
+    np.testing.assert_allclose(found.std, [np.nan, np.std([2, 4], ddof=1), np.nan, np.nan])
+    assert found.shared.tolist() == [False, True, False, False]
+    assert curve([run([1], kl=[np.nan])], "kl") is None
+
+
+def test_a_run_without_the_metric_does_not_count() -> None:
+    found = curve([run([1, 2], kl=[1, 2]), run([1, 2], reward=[0, 0])], "kl")
+    assert found is not None
+    np.testing.assert_allclose(found.mean, [1, 2])
+    assert found.shared.all()
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 5])
+def test_rolling_mean(window: int) -> None:
+    values = np.array([1.0, np.nan, 3.0, 7.0, 2.0, 2.0])
+    left, right = window // 2, window - window // 2 - 1
+    windows = [values[max(0, i - left) : i + right + 1] for i in range(6)]
+    expected = [np.nan if np.isnan(part).all() else np.nanmean(part) for part in windows]
+    expected[1] = np.nan
+    np.testing.assert_allclose(rolling_mean(values, window), expected)
+
+
+def test_time_shares_count_no_span_twice() -> None:
+    logged = run(
+        [1, 2], step_time=[4, 6], time__rollout=[2, 2], time__rollout__generate=[1, 1], time__update__forward=[1, 2]
+    )
+    shares = time_shares([logged])
+    assert shares is not None
+    assert list(shares.seconds) == ["rollout", "update/forward", "other"]
+    np.testing.assert_allclose(shares.seconds["other"], [1, 2])
+    np.testing.assert_allclose(shares.edges, [0.5, 1.5, 2.5])
+    assert time_shares([run([1], step_time=[1])]) is None
+
+
+def test_enclosing_spans() -> None:
+    names = ["a", "a/b/c", "a/b/c/d", "ab"]
+    assert enclosing_spans("a/b/c/d", names) == ["a", "a/b/c"]
+    assert enclosing_spans("ab", names) == []

@@ -1,0 +1,199 @@
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgrpo import config as config_module
+from fastgrpo.config import GRPOConfig
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    def build(**settings: Any) -> GRPOConfig:
+        return GRPOConfig(**{"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", **settings})
+
+    return build
+
+
+def without_packages(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    def find(name: str) -> Any:
+        return None if name in missing else importlib.util.find_spec(name)
+
+    monkeypatch.setattr(config_module, "find_spec", find)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("fastgrpo")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "micro_batch", "prompts", "slices", "updates"),
+    [
+        # 16 completions a step, 8 a group
+        ({"per_device_train_batch_size": 16}, 16, 2, 1, 1),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}, 4, 2, 1, 1),
+        # the published run on one device: 2 prompts × 8
+        (
+            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "batch_unit": "prompts"},
+            8, 2, 1, 1,
+        ),
+        # one rollout feeds two optimizer steps, then is used again
+        (
+            {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 4},
+            8, 4, 2, 2,
+        ),
+        (
+            {
+                "per_device_train_batch_size": 8,
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 4,
+                "num_iterations": 3,
+            },
+            8, 4, 2, 6,
+        ),
+        ({"per_device_train_batch_size": 8, "generation_batch_size": 32}, 8, 4, 4, 4),
+        (
+            {"per_device_train_batch_size": 3, "batch_unit": "prompts", "num_generations": 4, "num_iterations": 2},
+            12, 3, 1, 2,
+        ),
+        (
+            {
+                "per_device_train_batch_size": 1,
+                "batch_unit": "prompts",
+                "num_generations": 4,
+                "generation_batch_size": 16,
+                "gradient_accumulation_steps": 2,
+            },
+            4, 4, 2, 2,
+        ),
+    ],
+)  # fmt: skip
+def test_batch_arithmetic(
+    make: Any, settings: dict[str, Any], micro_batch: int, prompts: int, slices: int, updates: int
+) -> None:
+    config = make(**settings)
+    assert config.completions_per_micro_batch == micro_batch
+    assert config.prompts_per_rollout == prompts
+    assert config.slices_per_rollout == slices
+    assert config.updates_per_rollout == updates
+    # a rollout is used up exactly: completions drawn = completions trained on in one pass
+    drawn = prompts * config.num_generations
+    assert drawn == slices * config.gradient_accumulation_steps * micro_batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, "num_generations=1: a group needs at least 2"),
+        ({"num_generations": 5}, r"num_generations=5 does not divide.*--batch_unit prompts"),
+        ({"per_device_train_batch_size": 4, "generation_batch_size": 4}, "num_generations=8 does not divide"),
+        (
+            {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "steps_per_generation=3 is not a multiple of gradient_accumulation_steps=2",
+        ),
+        # 2 groups cannot feed 4 optimizer steps
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 4}, "cannot be shared evenly by 4"),
+        ({"loss_type": "ppo"}, "loss_type='ppo'.*grpo, bnpo, dr_grpo, dapo"),
+        ({"scale_rewards": "std"}, "scale_rewards='std'"),
+        ({"batch_unit": "rows"}, "batch_unit='rows'"),
+        ({"prompt_mode": "chat"}, "prompt_mode='chat'"),
+        ({"temperature": 0.0}, r"temperature=0\.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"max_completion_length": 0}, "max_completion_length=0"),
+        ({"num_iterations": 0}, "num_iterations=0"),
+        ({"beta": -0.1}, "beta=-0.1"),
+        ({"epsilon": -0.1}, "epsilon=-0.1"),
+        ({"sync_ref_model": True}, "sync_ref_model=True is not supported yet"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"model_init_kwargs": "abc"}, "model_init_kwargs='abc'.*JSON object"),
+        ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs=.*JSON object"),
+    ],
+)
+def test_settings_that_cannot_work(make: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+
+
+def test_defaults_are_those_of_trl(make: Any) -> None:
+    config = make()
+    assert (config.num_generations, config.max_completion_length, config.loss_type) == (8, 512, "dapo")
+    assert (config.beta, config.epsilon, config.epsilon_high, config.delta) == (0.0, 0.2, None, None)
+    assert (config.temperature, config.top_p, config.top_k, config.min_p) == (1.0, 1.0, 0, None)
+    assert (config.learning_rate, config.num_iterations, config.scale_rewards) == (1e-6, 1, "group")
+    assert config.remove_unused_columns is False
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, "group"), (False, "none"), ("True", "group"), ("batch", "batch")])
+def test_scale_rewards_takes_booleans(make: Any, given: Any, kept: str) -> None:
+    assert make(scale_rewards=given).scale_rewards == kept
+
+
+def test_bf16_is_off_by_default_on_a_cpu(make: Any) -> None:
+    assert make().bf16 is False
+    assert make(bf16=True).bf16 is True
+
+
+def test_model_init_kwargs_are_read_from_json(make: Any) -> None:
+    assert make(model_init_kwargs='{"torch_dtype": "bfloat16"}').model_init_kwargs == {"torch_dtype": "bfloat16"}
+
+
+def test_missing_wandb_gives_one_warning_and_tensorboard(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_packages(monkeypatch, "wandb")
+    config = make(report_to="wandb")
+    assert config.report_to == ["tensorboard"]
+    assert len(warnings_of(caplog)) == 1
+    assert "wandb not installed" in caplog.text
+
+
+def test_missing_reporters_leave_the_others(
+    make: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_packages(monkeypatch, "wandb", "mlflow", "tensorboard")
+    assert make(report_to=["wandb", "mlflow"]).report_to == []
+    assert [message.count("not installed") for message in warnings_of(caplog)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("missing", "cuda", "use_cpu", "kept"),
+    [
+        (["liger_kernel"], True, False, False),
+        ([], False, False, False),
+        ([], True, True, False),
+        ([], True, False, True),
+    ],
+)
+def test_liger_needs_its_package_and_a_cuda_device(
+    make: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    missing: list[str],
+    cuda: bool,
+    use_cpu: bool,
+    kept: bool,
+) -> None:
+    config = make()
+    without_packages(monkeypatch, *missing)
+    if not missing:  # found, whether or not this machine has it
+        monkeypatch.setattr(config_module, "find_spec", lambda name: object())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    config.use_liger_kernel, config.use_cpu = True, use_cpu
+    config._drop_liger()
+    assert config.use_liger_kernel is kept
+    assert len(warnings_of(caplog)) == (not kept)
+
+
+def test_liger_on_a_cpu_gives_one_warning(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert make(use_liger_kernel=True).use_liger_kernel is False
+    assert [message.startswith("use_liger_kernel") for message in warnings_of(caplog)] == [True]
+
+
+def test_trl_settings_without_meaning_are_named_in_one_warning(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        make(use_vllm=True, vllm_gpu_memory_utilization=0.5, vllm_mode="colocate")
+    [warning] = warnings_of(caplog)
+    assert warning.endswith("use_vllm, vllm_gpu_memory_utilization.")
