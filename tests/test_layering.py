@@ -16,7 +16,7 @@ LAYERS = [
     ["fastgrpo_kernels", "fastgrpo_profiling"],
     ["fastgrpo.config"],
     ["fastgrpo.types"],
-    ["fastgrpo.data", "fastgrpo.rewards", "fastgrpo.reflection", "fastgrpo.advantages", "fastgrpo.objective"],
+    ["fastgrpo.data", "fastgrpo.answers", "fastgrpo.rewards", "fastgrpo.reflection", "fastgrpo.advantages", "fastgrpo.objective"],
     ["fastgrpo.metrics", "fastgrpo.update_plan", "fastgrpo.checkpoint", "fastgrpo.run_log", "fastgrpo.callbacks"],
     ["fastgrpo.model"],
     ["fastgrpo.reference", "fastgrpo.resolve"],
