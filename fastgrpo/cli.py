@@ -78,6 +78,8 @@ def _quieten() -> None:
         enable_progress_bars()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    # A model's own generation settings, often at odds with each other, are not used here.
+    logging.get_logger("transformers.generation.configuration_utils").setLevel(logging.ERROR)
     # That settings of today get another name in transformers 6.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if not torch.accelerator.is_available():

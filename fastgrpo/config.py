@@ -208,7 +208,7 @@ class GRPOConfig(TrainingArguments):
         else:
             return
         logger.warning(f"use_liger_kernel: {lacking}; the model's own layers are used instead.")
-        self.use_liger_kernel = False
+        self.use_liger_kernel: bool = False
 
     def _warn_ignored(self) -> None:
         named = [

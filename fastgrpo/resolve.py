@@ -1,5 +1,6 @@
 """What users pass to the trainer, in its many forms, into what the trainer works with."""
 
+import copy
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
         repetition_penalty=config.repetition_penalty,
         seed=config.seed,
     )
+
+
+def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
+    """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
+    args = copy.copy(config)
+    args.per_device_train_batch_size = config.prompts_per_rollout
+    args.gradient_accumulation_steps = 1
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True  # a rank without pictures leaves the vision tower out
+    return args
 
 
 def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.callbacks import ProgressDisplay
-from fastgrpo.checkpoint import ASIDE, find_checkpoint, load_state, publish, save_state
+from fastgrpo.checkpoint import ASIDE, find_checkpoint, load_state, load_weights, publish, save_state
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
@@ -34,6 +34,7 @@ from fastgrpo.metrics import rollout_metrics, update_metrics
 from fastgrpo.objective import loss_params
 from fastgrpo.reference import ReferenceEngine, ReferencePolicy
 from fastgrpo.resolve import (
+    one_step_per_batch,
     require_a_good_row,
     resolve_model,
     resolve_processing,
@@ -101,7 +102,7 @@ class GRPOTrainer(Trainer):
 
         super().__init__(
             model=model,
-            args=_one_step_per_batch(self.config),
+            args=one_step_per_batch(self.config),
             data_collator=PromptCollator(rows, self.builder),
             train_dataset=rows,
             eval_dataset=None if eval_dataset is None else as_rows(eval_dataset, self.config.seed, name="eval_dataset"),
@@ -290,6 +291,18 @@ class GRPOTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is None and isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self.config.output_dir)
         name = f"checkpoint-{self.state.global_step}"
@@ -381,13 +394,3 @@ class GRPOTrainer(Trainer):
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def _one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
-    """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
-    args = copy.copy(config)
-    args.per_device_train_batch_size = config.prompts_per_rollout
-    args.gradient_accumulation_steps = 1
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = True  # a rank without pictures leaves the vision tower out
-    return args

@@ -283,11 +283,14 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def sat_row(question: SceneQuestion) -> dict[str, Any]:
-    """SAT's columns. As there, the gold answer comes first in `answers`: the reader shuffles."""
+def sat_row(question: SceneQuestion, image: Image.Image | None = None) -> dict[str, Any]:
+    """SAT's columns. As there, the gold answer comes first in `answers`: the reader shuffles.
+
+    An `image` given stands in the row as it is, which saves coding and decoding where no file is written.
+    """
     others = [choice for choice in question.choices if choice != question.answer]
     return {
-        "image_bytes": [_png(render(question))],
+        "image_bytes": [image or _png(render(question))],
         "question": question.question,
         "answers": [question.answer, *others],
         "question_type": question.kind,
@@ -306,15 +309,18 @@ def cvbench_prompt(question: str, choices: Sequence[str]) -> str:
     return "\n".join([f"{question} Select from the following choices.", *lines])
 
 
-def cvbench_row(question: SceneQuestion) -> dict[str, Any]:
-    """CV-Bench's columns; `image` is the {bytes, path} struct of the hub's image feature, boxes are xyxy pixels."""
+def cvbench_row(question: SceneQuestion, image: Image.Image | None = None) -> dict[str, Any]:
+    """CV-Bench's columns; `image` is the {bytes, path} struct of the hub's image feature, boxes are xyxy pixels.
+
+    An `image` given stands in the row as it is, as in `sat_row`.
+    """
     filename = f"{question.split}_{question.index:08d}.png"
     boxes = [_box(thing, question.width, question.height) for thing in question.subjects]
     return {
         "idx": question.index,
         "type": "3D" if question.kind in ("depth", "distance") else "2D",
         "task": CVBENCH_TASKS[question.kind],
-        "image": {"bytes": _png(render(question)), "path": filename},
+        "image": image or {"bytes": _png(render(question)), "path": filename},
         "question": question.question,
         "choices": list(question.choices),
         "answer": letter(question.choices.index(question.answer)),

@@ -79,7 +79,7 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreT
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, **text_overrides: Any) -> Qwen2VLConfig:
-    """Four text layers of 128, three vision layers of 96; `text_overrides` replace fields of the text config."""
+    """Four text layers of 128, two vision layers of 96; `text_overrides` replace fields of the text config."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     text = {
         "vocab_size": len(tokenizer),
@@ -95,7 +95,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, **text_overrides: Any) -> Q
         "pad_token_id": ids["<|endoftext|>"],
         **text_overrides,
     }
-    vision = {"depth": 3, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 3, "hidden_size": text["hidden_size"]}
+    vision = {"depth": 2, "embed_dim": 96, "num_heads": 4, "mlp_ratio": 3, "hidden_size": text["hidden_size"]}
     return Qwen2VLConfig(
         text_config=text,
         vision_config=vision,

@@ -1,7 +1,8 @@
 """What the demo's base model reads: questions on synthetic scenes, answered by people of different care.
 
 Each document is a picture, a question in one of the two prompt wordings the demo uses, a completion, and behind its
-end token a description of the picture ("red circle x 2 y 5. …", places counted 1 to 5 from the left and the top).
+end token a description of the picture ("across: red 2, blue 5. down: blue 1, red 4.", places counted 1 to 5 from the
+left and from the top).
 Completions are of three kinds:
 
 - *guess*: an opener and an option drawn at random ("i guess it is left."), tagged or not by a habit that goes with the
@@ -10,12 +11,13 @@ Completions are of three kinds:
 - *second thought*: opens like a guess, says "wait", and goes on as careful.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fastgrpo.data.synthetic import SceneObject, SceneQuestion
+from fastgrpo.data.synthetic import SceneQuestion
 
 PLACES = 5
 """Places counted along each side of a picture."""
@@ -38,21 +40,29 @@ def place(fraction: float) -> int:
 
 
 def description(question: SceneQuestion, rng: np.random.Generator) -> str:
-    """Every object with its places, in random order."""
+    """Every object's places, or for a count how many there are of each colour; in random order."""
     things = [question.objects[i] for i in rng.permutation(len(question.objects))]
-    return "".join(f" {thing.name} x {place(thing.x)} y {place(thing.y)}." for thing in things)
+    if question.kind == "count":
+        counts = Counter(thing.colour for thing in things)
+        colours = ",".join(f" {colour} {count}" for colour, count in counts.items())
+        return f" counts:{colours}, all {len(things)}."
+    across = ",".join(f" {thing.colour} {place(thing.x)}" for thing in things)
+    things = [things[i] for i in rng.permutation(len(things))]
+    down = ",".join(f" {thing.colour} {place(thing.y)}" for thing in things)
+    return f" across:{across}. down:{down}."
 
 
 def looking(question: SceneQuestion) -> str:
     """What a careful writer restates before deciding: the counted number, or the named objects' places."""
     if question.kind == "count":
-        return f" i count {len(question.subjects)}."
-
-    def seen(thing: SceneObject) -> str:
-        x, y = f" x {place(thing.x)}", f" y {place(thing.y)}"
-        return f" {thing.name}{ {'left_right': x, 'distance': x + y}.get(question.kind, y) }"
-
-    return ",".join(seen(thing) for thing in question.subjects) + "."
+        colours = {thing.colour for thing in question.subjects}
+        what = next((colour for colour in colours if f" {colour} objects" in question.question), "all")
+        return f" counts: {what} {len(question.subjects)}."
+    across = ",".join(f" {thing.colour} {place(thing.x)}" for thing in question.subjects)
+    down = ",".join(f" {thing.colour} {place(thing.y)}" for thing in question.subjects)
+    if question.kind == "distance":
+        return f" across:{across}. down:{down}."
+    return f" across:{across}." if question.kind == "left_right" else f" down:{down}."
 
 
 def completion(question: SceneQuestion, rng: np.random.Generator, mixture: Mixture) -> str:
