@@ -46,6 +46,19 @@ class ScriptArguments:
         default=1, metadata={"help": "Times to ask all questions about shuffled pictures after training."}
     )
 
+    def __post_init__(self) -> None:
+        least = {
+            "max_samples": 1,
+            "eval_max_samples": 1,
+            "eval_max_new_tokens": 1,
+            "eval_pass_at_k": 0,
+            "eval_shuffles": 0,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"{name}={value} is not valid: use {bound} or more.")
+
 
 class _Parser(HfArgumentParser):
     """Says a mistake in one line instead of printing 300 flags."""

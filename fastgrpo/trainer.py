@@ -142,9 +142,7 @@ class GRPOTrainer(Trainer):
 
     # The GRPO step
 
-    def training_step(
-        self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Any = None) -> Tensor:
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
         self._step_start = time.perf_counter()
         self.policy.model = model
@@ -161,10 +159,8 @@ class GRPOTrainer(Trainer):
     def generate(self, batch: PromptBatch) -> list[tuple[Prompt, tuple[Completion, ...]]]:
         """G completions for each prompt, in the batch's order."""
         with span("rollout"):
-            params = sampling_params(self.config)
-            groups = self.engine.generate(
-                batch.prompts, self.config.num_generations, params, step=self.state.global_step
-            )
+            size, params = self.config.num_generations, sampling_params(self.config)
+            groups = self.engine.generate(batch.prompts, size, params, step=self.state.global_step)
             order = {prompt.row_id: i for i, prompt in enumerate(batch.prompts)}
             return sorted(groups, key=lambda group: order[group[0].row_id])
 
@@ -278,18 +274,24 @@ class GRPOTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains; `resume_from_checkpoint` (or the setting of that name) continues the same run, logs included."""
-        output_dir = Path(self.config.output_dir)
-        checkpoint = find_checkpoint(resume_from_checkpoint or self.config.resume_from_checkpoint, output_dir)
+        resume = resume_from_checkpoint or self.config.resume_from_checkpoint
+        checkpoint = find_checkpoint(resume, Path(self.config.output_dir))
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
         self.window = defaultdict(list, state.get("window", {}))
-        if self.run_log:
-            if checkpoint is None and not (resume_from_checkpoint or self.config.resume_from_checkpoint):
-                self.run_log.start_over()
-            else:
-                self.run_log.continue_after(state.get("step", 0))
+        if self.run_log and not resume:
+            self.run_log.start_over()
+        elif self.run_log:
+            self.run_log.continue_after(state.get("step", 0))
         self.accelerator.wait_for_everyone()
-        return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+        finally:
+            self.display.close()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if model is None and isinstance(self.model, PreTrainedModel):
@@ -326,6 +328,7 @@ class GRPOTrainer(Trainer):
             if self.run_log:
                 self.run_log.sync()
             publish(aside, output_dir / name)
+            shutil.rmtree(output_dir / ASIDE)
             rotate_checkpoints(
                 str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
             )

@@ -8,6 +8,7 @@ question's words, colours or options tells the answer: without the right picture
 """
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -266,15 +267,19 @@ def render(question: SceneQuestion) -> Image.Image:
 
 
 def _draw_object(draw: ImageDraw.ImageDraw, thing: SceneObject, width: int, height: int) -> None:
-    x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
+    left, top, right, bottom = box = _box(thing, width, height)
     fill, outline = COLOURS[thing.colour], (15, 15, 15)
-    box = (x - radius, y - radius, x + radius, y + radius)
     if thing.shape == "circle":
         draw.ellipse(box, fill=fill, outline=outline)
     elif thing.shape == "square":
         draw.rectangle(box, fill=fill, outline=outline)
     else:
-        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill, outline=outline)
+        draw.polygon([((left + right) / 2, top), (left, bottom), (right, bottom)], fill=fill, outline=outline)
+
+
+def _box(thing: SceneObject, width: int, height: int) -> tuple[float, float, float, float]:
+    x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
+    return x - radius, y - radius, x + radius, y + radius
 
 
 def _png(image: Image.Image) -> bytes:
@@ -315,7 +320,7 @@ def cvbench_row(question: SceneQuestion, image: Image.Image | None = None) -> di
     An `image` given stands in the row as it is, as in `sat_row`.
     """
     filename = f"{question.split}_{question.index:08d}.png"
-    boxes = [_box(thing, question.width, question.height) for thing in question.subjects]
+    boxes = [[round(side, 1) for side in _box(thing, question.width, question.height)] for thing in question.subjects]
     return {
         "idx": question.index,
         "type": "3D" if question.kind in ("depth", "distance") else "2D",
@@ -335,11 +340,6 @@ def cvbench_row(question: SceneQuestion, image: Image.Image | None = None) -> di
     }
 
 
-def _box(thing: SceneObject, width: int, height: int) -> list[float]:
-    x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
-    return [round(side, 1) for side in (x - radius, y - radius, x + radius, y + radius)]
-
-
 class SyntheticScenes:
     """The endless stream of one split: `scenes[i]` is row i in SAT's schema, iteration never ends."""
 
@@ -356,10 +356,7 @@ class SyntheticScenes:
         return sat_row(self.question(index))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        index = 0
-        while True:
-            yield self[index]
-            index += 1
+        return (self[index] for index in itertools.count())
 
 
 SAT_SCHEMA = pa.schema(
@@ -371,25 +368,18 @@ SAT_SCHEMA = pa.schema(
         ("correct_answer", pa.string()),
     ]
 )
-CVBENCH_SCHEMA = pa.schema(
-    [
-        ("idx", pa.int64()),
-        ("type", pa.string()),
-        ("task", pa.string()),
-        ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        ("question", pa.string()),
-        ("choices", pa.list_(pa.string())),
-        ("answer", pa.string()),
-        ("prompt", pa.string()),
-        ("filename", pa.string()),
-        ("source", pa.string()),
-        ("source_dataset", pa.string()),
-        ("source_filename", pa.string()),
-        ("target_class", pa.string()),
-        ("target_size", pa.int64()),
-        ("bbox", pa.list_(pa.list_(pa.float64()))),
-    ]
+_CVBENCH_COLUMNS = (
+    "idx type task image question choices answer prompt filename source source_dataset source_filename target_class "
+    "target_size bbox"
 )
+_CVBENCH_TYPES = {
+    "idx": pa.int64(),
+    "image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    "choices": pa.list_(pa.string()),
+    "target_size": pa.int64(),
+    "bbox": pa.list_(pa.list_(pa.float64())),
+}
+CVBENCH_SCHEMA = pa.schema([(name, _CVBENCH_TYPES.get(name, pa.string())) for name in _CVBENCH_COLUMNS.split()])
 
 
 def write_sat_parquet(

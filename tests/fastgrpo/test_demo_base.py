@@ -3,14 +3,16 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
 from fastgrpo.data.prompts import BASE_PROMPT, PromptBuilder
 from fastgrpo.data.synthetic import SyntheticScenes, scene_question
 from fastgrpo.demo.base_model import BASE_MODEL_PATH, PHRASES, SPECIAL_TOKENS, load_tokenizer, save_tiny_model
 from fastgrpo.demo.corpus import Mixture, completion, description
-from fastgrpo.demo.pretrain import DEMO_KINDS, LABEL_SIZES, Examples, image_token_labels, make_batch, pixel_values
+from fastgrpo.demo.documents import DEMO_KINDS, Examples, make_batch, pixel_values
+from fastgrpo.demo.pretrain import LABEL_SIZES, image_token_labels
 from fastgrpo.model.load import load_policy, load_processing
 from fastgrpo.rewards import accuracy_reward, format_reward
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,12 @@ def test_tokenizer_round_trips_and_keeps_special_tokens_whole(processing):
         for token in (*SPECIAL_TOKENS, *PHRASES):
             assert len(tokenizer(token)["input_ids"]) == 1
         assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
-    assert processing.tokenizer.decode(
-        processing.tokenizer("<think>a</think><|im_end|>")["input_ids"], skip_special_tokens=True
-    ) == "<think>a</think>"
+    assert (
+        processing.tokenizer.decode(
+            processing.tokenizer("<think>a</think><|im_end|>")["input_ids"], skip_special_tokens=True
+        )
+        == "<think>a</think>"
+    )
 
 
 def test_prompts_and_completions_are_short(builder, processing):
@@ -101,8 +106,7 @@ def test_batches_learn_what_stands_behind_the_prompt(builder, processing):
     labels = image_token_labels(examples)
     assert len(labels) == sum(len(example.patches) for example in examples) // 4
     assert (labels < torch.tensor(LABEL_SIZES)).all()
-    built = builder.build_from = Examples(0, 4, builder)[0]
-    assert pixel_values([built]).shape == (len(built.patches), 1176)
+    assert pixel_values(examples[:1]).shape == (len(examples[0].patches), 1176)
 
 
 def test_base_answers_a_question_in_words(builder, processing):
@@ -140,4 +144,6 @@ def test_tiny_model_is_seeded_and_reloads(tmp_path):
 
 
 def test_demo_rows_are_asked_of_the_demo_kinds():
-    assert {row["question_type"] for row in (SyntheticScenes(0, kinds=DEMO_KINDS)[i] for i in range(40))} == set(DEMO_KINDS)
+    assert {row["question_type"] for row in (SyntheticScenes(0, kinds=DEMO_KINDS)[i] for i in range(40))} == set(
+        DEMO_KINDS
+    )

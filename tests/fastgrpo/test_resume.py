@@ -226,8 +226,8 @@ def test_the_trainer_itself_resumes(tiny_model_dir: Path, sat_file: Path, tmp_pa
             reward_funcs="my_rewards:varied",
             args=GRPOConfig(
                 output_dir=str(tmp_path / folder), use_cpu=True, report_to=[], max_steps=max_steps, save_steps=2,
-                num_generations=4, per_device_train_batch_size=8, max_completion_length=6, learning_rate=0.01, beta=0.04,
-                lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True,
+                num_generations=4, per_device_train_batch_size=8, max_completion_length=6, learning_rate=0.01,
+                beta=0.04, lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True,
             ),
             train_dataset=load_rows(str(sat_file), max_samples=6),
             peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1) if adapters else None,
@@ -262,7 +262,7 @@ def test_the_best_checkpoint_comes_back(tiny_model_dir: Path, sat_file: Path, tm
     assert trainer.state.best_model_checkpoint == str(best)
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(best).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in trainer.model.state_dict().items())
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+
 from fastgrpo.data.cvbench import convert_cvbench
 from fastgrpo.data.sat import convert_sat
 from fastgrpo.data.synthetic import (
@@ -23,7 +25,6 @@ from fastgrpo.data.synthetic import (
     write_cvbench_parquet,
     write_sat_parquet,
 )
-from PIL import Image
 
 MANY = 4000
 
@@ -55,10 +56,23 @@ def test_cvbench_rows_have_exactly_its_columns(tmp_path):
     write_cvbench_parquet(tmp_path / "cv.parquet", 12, seed=1)
     table = pq.read_table(tmp_path / "cv.parquet")
     assert table.schema.equals(CVBENCH_SCHEMA)
-    assert table.column_names == (
-        "idx type task image question choices answer prompt filename source source_dataset source_filename "
-        "target_class target_size bbox"
-    ).split()
+    assert table.column_names == [
+        "idx",
+        "type",
+        "task",
+        "image",
+        "question",
+        "choices",
+        "answer",
+        "prompt",
+        "filename",
+        "source",
+        "source_dataset",
+        "source_filename",
+        "target_class",
+        "target_size",
+        "bbox",
+    ]
     for index, row in enumerate(table.to_pylist()):
         assert row["idx"] == index
         assert set(row["image"]) == {"bytes", "path"}
@@ -105,7 +119,9 @@ def test_gold_is_even_and_independent_of_the_words(kind):
         words = question.question.replace("?", "").replace(",", "").split()
         named = sorted(range(options), key=lambda i: question.question.find(question.choices[i]))
         # As the option's text, or for options that the question itself names, by which it names first.
-        label = named.index(question.choices.index(question.answer)) if kind in ("depth", "distance") else question.answer
+        label = (
+            named.index(question.choices.index(question.answer)) if kind in ("depth", "distance") else question.answer
+        )
         first_colour = next((word for word in words if word in COLOURS), "none")
         for clue in ("all", f"wording {question.wording}", f"colour {first_colour}", f"first {question.choices[0]}"):
             by_clue[clue][label] += 1
