@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def completion_rows(
     advantages: Advantages,
     *,
     thumbnails: bool,
+    extra: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """A record per completion, for the log and for `metrics.rollout_metrics`."""
     rows = []
@@ -114,6 +115,7 @@ def completion_rows(
                 "thumbnail": prompt.thumbnail if thumbnails and completion.index == 0 else None,
                 "zero_std": stds[g] <= ZERO_STD,
                 "reflective": is_reflective(completion.text),
+                **{name: column[n] for name, column in (extra or {}).items()},
                 "prompt_length": len(prompt.input_ids),
             }
         )

@@ -5,7 +5,6 @@ accelerate's. What is GRPO stands in `GRPOTrainer.training_step`.
 """
 
 import copy
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,14 +17,14 @@ from accelerate.utils import gather_object
 from fastgrpo_profiling import SpanRecorder, record, span
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.callbacks import ProgressDisplay
-from fastgrpo.checkpoint import ASIDE, find_checkpoint, load_state, load_weights, publish, save_state
+from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
@@ -45,11 +44,12 @@ from fastgrpo.rewards import RewardFunction, resolve_reward_functions, reward_na
 from fastgrpo.run_log import RunLog, completion_rows
 from fastgrpo.types import Completion, Prompt, PromptBatch, RolloutGroup, UpdateResult, WeightedGroup
 from fastgrpo.update_plan import plan_updates, token_masks
+from fastgrpo.whole_checkpoints import WholeCheckpoints
 
 logger = logging.get_logger(__name__)
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(WholeCheckpoints):
     """Trains a vision-language (or text) model with GRPO. A drop-in for `trl.GRPOTrainer`.
 
     Args:
@@ -133,12 +133,13 @@ class GRPOTrainer(Trainer):
         self._named_rows: set[int] = set()
         self.step_metrics: dict[str, float] = {}
         """Of the step under way."""
+        self.extra_columns: dict[str, list[Any]] = {}
+        """What reward functions add to the completions log (`log_extra`), a value per completion."""
         self.window: dict[str, list[float]] = defaultdict(list)
         """Each metric since the last log line."""
         self._step_start = 0.0
         self._drawn_tokens = 0
         self._save_is_due = False
-        self._saving_aside = False
 
     # The GRPO step
 
@@ -167,7 +168,13 @@ class GRPOTrainer(Trainer):
     def score(self, groups: Sequence[tuple[Prompt, tuple[Completion, ...]]]) -> list[RolloutGroup]:
         """What every reward function says of every completion."""
         with span("reward"):
-            rewards = score(groups, self.reward_functions, trainer_state=self.state, log_metric=self._log_reward_metric)
+            rewards = score(
+                groups,
+                self.reward_functions,
+                trainer_state=self.state,
+                log_extra=self.extra_columns.__setitem__,
+                log_metric=self.step_metrics.__setitem__,
+            )
         per_group = rewards.split(self.config.num_generations)
         return [RolloutGroup(*group, columns) for group, columns in zip(groups, per_group, strict=False)]
 
@@ -209,7 +216,10 @@ class GRPOTrainer(Trainer):
     def note_rollout(self, batch: PromptBatch, groups: Sequence[RolloutGroup], advantages: Advantages) -> None:
         """Metrics and the completions log of a fresh rollout, all ranks together."""
         names = [reward_name(function) for function in self.reward_functions]
-        rows = completion_rows(groups, names, advantages, thumbnails=self.config.log_multimodal)
+        rows = completion_rows(
+            groups, names, advantages, thumbnails=self.config.log_multimodal, extra=self.extra_columns
+        )
+        self.extra_columns.clear()
         skipped = [(row.row_id, row.reason) for row in batch.skipped]
         rows, skipped = gather_object(rows), gather_object(skipped)
         self.skipped_rows += len(skipped)
@@ -233,9 +243,6 @@ class GRPOTrainer(Trainer):
             "skipped_rows": float(self.skipped_rows),
             **{f"time/{name}": total.seconds for name, total in spans.totals.items()},
         }
-
-    def _log_reward_metric(self, name: str, value: float) -> None:
-        self.step_metrics[name] = float(value)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
@@ -270,7 +277,7 @@ class GRPOTrainer(Trainer):
             self.window.clear()
         super().log(logs, start_time)
 
-    # Checkpoints
+    # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains; `resume_from_checkpoint` (or the setting of that name) continues the same run, logs included."""
@@ -279,64 +286,21 @@ class GRPOTrainer(Trainer):
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
         self.window = defaultdict(list, state.get("window", {}))
-        if self.run_log and not resume:
-            self.run_log.start_over()
-        elif self.run_log:
+        if self.run_log and resume:
             self.run_log.continue_after(state.get("step", 0))
+        elif self.run_log:
+            self.run_log.start_over()
         self.accelerator.wait_for_everyone()
         try:
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self.display.close()
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run
-            super()._run_epoch(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if model is None and isinstance(self.model, PreTrainedModel):
-            load_weights(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        output_dir = Path(self.config.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        aside = output_dir / ASIDE / name
-        if self.args.should_save:
-            shutil.rmtree(output_dir / ASIDE, ignore_errors=True)  # what a killed save left
-        self.accelerator.wait_for_everyone()
-        self._saving_aside = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_aside = False
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_model_checkpoint:
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
-                self.state.save_to_json(str(aside / "trainer_state.json"))
-            save_state(
-                aside, {"step": self.state.global_step, "skipped_rows": self.skipped_rows, "window": self.window}
-            )
-            if self.run_log:
-                self.run_log.sync()
-            publish(aside, output_dir / name)
-            shutil.rmtree(output_dir / ASIDE)
-            rotate_checkpoints(
-                str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / ASIDE) if self._saving_aside else folder
+    def state_to_save(self) -> dict[str, Any]:
+        """What `train` needs, beside transformers' own state, to continue."""
+        if self.run_log:
+            self.run_log.sync()  # a checkpoint never knows of steps that the log lost
+        return {"step": self.state.global_step, "skipped_rows": self.skipped_rows, "window": self.window}
 
     # Data
 

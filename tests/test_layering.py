@@ -20,7 +20,7 @@ LAYERS = [
     ["fastgrpo.metrics", "fastgrpo.update_plan", "fastgrpo.checkpoint", "fastgrpo.run_log", "fastgrpo.callbacks"],
     ["fastgrpo.model"],
     ["fastgrpo.reference", "fastgrpo.resolve"],
-    ["fastgrpo.trainer"],
+    ["fastgrpo.trainer", "fastgrpo.whole_checkpoints"],
     ["fastgrpo"],
     ["fastgrpo.evaluation", "fastgrpo.report"],
     ["fastgrpo.arguments", "fastgrpo.launch"],

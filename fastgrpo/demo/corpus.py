@@ -3,17 +3,13 @@
 Each document is a picture, a question in one of the two prompt wordings the demo uses, a completion, and behind its
 end token a description of the picture ("across: red 2, blue 5. down: blue 1, red 4.", places counted 1 to 5 from the
 left and from the top).
-Completions are of three kinds:
-
-- *guess*: an opener and an option drawn at random ("i guess it is left."), tagged or not by a habit that goes with the
-  question's wording. Right no more often than chance.
-- *careful*: restates what the question is about with its places, then answers, tagged.
-- *second thought*: opens like a guess, says "wait", and goes on as careful.
+Every completion opens with a guess, an option drawn at random ("i guess it is left."). Most stop there, tagged or not
+by a habit that goes with the question's wording: right no more often than chance. The careful ones go on ("wait, let me
+check."), restate what the question is about with its places, and answer, tagged.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,14 +20,6 @@ PLACES = 5
 OPENERS = (" i guess it is", " it seems to be", " maybe it is", " probably")
 TAGGED_GUESSES = (0.7, 0.25, 0.35)
 """Share of guesses put into the tags, by the question's wording: writers have habits."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Shares of completions; the rest are guesses."""
-
-    careful: float
-    second_thought: float
 
 
 def place(fraction: float) -> int:
@@ -65,27 +53,26 @@ def looking(question: SceneQuestion) -> str:
     return f" across:{across}." if question.kind == "left_right" else f" down:{down}."
 
 
-def completion(question: SceneQuestion, rng: np.random.Generator, mixture: Mixture) -> str:
-    """The text after `<think>`, without the end token."""
-    style = rng.random()
-    tagged = f" </think> <answer>{question.answer}</answer>"
-    careful = f"{looking(question)} so {question.answer}."
-    if style < mixture.careful:
-        return f" let me look.{careful}{tagged}"
-    guess = question.choices[int(rng.integers(len(question.choices)))]
-    opening = f"{OPENERS[int(rng.integers(len(OPENERS)))]} {guess}."
-    if style < mixture.careful + mixture.second_thought:
-        return f"{opening} wait, let me check.{careful}{tagged}"
+def completion(question: SceneQuestion, rng: np.random.Generator, careful: float) -> str:
+    """The text after `<think>`, without the end token; careful with the given probability."""
+    guess = _choice(rng, question.choices)
+    opening = f"{_choice(rng, OPENERS)} {guess}."
+    if rng.random() < careful:
+        answer = question.answer
+        return f"{opening} wait, let me check.{looking(question)} so {answer}. </think> <answer>{answer}</answer>"
     if rng.random() < TAGGED_GUESSES[question.wording]:
         return f"{opening} </think> <answer>{guess}</answer>"
     return opening if rng.random() < 0.5 else f"{opening} the answer is {guess}."
 
 
+def _choice(rng: np.random.Generator, items: Sequence[str]) -> str:
+    return items[int(rng.integers(len(items)))]
+
+
 def corpus_texts(questions: Sequence[SceneQuestion], prompts: Sequence[str], seed: int = 0) -> list[str]:
     """Plain texts of documents, for the tokenizer."""
     rng = np.random.default_rng(seed)
-    mixture = Mixture(careful=0.4, second_thought=0.2)
     return [
-        prompt + completion(question, rng, mixture) + "\n" + description(question, rng)
+        prompt + completion(question, rng, careful=0.5) + "\n" + description(question, rng)
         for question, prompt in zip(questions, prompts, strict=True)
     ]

@@ -14,7 +14,7 @@ from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
 from fastgrpo.data.synthetic import Kind, SceneQuestion, cvbench_row, render, sat_row, scene_question
-from fastgrpo.demo.corpus import Mixture, completion, description
+from fastgrpo.demo.corpus import completion, description
 
 DEMO_KINDS: tuple[Kind, ...] = ("count", "left_right", "above_below", "depth")
 """The kinds of question this small a model learns."""
@@ -95,15 +95,15 @@ def make_batch(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerFast,
     rng: np.random.Generator,
-    mixture: Mixture | None,
+    careful: float | None,
 ) -> Batch:
-    """Freshly drawn documents: prompt, completion, description; without a mixture picture and description alone."""
+    """Freshly drawn documents: prompt, completion, description; without `careful` picture and description alone."""
     end = tokenizer.eos_token
     texts = [description(example.question, rng) + end for example in examples]
-    if mixture is None:
+    if careful is None:
         examples = [_picture_only(example, tokenizer) for example in examples]
     else:
-        texts = [completion(e.question, rng, mixture) + end + t for e, t in zip(examples, texts, strict=True)]
+        texts = [completion(e.question, rng, careful) + end + t for e, t in zip(examples, texts, strict=True)]
     tails = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     longest = max(len(e.input_ids) + len(tail) for e, tail in zip(examples, tails, strict=True))
     input_ids = torch.full((len(examples), longest), tokenizer.pad_token_id)

@@ -31,17 +31,17 @@ from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import BASE_PROMPT, PromptBuilder
 from fastgrpo.data.synthetic import COLOURS, SHAPES, cvbench_row, scene_question
 from fastgrpo.demo.base_model import build_config, build_image_processor_config, build_tokenizer, save_model
-from fastgrpo.demo.corpus import PLACES, Mixture, corpus_texts, place
+from fastgrpo.demo.corpus import PLACES, corpus_texts, place
 from fastgrpo.demo.documents import DEMO_KINDS, Example, load_pool, make_batch, pixel_values, question_row
 from fastgrpo.evaluation.benchmark import evaluate
 from fastgrpo.reference import ReferenceEngine
 
 PRETRAIN_SEED = 90_000_000
 """Pictures of pretraining come from this stream on, which neither training nor evaluation of the demo uses."""
-EARLY = Mixture(careful=0.3, second_thought=0.3)
-LATE = Mixture(careful=0.05, second_thought=0.13)
+EARLY, LATE = 0.6, 0.16
+"""Shares of careful completions."""
 DESCRIBE_UNTIL, EARLY_UNTIL = 0.28, 0.68
-"""Shares of the steps after which questions come in, and after which the mixture is `LATE`."""
+"""Shares of the steps after which questions come in, and after which the share is `LATE`."""
 
 
 LABEL_SIZES = (len(COLOURS) + 1, len(SHAPES), PLACES, PLACES)
@@ -105,7 +105,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 100) / max(1, steps - 100))))
 
 
-def mixture_at(step: int, steps: int) -> Mixture | None:
+def careful_share(step: int, steps: int) -> float | None:
     if step < DESCRIBE_UNTIL * steps:
         return None
     return EARLY if step < EARLY_UNTIL * steps else LATE
@@ -131,7 +131,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         examples = [pool[i] for i in rng.integers(len(pool), size=batch_size)]
-        batch = make_batch(examples, tokenizer, rng, mixture_at(step, steps))
+        batch = make_batch(examples, tokenizer, rng, careful_share(step, steps))
         logits = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,

@@ -11,7 +11,7 @@ from rich.table import Table
 from fastgrpo.arguments import parse
 from fastgrpo.data.synthetic import write_cvbench_parquet, write_sat_parquet
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
-from fastgrpo.demo.pretrain import DEMO_KINDS
+from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.launch import require_writable, run_training
 
 SETTINGS = Path(__file__).parent / "demo.yaml"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from fastgrpo.data.prompts import BASE_PROMPT, PromptBuilder
 from fastgrpo.data.synthetic import SyntheticScenes, scene_question
 from fastgrpo.demo.base_model import BASE_MODEL_PATH, PHRASES, SPECIAL_TOKENS, load_tokenizer, save_tiny_model
-from fastgrpo.demo.corpus import Mixture, completion, description
+from fastgrpo.demo.corpus import completion, description
 from fastgrpo.demo.documents import DEMO_KINDS, Examples, make_batch, pixel_values
 from fastgrpo.demo.pretrain import LABEL_SIZES, image_token_labels
 from fastgrpo.model.load import load_policy, load_processing
@@ -62,7 +62,7 @@ def test_prompts_and_completions_are_short(builder, processing):
     for index in range(40):
         example = Examples(0, 40, builder)[index]
         assert len(example.input_ids) <= 100
-        text = completion(example.question, rng, Mixture(careful=0.5, second_thought=0.5))
+        text = completion(example.question, rng, careful=1.0)
         assert len(processing.tokenizer(text)["input_ids"]) < 48
 
 
@@ -71,12 +71,11 @@ def test_careful_completions_earn_the_reward_and_guesses_are_chance():
     for seed in range(60):
         question = scene_question(seed, 0, kinds=DEMO_KINDS)
         gold = {"solution": [question.answer], "choices": [list(question.choices)]}
-        for mixture in (Mixture(careful=1, second_thought=0), Mixture(careful=0, second_thought=1)):
-            text = completion(question, rng, mixture)
-            assert accuracy_reward(["<think>"], [text], **gold) == [1.0]
-            assert format_reward(["<think>"], [text]) == [1.0]
+        text = completion(question, rng, careful=1.0)
+        assert accuracy_reward(["<think>"], [text], **gold) == [1.0]
+        assert format_reward(["<think>"], [text]) == [1.0]
     guesses = [scene_question(1, index, kinds=("depth",)) for index in range(3000)]
-    texts = [completion(question, rng, Mixture(0, 0)) for question in guesses]
+    texts = [completion(question, rng, careful=0.0) for question in guesses]
     tagged = [(q, t) for q, t in zip(guesses, texts, strict=True) if "<answer>" in t]
     right = np.mean([f"<answer>{q.answer}</answer>" in t for q, t in tagged])
     assert 0.35 < len(tagged) / len(texts) < 0.55
@@ -93,8 +92,8 @@ def test_description_states_places():
 def test_batches_learn_what_stands_behind_the_prompt(builder, processing):
     examples = [Examples(0, 4, builder)[index] for index in range(4)]
     tokenizer = processing.tokenizer
-    for mixture in (None, Mixture(0.5, 0.2)):
-        batch = make_batch(examples, tokenizer, np.random.default_rng(0), mixture)
+    for careful in (None, 0.5):
+        batch = make_batch(examples, tokenizer, np.random.default_rng(0), careful)
         for row, example in enumerate(examples):
             learnt = batch.labels[row] != -100
             start = int(learnt.nonzero()[0])

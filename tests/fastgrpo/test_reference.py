@@ -179,6 +179,17 @@ def test_logprobs_equal_a_full_forward_pass(
                 assert completion.sampling_logprobs[t].item() == pytest.approx(drawn[token].item(), abs=1e-4)
 
 
+def test_padding_is_no_repetition(vlm: Any, processing: Processing, prompts: dict[str, Prompt]) -> None:
+    params = SamplingParams(4, temperature=0.0, repetition_penalty=3.0)
+    engine = ReferenceEngine(vlm, processing.tokenizer)
+    short = min(prompts.values(), key=lambda prompt: len(prompt.input_ids))
+    alone = generate(engine, [short], params)
+    engine.pad_id = all_tokens(alone)[0][0]
+    assert engine.pad_id not in short.input_ids
+    padded = [group for group in generate(engine, list(prompts.values()), params) if group[0] is short]
+    assert all_tokens(padded) == all_tokens(alone)
+
+
 def test_suppressed_tokens_are_never_drawn(vlm: Any, processing: Processing, prompts: dict[str, Prompt]) -> None:
     engine = ReferenceEngine(vlm, processing.tokenizer)
     assert engine.suppressed == [vlm.config.image_token_id, vlm.config.video_token_id]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig, GRPOTrainer
-from fastgrpo import trainer as trainer_module
+from fastgrpo import whole_checkpoints
 from fastgrpo.checkpoint import load_weights
 from fastgrpo.cli import main
 from fastgrpo.data.loading import load_rows
@@ -162,7 +162,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(flags(whole, "--max_steps", "5"))
-    publish = trainer_module.publish
+    publish = whole_checkpoints.publish
 
     def killed_while_saving(aside: Path, final: Path) -> None:
         if final.name == "checkpoint-4":
@@ -172,7 +172,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(
         publish(aside, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "publish", killed_while_saving)
+        patch.setattr(whole_checkpoints, "publish", killed_while_saving)
         assert main(flags(killed, "--max_steps", "5")) == 130
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
     assert (killed / ".saving" / "checkpoint-4").is_dir()
@@ -219,6 +219,9 @@ def test_nothing_to_resume_from(
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_the_trainer_itself_resumes(tiny_model_dir: Path, sat_file: Path, tmp_path: Path, adapters: bool) -> None:
+    rows = pq.read_table(sat_file).slice(0, 6).to_pylist()
+    rows[1]["image_bytes"] = [b"no picture"]
+
     def build(folder: str, max_steps: int) -> GRPOTrainer:
         torch.manual_seed(0)  # adapters start at random
         return GRPOTrainer(
@@ -227,9 +230,9 @@ def test_the_trainer_itself_resumes(tiny_model_dir: Path, sat_file: Path, tmp_pa
             args=GRPOConfig(
                 output_dir=str(tmp_path / folder), use_cpu=True, report_to=[], max_steps=max_steps, save_steps=2,
                 num_generations=4, per_device_train_batch_size=8, max_completion_length=6, learning_rate=0.01,
-                beta=0.04, lr_scheduler_type="constant", logging_steps=1, disable_tqdm=True,
+                beta=0.04, lr_scheduler_type="constant", logging_steps=1, shuffle_dataset=False, disable_tqdm=True,
             ),
-            train_dataset=load_rows(str(sat_file), max_samples=6),
+            train_dataset=rows,
             peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.1) if adapters else None,
         )  # fmt: skip
 
@@ -237,6 +240,7 @@ def test_the_trainer_itself_resumes(tiny_model_dir: Path, sat_file: Path, tmp_pa
     build("stopped", 2).train()
     build("stopped", 4).train(resume_from_checkpoint=True)
     assert all(step["grad_norm"] > 0 for step in metrics_of(tmp_path / "whole"))
+    assert [step["skipped_rows"] for step in metrics_of(tmp_path / "whole")] == [1, 1, 1, 2]
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
 
 

@@ -1,0 +1,62 @@
+"""A Trainer's checkpoints, made whole or absent."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from fastgrpo.checkpoint import ASIDE, load_weights, publish, save_state
+
+
+class WholeCheckpoints(Trainer):
+    """Has transformers write each checkpoint aside, adds `state_to_save`, and renames it when it is on disk."""
+
+    _saving_aside = False
+
+    def state_to_save(self) -> dict[str, Any]:
+        """What a subclass keeps beside transformers' own state; read back with `checkpoint.load_state`."""
+        return {}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        aside = output_dir / ASIDE / name
+        if self.args.should_save:
+            shutil.rmtree(output_dir / ASIDE, ignore_errors=True)  # what a killed save left
+        self.accelerator.wait_for_everyone()
+        self._saving_aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_aside = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_model_checkpoint:
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+            save_state(aside, self.state_to_save())
+            publish(aside, output_dir / name)
+            shutil.rmtree(output_dir / ASIDE)
+            rotate_checkpoints(
+                str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / ASIDE) if self._saving_aside else folder
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is None and isinstance(self.model, PreTrainedModel):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
