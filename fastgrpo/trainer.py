@@ -173,7 +173,7 @@ class GRPOTrainer(WholeCheckpoints):
                 self.reward_functions,
                 trainer_state=self.state,
                 log_extra=self.extra_columns.__setitem__,
-                log_metric=self.step_metrics.__setitem__,
+                log_metric=self._log_reward_metric,
             )
         per_group = rewards.split(self.config.num_generations)
         return [RolloutGroup(*group, columns) for group, columns in zip(groups, per_group, strict=False)]
@@ -244,6 +244,9 @@ class GRPOTrainer(WholeCheckpoints):
             **{f"time/{name}": total.seconds for name, total in spans.totals.items()},
         }
 
+    def _log_reward_metric(self, name: str, value: Any) -> None:
+        self.step_metrics[name] = float(value)  # may come as a tensor's or an array's
+
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
         if self.step_metrics:
@@ -295,6 +298,10 @@ class GRPOTrainer(WholeCheckpoints):
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self.display.close()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run
+            super()._run_epoch(*args, **kwargs)
 
     def state_to_save(self) -> dict[str, Any]:
         """What `train` needs, beside transformers' own state, to continue."""

@@ -3,9 +3,9 @@
 Each document is a picture, a question in one of the two prompt wordings the demo uses, a completion, and behind its
 end token a description of the picture ("across: red 2, blue 5. down: blue 1, red 4.", places counted 1 to 5 from the
 left and from the top).
-Every completion opens with a guess, an option drawn at random ("i guess it is left."). Most stop there, tagged or not
-by a habit that goes with the question's wording: right no more often than chance. The careful ones go on ("wait, let me
-check."), restate what the question is about with its places, and answer, tagged.
+Most completions are guesses: an option drawn at random ("i guess it is left."), tagged or not by a habit that goes with
+the question's wording, right no more often than chance. The careful ones ("let me check.") restate what the question is
+about with its places, and answer, tagged.
 """
 
 from collections import Counter
@@ -55,11 +55,11 @@ def looking(question: SceneQuestion) -> str:
 
 def completion(question: SceneQuestion, rng: np.random.Generator, careful: float) -> str:
     """The text after `<think>`, without the end token; careful with the given probability."""
-    guess = _choice(rng, question.choices)
-    opening = f"{_choice(rng, OPENERS)} {guess}."
     if rng.random() < careful:
         answer = question.answer
-        return f"{opening} wait, let me check.{looking(question)} so {answer}. </think> <answer>{answer}</answer>"
+        return f" let me check.{looking(question)} so {answer}. </think> <answer>{answer}</answer>"
+    guess = _choice(rng, question.choices)
+    opening = f"{_choice(rng, OPENERS)} {guess}."
     if rng.random() < TAGGED_GUESSES[question.wording]:
         return f"{opening} </think> <answer>{guess}</answer>"
     return opening if rng.random() < 0.5 else f"{opening} the answer is {guess}."

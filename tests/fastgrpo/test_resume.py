@@ -14,8 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from fastgrpo import GRPOConfig, GRPOTrainer
-from fastgrpo import whole_checkpoints
+from fastgrpo import GRPOConfig, GRPOTrainer, whole_checkpoints
 from fastgrpo.checkpoint import load_weights
 from fastgrpo.cli import main
 from fastgrpo.data.loading import load_rows

@@ -194,7 +194,7 @@ def test_a_reward_function_sees_the_run(build: Any) -> None:
     seen: list[dict[str, Any]] = []
 
     def curious(**arguments: Any) -> list[float]:
-        arguments["log_metric"]("custom/count", 3.0)
+        arguments["log_metric"]("custom/count", torch.tensor(3))
         seen.append(arguments | {"global_step": arguments["trainer_state"].global_step})
         return [0.0] * len(arguments["completions"])
 
