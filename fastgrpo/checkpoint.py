@@ -13,6 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 ASIDE = ".saving"
 """Folder inside the output folder where a checkpoint is written before it gets its name."""
+NOT_RESUMING = (None, False, "false", "False")
+"""Values of `resume_from_checkpoint` that ask for a new run."""
 STATE_FILE = "fastgrpo_state.json"
 
 
@@ -53,7 +55,7 @@ def find_checkpoint(resume: str | bool | None, output_dir: Path) -> Path | None:
     Raises:
         ValueError: the folder is missing or holds no resumable state; the message says which.
     """
-    if resume in (None, False, "false", "False"):
+    if resume in NOT_RESUMING:
         return None
     if resume in (True, "last", "true", "True"):
         found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None

@@ -10,16 +10,21 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
 LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 REFERENCE_ENGINE = "reference"
 
 
+NOT_YET = "A TRL setting that is not supported yet."
 IGNORED = "Accepted so that TRL scripts run; has no effect."
 
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
+
+
+def _not_yet(default: Any) -> Any:
+    """A TRL field whose non-default values are refused: ignoring them would train something else."""
+    return _option(default, NOT_YET)
 
 
 def _ignored(default: Any) -> Any:
@@ -98,15 +103,24 @@ class GRPOConfig(TrainingArguments):
     mask_truncated_completions: bool = _option(False, "Leave completions cut at max_completion_length out of the loss.")
     reward_weights: list[float] | None = _option(None, "One weight per reward function; all 1 if unset.")
     scale_rewards: str = _option("group", "Divide advantages by the deviation of rewards in the group, batch, or none.")
-    sync_ref_model: bool = _option(False, "Move the reference model towards the policy now and then.")
-    ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in the reference model at each such sync.")
-    ref_model_sync_steps: int = _option(512, "Optimizer steps between such syncs.")
 
     # Logging
     logging_steps: float = _option(10, "Optimizer steps between log lines; metrics.jsonl holds every step.")
     log_completions: bool = _option(True, "Write every completion to output_dir/completions (parquet).")
     log_multimodal: bool = _option(True, "Keep a thumbnail of each prompt's pictures in that log.")
     num_completions_to_print: int | None = _option(None, "Completions to print at each log; none if unset.")
+
+    # TRL's settings that are not supported yet: refused unless left at their defaults
+    sync_ref_model: bool = _not_yet(False)
+    ref_model_mixup_alpha: float = _not_yet(0.6)
+    ref_model_sync_steps: int = _not_yet(512)
+    multi_objective_aggregation: str = _not_yet("sum_then_normalize")
+    top_entropy_quantile: float = _not_yet(1.0)
+    off_policy_mask_threshold: float | None = _not_yet(None)
+    entropy_coef: float = _not_yet(0.0)
+    use_adaptive_entropy: bool = _not_yet(False)
+    cast_lm_head_to_fp32: bool = _not_yet(False)
+    generation_kwargs: str | None = _not_yet(None)
 
     # TRL's other engines and knobs
     use_vllm: bool = _ignored(False)
@@ -263,8 +277,9 @@ class GRPOConfig(TrainingArguments):
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
             _check(name, value, value is None or isinstance(value, dict), 'a JSON object such as {"a": 1}')
-        if self.sync_ref_model:
-            raise ValueError("sync_ref_model=True is not supported yet: leave it off; the reference stays as loaded.")
+        for f in fields(self):
+            if f.metadata.get("help") == NOT_YET and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r} is not supported yet: leave it at {f.default!r}.")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
 

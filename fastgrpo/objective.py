@@ -10,7 +10,8 @@ import torch
 from fastgrpo_kernels import LossParams, Surrogate
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+from fastgrpo.config import LOSS_TYPES
+
 _SURROGATES: dict[str, Surrogate] = {"cispo": "cispo", "sapo": "sapo"}
 """Those that are not the clipped one."""
 

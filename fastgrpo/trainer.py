@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.callbacks import ProgressDisplay
-from fastgrpo.checkpoint import find_checkpoint, load_state
+from fastgrpo.checkpoint import NOT_RESUMING, find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
@@ -60,6 +60,7 @@ class GRPOTrainer(WholeCheckpoints):
         train_dataset: rows in the SAT or CV-Bench schema, or with a `prompt` (and `image` or `images`) column.
         eval_dataset: rows for `evaluate`, likewise.
         processing_class: tokenizer or processor; loaded from the model's folder when None.
+        reward_processing_classes: accepted where TRL has it; reward models are not supported yet, functions only.
         peft_config: wraps the model in adapters; the reference of the KL term is then the model without them.
 
     Raises:
@@ -74,12 +75,15 @@ class GRPOTrainer(WholeCheckpoints):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
     ) -> None:
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass a data set of rows to train on.")
+        if reward_processing_classes is not None:
+            raise ValueError("reward_processing_classes: reward models are not supported yet; pass reward functions.")
         self.config = args or GRPOConfig()
         self.processing = resolve_processing(model, processing_class, self.config)
         model = resolve_model(model, self.config, peft_config)
@@ -289,10 +293,10 @@ class GRPOTrainer(WholeCheckpoints):
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
         self.window = defaultdict(list, state.get("window", {}))
-        if self.run_log and resume:
-            self.run_log.continue_after(state.get("step", 0))
-        elif self.run_log:
+        if self.run_log and resume in NOT_RESUMING:
             self.run_log.start_over()
+        elif self.run_log:
+            self.run_log.continue_after(state.get("step", 0))
         self.accelerator.wait_for_everyone()
         try:
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
@@ -358,7 +362,7 @@ class GRPOTrainer(WholeCheckpoints):
         for start in range(0, len(mine), self.args.per_device_eval_batch_size):
             chunk = mine[start : start + self.args.per_device_eval_batch_size]
             prompts = collate([rows[i] for i in chunk]).prompts
-            drawn = list(self.engine.generate(prompts, group_size, sampling_params(self.config), step=0))
+            drawn = list(self.engine.generate(prompts, group_size, sampling_params(self.config), step=start))
             rewards = score(drawn, self.reward_functions, trainer_state=self.state)
             groups = [RolloutGroup(*g, r) for g, r in zip(drawn, rewards.split(group_size), strict=False)]
             advantages = group_advantages(rewards, group_size, self.reward_weights, "none")

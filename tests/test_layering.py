@@ -16,7 +16,14 @@ LAYERS = [
     ["fastgrpo_kernels", "fastgrpo_profiling"],
     ["fastgrpo.config"],
     ["fastgrpo.types"],
-    ["fastgrpo.data", "fastgrpo.answers", "fastgrpo.rewards", "fastgrpo.reflection", "fastgrpo.advantages", "fastgrpo.objective"],
+    [
+        "fastgrpo.data",
+        "fastgrpo.answers",
+        "fastgrpo.rewards",
+        "fastgrpo.reflection",
+        "fastgrpo.advantages",
+        "fastgrpo.objective",
+    ],
     ["fastgrpo.metrics", "fastgrpo.update_plan", "fastgrpo.checkpoint", "fastgrpo.run_log", "fastgrpo.callbacks"],
     ["fastgrpo.model"],
     ["fastgrpo.reference", "fastgrpo.resolve"],
@@ -97,7 +104,7 @@ def test_no_import_hides_in_a_function(module):
 
 @pytest.mark.parametrize("package", ["fastgrpo_kernels", "fastgrpo_profiling"])
 def test_the_kernels_and_the_profiler_stand_alone(package):
-    heavy = "transformers deepspeed accelerate datasets fastgrpo".split()
+    heavy = ["transformers", "deepspeed", "accelerate", "datasets", "fastgrpo"]
     code = f"import {package}, sys; print(*[name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []

@@ -8,7 +8,8 @@ import torch
 from fastgrpo_kernels import LossParams
 from torch import Tensor
 
-from fastgrpo.objective import LOSS_TYPES, loss_params, sequence_weights
+from fastgrpo.config import LOSS_TYPES
+from fastgrpo.objective import loss_params, sequence_weights
 
 MAX_LENGTH = 12
 MICRO = 3  # completions per micro-batch

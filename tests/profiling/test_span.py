@@ -12,19 +12,23 @@ class FakeClock:
         return self.now
 
 
+def raise_after(seconds: float, clock: FakeClock) -> None:
+    clock.now += seconds
+    raise RuntimeError
+
+
 @pytest.fixture
 def clock():
     return FakeClock()
 
 
 def test_nested_spans_split_inclusive_and_own_time(clock):
-    with record(SpanRecorder(clock)) as recorder:
-        with span("step"):
-            clock.now += 1
-            for _ in range(2):
-                with span("step/decode"):
-                    clock.now += 2
-            clock.now += 1
+    with record(SpanRecorder(clock)) as recorder, span("step"):
+        clock.now += 1
+        for _ in range(2):
+            with span("step/decode"):
+                clock.now += 2
+        clock.now += 1
     step, decode = recorder.totals["step"], recorder.totals["step/decode"]
     assert (step.count, step.seconds, step.self_seconds) == (1, 6, 2)
     assert (decode.count, decode.seconds, decode.self_seconds) == (2, 4, 4)
@@ -33,8 +37,7 @@ def test_nested_spans_split_inclusive_and_own_time(clock):
 def test_a_raising_body_is_still_counted_and_leaves_the_stack_balanced(clock):
     with record(SpanRecorder(clock)) as recorder:
         with pytest.raises(RuntimeError), span("outer"), span("inner"):
-            clock.now += 3
-            raise RuntimeError
+            raise_after(3, clock)
         with span("after"):
             clock.now += 1
     assert recorder.totals["outer"].self_seconds == 0
