@@ -18,7 +18,7 @@ class Finding:
 
 
 OPTIONAL = {
-    "triton": ("fused kernels on a CUDA device", "plain torch kernels only"),
+    "triton": ("liger-kernel's fused layers on a CUDA device", "no fused layers"),
     "flash-attn": ("flash_attention_2 on a CUDA device", "sdpa attention instead: slower on long sequences"),
     "liger-kernel": ("use_liger_kernel on a CUDA device", "use_liger_kernel is ignored"),
     "deepspeed": ("ZeRO on several GPUs", "single device or plain data parallelism only"),

@@ -65,9 +65,9 @@ WORDINGS: dict[Kind, tuple[str, ...]] = {
         "Relative to the {b}, is the {a} higher up or lower down?",
     ),
     "depth": (
-        "Which object is closer to the camera taking this photo, the {a} or the {b}?",
-        "Which is nearer to the viewer, the {a} or the {b}?",
-        "Between the {a} and the {b}, which one is nearer to the camera?",
+        "Is the {a} nearer to the camera taking this photo than the {b}, or farther from it?",
+        "Compared with the {b}, is the {a} nearer to the viewer or farther away?",
+        "From the camera's place, is the {a} farther away or nearer than the {b}?",
     ),
     "distance": (
         "Which object is closer to the {c}, the {a} or the {b}?",
@@ -212,11 +212,6 @@ def _layout_relation(rng: np.random.Generator, axis: int, choices: tuple[str, st
     return words, list(choices), choices[gold], objects, objects[:2]
 
 
-def _layout_depth(rng: np.random.Generator) -> Layout:
-    words, _, answer, objects, subjects = _layout_relation(rng, 1, ("b", "a"))  # lower is nearer
-    return words, [words["a"], words["b"]], words[answer], objects, subjects
-
-
 def _layout_distance(rng: np.random.Generator) -> Layout:
     gold = int(rng.integers(2))
     names = _distinct_names(rng, 3 + int(rng.integers(3)))
@@ -234,7 +229,7 @@ _LAYOUTS: dict[Kind, Callable[[np.random.Generator], Layout]] = {
     "count": _layout_count,
     "left_right": lambda rng: _layout_relation(rng, 0, ("left", "right")),
     "above_below": lambda rng: _layout_relation(rng, 1, ("above", "below")),
-    "depth": _layout_depth,
+    "depth": lambda rng: _layout_relation(rng, 1, ("farther", "nearer")),  # what stands lower is nearer
     "distance": _layout_distance,
 }
 

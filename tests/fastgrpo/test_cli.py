@@ -140,7 +140,7 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--reward_weights", "1"], "1 values for 2 reward functions, give one each"),
         (["--max_prompt_length", "0"], "max_prompt_length=0 must be at least 1"),
         (["--max_pixels", "-4"], "max_pixels=-4 must be positive"),
-        (["--max_samples", "0"], "max_samples=0 must be at least 1"),
+        (["--max_samples", "0"], "max_samples=0 is not valid: use 1 or more"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere' is neither a folder nor a model"),
         (["--resume_from_checkpoint", "runs/none"], "resume_from_checkpoint='runs/none' is not a folder"),
         (["--per_device_train_batch_size", "256"], "has 64 rows, but one rollout takes 128 prompts"),
