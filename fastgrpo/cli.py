@@ -35,6 +35,8 @@ USAGE = """usage: fastgrpo COMMAND …
   report   draw a run's report, or several    fastgrpo report RUN…
   demo     train a tiny model on this machine fastgrpo demo
   doctor   what is installed, and what each missing part costs
+
+FASTGRPO_TRACEBACK=1 shows where an error came from.
 """
 
 

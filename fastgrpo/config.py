@@ -152,6 +152,9 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = on_cuda and not self.fp16 and torch.cuda.is_bf16_supported()
         super().__post_init__()
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
+        if self.load_best_model_at_end and getattr(self, "metric_for_best_model", None) in (None, "loss"):
+            self.metric_for_best_model: str = "reward"
+            self.greater_is_better: bool = True
         self._drop_missing_reporters()
         self._drop_liger()
         self._warn_ignored()
@@ -238,6 +241,19 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 f"num_generations={group}: a group needs at least 2 completions, since advantages compare them. "
                 "Set num_generations to 2 or more."
+            )
+        per_micro_batch = self.completions_per_micro_batch * self.world_size
+        if self.generation_batch_size is not None and (
+            self.steps_per_generation is not None or self.generation_batch_size % per_micro_batch
+        ):
+            raise ValueError(
+                f"generation_batch_size={self.generation_batch_size}: make it a multiple of the {per_micro_batch} "
+                "completions of a micro-batch over all ranks, and leave steps_per_generation unset."
+            )
+        if self.load_best_model_at_end and self.updates_per_rollout > 1:
+            raise ValueError(
+                "load_best_model_at_end=True needs a checkpoint at every evaluation, but saves wait for the end of a "
+                f"rollout, which feeds {self.updates_per_rollout} steps. Leave it off, or train once on each rollout."
             )
         if per_rollout % group or per_rollout == 0:
             raise ValueError(

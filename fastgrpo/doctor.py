@@ -21,9 +21,8 @@ OPTIONAL = {
     "triton": ("liger-kernel's fused layers on a CUDA device", "no fused layers"),
     "flash-attn": ("flash_attention_2 on a CUDA device", "sdpa attention instead: slower on long sequences"),
     "liger-kernel": ("use_liger_kernel on a CUDA device", "use_liger_kernel is ignored"),
-    "deepspeed": ("ZeRO on several GPUs", "single device or plain data parallelism only"),
+    "deepspeed": ("found; the trainer does not drive it yet", "nothing yet: the trainer does not drive it"),
     "torchvision": ("the joint processors of transformers load", "none here: pictures are resized by PIL either way"),
-    "peft": ("LoRA", "no LoRA"),
     "nvtx": ("named ranges in Nsight Systems", "no ranges in Nsight Systems; times are recorded all the same"),
     "tensorboard": ("TensorBoard curves", "curves in metrics.jsonl and report.html only"),
     "wandb": ("report_to wandb", "report_to wandb falls back to TensorBoard"),
@@ -38,7 +37,7 @@ def examine() -> list[Finding]:
         Finding("python", platform.python_version(), ""),
         Finding("torch", torch.__version__, ""),
         _device(),
-        *(Finding(name, version(name), "") for name in ("transformers", "accelerate", "datasets")),
+        *(Finding(name, version(name), "") for name in ("transformers", "accelerate", "datasets", "peft")),
         *(_package(name) for name in OPTIONAL),
     ]
 

@@ -56,6 +56,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
         reward_funcs=script.reward_funcs,
         args=config,
         train_dataset=rows,
+        eval_dataset=held_out if config.eval_strategy != "no" else None,
         processing_class=load_processing(
             script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
         ),
@@ -110,6 +111,7 @@ def _score(
         trainer.builder,
         rows,
         max_new_tokens=script.eval_max_new_tokens,
+        batch_size=trainer.config.per_device_eval_batch_size,
         pass_at_k=pass_at_k,
         shuffles=shuffles,
         seed=trainer.config.seed,
@@ -168,7 +170,7 @@ def summarise(output_dir: Path, *, seed: int, wall_s: float) -> dict[str, Any]:
         "mean_length_after": after.get("mean_length"),
         "reflection_rate_before": before.get("reflection_rate"),
         "reflection_rate_after": after.get("reflection_rate"),
-        "steps": len(steps),
+        "steps": steps[-1]["step"] if steps else 0,
         "wall_s": wall_s,
         "train_s": seconds,
         "tokens_per_s": drawn / seconds if seconds else None,

@@ -1,4 +1,4 @@
-"""One GRPO step in plain torch and transformers: HF `generate`, one padded batch, full logits.
+"""One GRPO step in plain torch and transformers: HF `generate`, one padded batch, full-vocabulary logits.
 
 This is the executable specification of the engine and the policy. It is written to be read and to be right; the fast
 paths are tested and measured against it, and it serves every model that they do not know.
@@ -6,7 +6,7 @@ paths are tested and measured against it, and it serves every model that they do
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -48,13 +48,20 @@ class ReferenceEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, max_batch: int = 512
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rank: int = 0,
+        max_batch: int = 64,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """`max_batch` bounds the completions of one `generate` call."""
+        """`max_batch` bounds the completions of a `generate` call, `autocast` is the context it runs in."""
         self.model = model
         self.tokenizer = tokenizer
         self.rank = rank
         self.max_batch = max_batch
+        self.autocast = autocast
         eos = model.generation_config.eos_token_id
         self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
@@ -92,7 +99,7 @@ class ReferenceEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with span("rollout/generate"), _own_defaults_off(self.model):
+            with span("rollout/generate"), _own_defaults_off(self.model), self.autocast():
                 sequences = self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -201,7 +208,7 @@ class _LogprobRecorder(LogitsProcessor):
 
 
 class ReferencePolicy:
-    """`Policy` on the HF model: right-padded micro-batches of `micro_batch_size` completions, logits of every position.
+    """`Policy` on the HF model: right-padded micro-batches of `micro_batch_size` completions.
 
     The frozen reference of the KL term is `reference_model`, or the model itself with its adapters off (peft).
     """
@@ -293,17 +300,20 @@ class ReferencePolicy:
         positions = [sequence_positions(prompt, len(completion.token_ids)) for prompt, completion in batch]
         position_ids = torch.nn.utils.rnn.pad_sequence([p.T for p in positions], batch_first=True)  # [B, L, 3]
         position_ids = position_ids.permute(2, 0, 1).to(device)  # [3, B, L]
+        first = min(len(prompt.input_ids) for prompt, _ in batch) - 1  # no completion is read from before it
+        kept = input_ids.shape[1] - first
         logits = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids if _is_multimodal(model) else position_ids[0],
             **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
             use_cache=False,
-        ).logits  # [B, L, V]
+            logits_to_keep=kept,
+        ).logits  # [B, kept, V]
         # The logits at position i predict token i + 1: a completion is read from its prompt's last position on.
         rows = torch.cat(
             [
-                torch.arange(len(prompt.input_ids), len(row)) - 1 + b * input_ids.shape[1]
+                torch.arange(len(prompt.input_ids), len(row)) - 1 - first + b * kept
                 for b, (row, (prompt, _)) in enumerate(zip(ids, batch, strict=True))
             ]
         ).to(device)

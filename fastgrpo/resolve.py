@@ -1,6 +1,7 @@
 """What users pass to the trainer, in its many forms, into what the trainer works with."""
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from fastgrpo.data.loading import RowDataset
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.model.load import Processing, load_policy, load_processing
 from fastgrpo.types import RowError, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 def sampling_params(config: GRPOConfig) -> SamplingParams:
@@ -33,6 +36,9 @@ def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     args = copy.copy(config)
     args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
+        args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True  # a rank without pictures leaves the vision tower out
     return args

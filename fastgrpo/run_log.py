@@ -43,27 +43,37 @@ class RunLog:
         """Moves what an earlier run left in the folder into previous-N/, so that nothing is lost or mixed."""
         if not self.metrics_file.exists():
             return
-        candidates = (self.folder / f"previous-{number}" for number in count(1))
-        aside = next(path for path in candidates if not path.exists())
-        aside.mkdir()
-        for path in [path for pattern in OF_A_RUN for path in self.folder.glob(pattern)]:
-            path.rename(aside / path.name)
-        logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
+        self._move_aside([path for pattern in OF_A_RUN for path in self.folder.glob(pattern)])
 
     def continue_after(self, step: int) -> None:
-        """Drops what was logged after `step`: those steps will run, and be logged, again."""
+        """Drops what was logged after `step`: those steps will run, and be logged, again.
+
+        Checkpoints of later steps, a branch that is left by resuming from an earlier one, move to previous-N/.
+        """
         if self.metrics_file.exists():
             kept = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
             write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
         for path in self.completions_folder.glob("completions_*.parquet"):
             if int(path.stem.split("_")[1]) > step:
                 path.unlink()
+        later = [path for path in self.folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > step]
+        if later:
+            self._move_aside(later)
+
+    def _move_aside(self, paths: Sequence[Path]) -> None:
+        candidates = (self.folder / f"previous-{number}" for number in count(1))
+        aside = next(path for path in candidates if not path.exists())
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+        logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line and hands it to the operating system, so that it outlives this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def completions(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
         """Writes completions/completions_{step:05d}.parquet."""

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.callbacks import ProgressDisplay
-from fastgrpo.checkpoint import NOT_RESUMING, find_checkpoint, load_state
+from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
@@ -47,6 +47,9 @@ from fastgrpo.update_plan import plan_updates, token_masks
 from fastgrpo.whole_checkpoints import WholeCheckpoints
 
 logger = logging.get_logger(__name__)
+
+LATEST = ("num_tokens", "skipped_rows", "learning_rate", "epoch")
+"""Metrics of which a log line shows the latest value rather than the mean."""
 
 
 class GRPOTrainer(WholeCheckpoints):
@@ -114,6 +117,8 @@ class GRPOTrainer(WholeCheckpoints):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_deepspeed_enabled:
+            raise ValueError("deepspeed is not supported yet: its engine would step after every micro-batch. Use DDP.")
         for shown_by_trainer in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown_by_trainer)
         self.display = ProgressDisplay(self.config)
@@ -121,7 +126,16 @@ class GRPOTrainer(WholeCheckpoints):
         if reference_model is not None:
             # Placed and autocast as the policy is: the two log-probs are compared.
             reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
-        self.engine = ReferenceEngine(self.model, self.processing.tokenizer, rank=self.accelerator.process_index)
+        self.engine = ReferenceEngine(
+            self.model,
+            self.processing.tokenizer,
+            rank=self.accelerator.process_index,
+            max_batch=max(
+                self.config.completions_per_micro_batch,
+                self.config.per_device_eval_batch_size * self.config.num_generations,
+            ),
+            autocast=self.accelerator.autocast,
+        )
         self.policy = ReferencePolicy(
             self.model,
             loss_params(self.config),
@@ -149,7 +163,6 @@ class GRPOTrainer(WholeCheckpoints):
 
     def training_step(self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Any = None) -> Tensor:
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
-        self._step_start = time.perf_counter()
         self.policy.model = model
         with record() as spans:
             if not self.updates:
@@ -253,7 +266,7 @@ class GRPOTrainer(WholeCheckpoints):
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
-        if self.step_metrics:
+        if "loss" in self.step_metrics:
             self.policy.version += 1
             seconds = time.perf_counter() - self._step_start
             metrics = {
@@ -278,9 +291,10 @@ class GRPOTrainer(WholeCheckpoints):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs carry the mean of every metric since the last one."""
+        """Training logs carry the mean of every metric since the last one, the latest value of what adds up."""
         if "loss" in logs and self.window:
             logs |= {name: sum(values) / len(values) for name, values in self.window.items()}
+            logs |= {name: self.window[name][-1] for name in LATEST if name in self.window}
             self.window.clear()
         super().log(logs, start_time)
 
@@ -293,7 +307,8 @@ class GRPOTrainer(WholeCheckpoints):
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
         self.window = defaultdict(list, state.get("window", {}))
-        if self.run_log and resume in NOT_RESUMING:
+        elsewhere = checkpoint is None or checkpoint.resolve().parent != Path(self.config.output_dir).resolve()
+        if self.run_log and elsewhere:
             self.run_log.start_over()
         elif self.run_log:
             self.run_log.continue_after(state.get("step", 0))
@@ -335,6 +350,13 @@ class GRPOTrainer(WholeCheckpoints):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
         )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[PromptBatch], None]:
+        """Where a step begins: the loader may decode pictures in this process."""
+        self._step_start = time.perf_counter()
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        self.step_metrics["time/data"] = time.perf_counter() - self._step_start
+        return samples, None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         return None  # a `PromptBatch` has no labels to count

@@ -40,10 +40,16 @@ class WholeCheckpoints(Trainer):
             save_state(aside, self.state_to_save())
             publish(aside, output_dir / name)
             shutil.rmtree(output_dir / ASIDE)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(output_dir / name))
             rotate_checkpoints(
                 str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
             )
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving_aside:  # an upload runs on while the folder gets its name
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -1,4 +1,4 @@
-"""The demo's base model: a Qwen2-VL of 1.5 M parameters with a tokenizer of its own, shipped in `base/`.
+"""The demo's base model: a Qwen2-VL of 1.5 M parameters with a tokenizer of its own, shipped in `tiny-qwen2-vl-base/`.
 
 The architecture is transformers' `Qwen2VLForConditionalGeneration`, only small. `fastgrpo.demo.pretrain` says what
 it was trained on.
@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2VLConfi
 
 from fastgrpo.data.prompts import BASE_PROMPT
 
-BASE_MODEL_PATH = Path(__file__).parent / "base"
+BASE_MODEL_PATH = Path(__file__).parent / "tiny-qwen2-vl-base"
 """The shipped weights, tokenizer and image processor settings, in hub format."""
 
 SPECIAL_TOKENS = (

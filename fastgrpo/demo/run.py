@@ -15,7 +15,7 @@ from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.launch import require_writable, run_training
 
 SETTINGS = Path(__file__).parent / "demo.yaml"
-DEMO_STEPS = 150
+DEMO_STEPS = 200
 QUESTIONS = 400
 """Held-out questions, the same for every seed."""
 HELD_OUT_SEED = 2026
@@ -24,7 +24,7 @@ HELD_OUT_SEED = 2026
 def run_demo(output_dir: Path, *, seed: int, steps: int = DEMO_STEPS, questions: int = QUESTIONS) -> dict[str, Any]:
     """Renders the data, trains, scores before and after, and prints what came of it. Returns summary.json's figures."""
     require_writable(output_dir)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     data = output_dir / "data"
     data.mkdir(exist_ok=True)
     train, held_out = data / "sat.parquet", data / "cvbench.parquet"

@@ -120,8 +120,7 @@ def test_a_rewarded_token_becomes_likelier(build: Any) -> None:
     trainer = build(even_tokens, max_steps=10, learning_rate=4e-2, per_device_train_batch_size=16)
     trainer.train()
     rewards = [step["reward"] for step in metrics_of(trainer.args.output_dir)]
-    assert sum(rewards[:2]) / 2 < 0.6
-    assert sum(rewards[-2:]) / 2 > 0.75
+    assert sum(rewards[-2:]) / 2 > sum(rewards[:2]) / 2 + 0.12, "0.5 is an even draw; the wrong sign lowers it"
 
 
 def test_the_reference_computes_as_the_policy_does(build: Any) -> None:
