@@ -3,7 +3,7 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 BIN = $(VENV)/bin
 SEED ?= 0
-# The CPU build where there is no CUDA; installed first, since other packages would pull in another one.
+# Installed first, since other packages would pull in another build. Set it to the build that fits your machine.
 TORCH ?= torch==2.13.0
 
 .PHONY: install install-bench demo test test-all lint format bench clean

@@ -1,12 +1,13 @@
 """The `fastgrpo` command: train, eval, report, demo, doctor."""
 
+import json
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -17,7 +18,6 @@ from transformers.utils import logging
 
 from fastgrpo import __version__
 from fastgrpo.arguments import parse
-from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.demo.run import DEMO_STEPS, run_demo
@@ -102,8 +102,8 @@ def _eval(argv: Sequence[str]) -> None:
     parser.add_argument("--max_samples", type=_at_least(1))
     parser.add_argument("--max_new_tokens", type=_at_least(1), default=1024)
     parser.add_argument("--batch_size", type=_at_least(1), default=64, help="questions answered at once")
-    parser.add_argument("--prompt_mode", choices=("base", "instruct"), default="base")
-    parser.add_argument("--prompt_template", choices=("paper", "answer"), default="paper")
+    parser.add_argument("--prompt_mode", choices=("base", "instruct"), help="as in the model's training, else base")
+    parser.add_argument("--prompt_template", choices=("paper", "answer"), help="as in its training, else paper")
     parser.add_argument("--max_pixels", type=_at_least(1))
     parser.add_argument("--min_pixels", type=_at_least(1))
     parser.add_argument("--pass_at_k", type=_at_least(0), default=0, help="also sample so many responses a question")
@@ -111,20 +111,22 @@ def _eval(argv: Sequence[str]) -> None:
         "--shuffles", type=_at_least(0), default=0, help="ask again about shuffled pictures, so many times"
     )
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", type=_device, default=None, help="cuda where there is one, else cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=_device, default=_device(best), help=f"{best} if unset")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     require_writable(options.output_dir)
+    prompts = _prompts_of(options)
     rows = load_rows(options.dataset, split=options.split, max_samples=options.max_samples, seed=options.seed)
     processing = load_processing(options.model, options.min_pixels, options.max_pixels)
-    model = load_policy(options.model, dtype=options.dtype).to(options.device or GRPOConfig(output_dir="unused").device)
+    model = load_policy(options.model, dtype=options.dtype).to(options.device)
     evaluation = evaluate(
         ReferenceEngine(model, processing.tokenizer, max_batch=options.batch_size),
         PromptBuilder(
             processing.tokenizer,
             processing.image_processor,
-            mode=options.prompt_mode,
-            template=options.prompt_template,
+            mode=prompts["prompt_mode"],
+            template=prompts["prompt_template"],
         ),
         rows,
         max_new_tokens=options.max_new_tokens,
@@ -136,6 +138,18 @@ def _eval(argv: Sequence[str]) -> None:
     )
     write_evaluation(evaluation, options.output_dir / "evals", options.name, step=0, dataset=options.dataset)
     _print_evaluation(evaluation)
+
+
+def _prompts_of(options: Namespace) -> dict[str, Any]:
+    """How questions are asked: as told, else as the run that trained the model asked them, else as the paper did."""
+    prompts: dict[str, Any] = {"prompt_mode": "base", "prompt_template": "paper"}
+    for folder in (Path(options.model).parent, Path(options.model)):  # a checkpoint-N lies inside its run's folder
+        if (folder / "settings.json").is_file():
+            settings = json.loads((folder / "settings.json").read_text())
+            prompts |= {name: settings[name] for name in prompts if name in settings}
+    prompts |= {name: getattr(options, name) for name in prompts if getattr(options, name) is not None}
+    print(f"questions are asked in {prompts['prompt_mode']} mode, template {prompts['prompt_template']}")
+    return prompts
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:

@@ -1,4 +1,4 @@
-"""The demo's base model: a Qwen2-VL of 1.5 M parameters with a tokenizer of its own, shipped in `tiny-qwen2-vl-base/`.
+"""The demo's base model: a Qwen2-VL of 1.16 M parameters with a tokenizer of its own, shipped in `tiny-qwen2-vl-base/`.
 
 The architecture is transformers' `Qwen2VLForConditionalGeneration`, only small. `fastgrpo.demo.pretrain` says what
 it was trained on.

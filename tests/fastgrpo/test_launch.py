@@ -112,7 +112,7 @@ def test_a_run_with_scores_before_and_after(arguments: list[str], tmp_path: Path
     scored_at = (out / "evals" / "before.json").stat().st_mtime_ns
     resumed = run_training(*parse([*arguments, "--resume_from_checkpoint", str(out / "checkpoint-1")]))
     assert (out / "evals" / "before.json").stat().st_mtime_ns == scored_at
-    assert not list(out.glob("previous-*"))
+    assert [path.name for path in out.glob("previous-1/*")] == ["checkpoint-2"], "of the branch that was left"
     assert [line["step"] for line in metrics(out)] == [1, 2]
     assert metrics(out)[1]["entropy"] == lines[1]["entropy"]
     assert resumed["accuracy_after"] == summary["accuracy_after"]
