@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastgrpo import __version__
-from fastgrpo.cli import COMMANDS, main
+from fastgrpo.cli import COMMANDS, _prompts_of, main
 
 Train = Callable[..., tuple[int, list[str]]]
 
@@ -406,3 +407,16 @@ def test_report_of_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("fastgrpo report: error: ")
+
+
+def test_eval_asks_as_the_run_that_trained_the_model_did(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "settings.json").write_text(json.dumps({"prompt_mode": "instruct", "prompt_template": "answer"}))
+    unsaid = {"prompt_mode": None, "prompt_template": None}
+    for model in (tmp_path, tmp_path / "checkpoint-5"):
+        asked = _prompts_of(Namespace(model=str(model), **unsaid))
+        assert asked == {"prompt_mode": "instruct", "prompt_template": "answer"}
+    told = _prompts_of(Namespace(model=str(tmp_path), **unsaid | {"prompt_mode": "base"}))
+    assert told == {"prompt_mode": "base", "prompt_template": "answer"}
+    elsewhere = _prompts_of(Namespace(model="someone/model", **unsaid))
+    assert elsewhere == {"prompt_mode": "base", "prompt_template": "paper"}
