@@ -250,7 +250,10 @@ class ReferencePolicy:
         for i, batch in enumerate(batches):
             fields = _loss_inputs(groups, slice(offset, offset + len(batch)), self._device)
             offset += len(batch)
-            with self._no_sync() if i < len(batches) - 1 else nullcontext():
+            last = i == len(batches) - 1
+            if self._is_deepspeed:
+                self.model.set_gradient_accumulation_boundary(last)
+            with nullcontext() if last else self._no_sync():
                 with span("update/reference_model"):
                     ref_logprobs = self._reference_logprobs(batch)
                 with span("update/forward"):
@@ -262,6 +265,8 @@ class ReferencePolicy:
                     self._backward(output.loss)
             drawn = torch.cat([completion.sampling_logprobs for _, completion in batch]).to(self._device)
             outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
+        if self._is_deepspeed and outputs:
+            self.model.step()  # the caller's optimizer.step() does nothing under DeepSpeed
         if not outputs:
             outputs.append(self._nothing())
             if self.accelerator is not None and self.accelerator.num_processes > 1:
@@ -336,15 +341,24 @@ class ReferencePolicy:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def _is_deepspeed(self) -> bool:
+        return hasattr(self.model, "set_gradient_accumulation_boundary")
+
     def _backward(self, loss: Tensor) -> None:
         if self.accelerator is None:
             loss.backward()
+        elif self._is_deepspeed:
+            # accelerate's own backward would step the engine after every micro-batch.
+            self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
         else:
             # Ranks average their gradients; the weights already divide by the whole batch, so undo that mean.
             self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def _no_sync(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.accelerator is None else self.accelerator.no_sync(self.model)
+        if self.accelerator is None or self._is_deepspeed:
+            return nullcontext()
+        return self.accelerator.no_sync(self.model)
 
 
 def _loss_inputs(groups: Sequence[WeightedGroup], chosen: slice, device: torch.device) -> dict[str, Any]:

@@ -117,8 +117,10 @@ class GRPOTrainer(WholeCheckpoints):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled:
-            raise ValueError("deepspeed is not supported yet: its engine would step after every micro-batch. Use DDP.")
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "deepspeed: ZeRO stage 3 is not supported yet, HF generate would need whole weights. Use 2."
+            )
         for shown_by_trainer in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown_by_trainer)
         self.display = ProgressDisplay(self.config)
