@@ -7,14 +7,14 @@ paths are tested and measured against it, and it serves every model that they do
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from fastgrpo_kernels import LossOutput, LossParams, grpo_loss, logprob_from_logits
 from fastgrpo_profiling import span
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
@@ -23,13 +23,13 @@ from transformers import (
     MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from fastgrpo.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
 from fastgrpo.metrics import combine, sampling_mismatch
 from fastgrpo.types import Completion, Prompt, SamplingMismatch, SamplingParams, UpdateResult, WeightedGroup
 
@@ -95,11 +95,11 @@ class ReferenceEngine:
         width = input_ids.shape[1]
         lengths = torch.tensor([len(p.input_ids) for p in prompts], device=device)
         attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, width]
-        full, drawn = _LogprobRecorder(params.temperature or 1.0), _LogprobRecorder(1.0)
+        full, drawn = LogprobRecorder(params.temperature or 1.0), LogprobRecorder(1.0)
         was_training = self.model.training
         self.model.eval()
         try:
-            with span("rollout/generate"), _own_defaults_off(self.model), self.autocast():
+            with span("rollout/generate"), own_defaults_off(self.model), self.autocast():
                 sequences = self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -140,7 +140,7 @@ class ReferenceEngine:
         if self.suppressed:
             chain.append(SuppressTokensLogitsProcessor(self.suppressed, device=str(self.model.device)))
         if params.repetition_penalty != 1.0:
-            chain.append(_RepetitionPenalty(params.repetition_penalty, prompt_mask))
+            chain.append(RepetitionPenalty(params.repetition_penalty, prompt_mask))
         if params.temperature > 0:
             if params.temperature != 1.0:
                 chain.append(TemperatureLogitsWarper(float(params.temperature)))
@@ -151,60 +151,6 @@ class ReferenceEngine:
             if params.min_p > 0.0:
                 chain.append(MinPLogitsWarper(params.min_p))
         return LogitsProcessorList([*chain, drawn])
-
-
-@contextmanager
-def _own_defaults_off(model: nn.Module) -> Iterator[None]:
-    """Hides the model's own generation settings, with which HF fills every field that ours leave open."""
-    holders = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
-    own = [module.generation_config for module in holders]
-    for module in holders:
-        module.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for module, config in zip(holders, own, strict=True):
-            module.generation_config = config
-
-
-class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """HF's, blind to the padding before a prompt: the padding token often is the end token."""
-
-    def __init__(self, penalty: float, prompt_mask: Tensor) -> None:
-        super().__init__(float(penalty))
-        self.is_padding = prompt_mask == 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        width = self.is_padding.shape[1]
-        prompt = torch.where(self.is_padding, input_ids[:, width - 1 : width], input_ids[:, :width])
-        return super().__call__(torch.cat([prompt, input_ids[:, width:]], dim=1), scores)
-
-
-class _LogprobRecorder(LogitsProcessor):
-    """Notes the log-prob of every drawn token under the scores that pass by, one [B, V] matrix in memory at a time.
-
-    A processor sees step t's scores before the token is drawn, so the token is looked up when step t + 1 calls.
-    """
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.columns: list[Tensor] = []
-        self.pending: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.pending is not None:
-            self._look_up(self.pending, input_ids[:, -1])
-        self.pending = scores.float() / self.temperature
-        return scores
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """[B, C] float32 log-probs of `tokens` [B, C]."""
-        assert self.pending is not None
-        self._look_up(self.pending, tokens[:, -1])
-        return torch.stack(self.columns, dim=1)
-
-    def _look_up(self, scores: Tensor, tokens: Tensor) -> None:
-        self.columns.append(torch.log_softmax(scores, dim=-1).gather(1, tokens[:, None]).squeeze(1))
 
 
 class ReferencePolicy:

@@ -26,6 +26,7 @@ LAYERS = [
     ],
     ["fastgrpo.metrics", "fastgrpo.update_plan", "fastgrpo.checkpoint", "fastgrpo.run_log", "fastgrpo.callbacks"],
     ["fastgrpo.model"],
+    ["fastgrpo.hf_generation"],
     ["fastgrpo.reference", "fastgrpo.resolve"],
     ["fastgrpo.trainer", "fastgrpo.whole_checkpoints"],
     ["fastgrpo"],
