@@ -3,7 +3,7 @@
 import math
 from itertools import pairwise
 
-import fastgrpo_kernels.reference as reference
+import fastgrpo_kernels.reference.logprob as reference
 import pytest
 import torch
 from fastgrpo_kernels import linear_logprob, logprob_from_logits

@@ -1,0 +1,176 @@
+"""What every runner in this folder shares: paired timings, memory of a fresh process, the table and the JSON line."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "trl", "deepspeed", "flash-attn")
+
+
+@dataclass
+class Result:
+    """What a runner found. Ratios are ours over theirs, said so that larger is better for us."""
+
+    bench: str
+    device: str
+    checks: dict[str, Any] = field(default_factory=dict)
+    """Name to True or False, or to the figure a check compared; a False fails the run."""
+    ratios: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def finish(self, out: str | None = None) -> int:
+        """Prints the JSON line, last, writes it to `out` too, and returns the exit code."""
+        passed = all(value is not False for value in self.checks.values())
+        record = {
+            "bench": self.bench,
+            "device": device_name(self.device),
+            "commit": commit(),
+            "command": " ".join(["python", *sys.argv]),
+            "versions": versions(),
+            "checks_passed": passed,
+            "checks": self.checks,
+            "ratios": self.ratios,
+            "figures": self.figures,
+        }
+        if out:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text(json.dumps(record, indent=1) + "\n")
+        print(json.dumps(record), flush=True)
+        return 0 if passed else 1
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The flags every runner takes."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--out", metavar="FILE", help="also write the JSON record here")
+    return arguments
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table for people; floats with three digits."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def paired_seconds(
+    sides: Mapping[str, Callable[[], Any]], *, rounds: int = 5, warmup: int = 1, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each call, the sides taking turns, so that a noisy machine disturbs all of them alike."""
+    for function in sides.values():
+        for _ in range(warmup):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, function in sides.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Median over rounds of theirs / ours: how many times faster we are."""
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
+def spread(times: Sequence[float]) -> float:
+    """(slowest − fastest) / median."""
+    return (max(times) - min(times)) / statistics.median(times)
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device, where there is one to wait for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_fresh_process(*arguments: str) -> dict[str, Any]:
+    """Runs this script again with `arguments`; the last line it prints is its JSON answer.
+
+    glibc is told to map large blocks, so that what is freed is returned and peak memory is repeatable.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, sys.argv[0], *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{run.stderr[-2000:]}")
+    answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
+    """Peak memory of one call above what was held before it: CUDA's allocator, or this process's resident set."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _resident_bytes("VmRSS")
+    function()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {name}")
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's and how many threads torch uses of it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    models = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    model = models[0].split(":", 1)[1].strip() if models else platform.processor()
+    return f"cpu: {model}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return found
+
+
+def commit() -> str:
+    """Of the working tree, with + where files differ from it."""
+    root = Path(__file__).parent
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else "unknown"

@@ -1,0 +1,76 @@
+"""How kernels are launched; or, where there is no GPU, compiled ahead of time exactly as they would be launched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import MockTensor
+
+
+@dataclass(frozen=True)
+class CompiledLaunch:
+    """A launch that `compile_only` turned into machine code."""
+
+    name: str
+    """The kernel's function name."""
+    meta: dict[str, Any]
+    """Its compile-time arguments: tile sizes, flags, num_warps, num_stages."""
+    kernel: Any
+    """triton's `CompiledKernel`: `.asm["cubin"]`, `.asm["ptx"]`, `.metadata.shared`."""
+
+
+_compiled: list[CompiledLaunch] | None = None
+"""Where `launch` puts its work while `compile_only` is open."""
+
+
+def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+    """`kernel[grid](*args, **meta)`; inside `compile_only`, the same specialisation is compiled and nothing runs."""
+    if _compiled is None:
+        kernel[grid](*args, **meta)
+        return
+    # Tensors of torch's allocator are aligned to 16 bytes, as MockTensor says it is.
+    mocked = [MockTensor(a.dtype, list(a.shape)) if isinstance(a, Tensor) else a for a in args]
+    _compiled.append(CompiledLaunch(kernel.__name__, meta, kernel.warmup(*mocked, grid=(1,), **meta)))
+
+
+@contextmanager
+def compile_only(capability: int) -> Iterator[list[CompiledLaunch]]:
+    """Compiles every kernel launched in the block for sm_`capability` (80, 90, 100), without a GPU.
+
+    Call launchers, not ops, with tensors on the meta device: shapes, dtypes and strides then specialise the kernels as
+    real inputs would. Not for a process that also runs kernels.
+    """
+    global _compiled
+    assert _compiled is None, "compile_only does not nest"
+    active = driver._active
+    driver.set_active(_TargetOnly(GPUTarget("cuda", capability, 32)))
+    _compiled = []
+    try:
+        yield _compiled
+    finally:
+        _compiled = None
+        driver._active = active
+
+
+class _TargetOnly:
+    """What triton's compiler asks of a driver, without a device behind it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are cached by device: one cache an architecture
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
