@@ -6,7 +6,7 @@ SEED ?= 0
 # Installed first, since other packages would pull in another build. Set it to the build that fits your machine.
 TORCH ?= torch==2.13.0
 
-.PHONY: install install-bench demo test test-all lint format bench clean
+.PHONY: install install-bench demo test test-all lint format bench aot clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# Registers, spills and tensor cores of every kernel, compiled for GPUs that need not be there.
+aot: install
+	$(BIN)/python bench/aot.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """How kernels are launched; or, where there is no GPU, compiled ahead of time exactly as they would be launched."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +28,35 @@ _compiled: list[CompiledLaunch] | None = None
 """Where `launch` puts its work while `compile_only` is open."""
 
 
+_target: int | None = None
+"""The architecture that `compile_only` compiles for."""
+
+
+def target_arch() -> int:
+    """80, 90, 100, …: the architecture that a launch is for. 90 where there is no GPU (Triton's interpreter)."""
+    if _target is not None:
+        return _target
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)`; inside `compile_only`, the same specialisation is compiled and nothing runs."""
     if _compiled is None:
-        kernel[grid](*args, **meta)
+        with _device_of(args):
+            kernel[grid](*args, **meta)
         return
     # Tensors of torch's allocator are aligned to 16 bytes, as MockTensor says it is.
     mocked = [MockTensor(a.dtype, list(a.shape)) if isinstance(a, Tensor) else a for a in args]
     _compiled.append(CompiledLaunch(kernel.__name__, meta, kernel.warmup(*mocked, grid=(1,), **meta)))
+
+
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever holds the tensors."""
+    device = next((a.device for a in args if isinstance(a, Tensor)), None)
+    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 @contextmanager
@@ -45,15 +66,15 @@ def compile_only(capability: int) -> Iterator[list[CompiledLaunch]]:
     Call launchers, not ops, with tensors on the meta device: shapes, dtypes and strides then specialise the kernels as
     real inputs would. Not for a process that also runs kernels.
     """
-    global _compiled
+    global _compiled, _target
     assert _compiled is None, "compile_only does not nest"
     active = driver._active
     driver.set_active(_TargetOnly(GPUTarget("cuda", capability, 32)))
-    _compiled = []
+    _compiled, _target = [], capability
     try:
         yield _compiled
     finally:
-        _compiled = None
+        _compiled = _target = None
         driver._active = active
 
 

@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import fastgrpo_kernels.reference.logprob as reference
 import pytest
@@ -180,7 +181,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("byte_budget", [1, 3 * 4 * 8 * 1021, 1 << 30])
+@pytest.mark.parametrize("byte_budget", [1, 11 * 4 * 4 * 100, 1 << 30])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_linear_logprob_equals_the_plain_formula(rows: list[int] | None, byte_budget: int) -> None:
     torch.manual_seed(0)
@@ -220,17 +221,20 @@ def test_gradcheck_of_hidden_and_weight() -> None:
 
 def test_each_hidden_row_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rows_seen = []
-    linear = reference.F.linear
+    tiles = reference._tiles
 
-    def counting(chunk: Tensor, weight: Tensor) -> Tensor:
-        rows_seen.append(len(chunk))
-        return linear(chunk, weight)
+    def counting(x: Tensor, *args: Any) -> Any:
+        rows_seen.append(len(x))
+        return tiles(x, *args)
 
-    monkeypatch.setattr(reference.F, "linear", counting)
+    monkeypatch.setattr(reference, "_tiles", counting)
     rows = torch.tensor([0] * 8 + [1, 2, 3] * 4)
-    with torch.no_grad():
-        linear_logprob(torch.randn(6, 4), torch.randn(50, 4), rows % 50, rows=rows, byte_budget=2 * 4 * 8 * 50)
-    assert rows_seen == [2, 2]
+    hidden = torch.randn(6, 4, requires_grad=True)
+    output = reference.linear_logprob(hidden, torch.randn(50, 4), rows, rows=rows)
+    output.logprobs[rows < 2].sum().backward()
+    # Forward the rows that a target reads, backward those with a gradient.
+    assert rows_seen == [4, 2]
+    assert (hidden.grad[2:] == 0).all()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -246,14 +250,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_memory_stays_within_a_chunk_forward_and_backward() -> None:
+def test_memory_stays_within_a_tile_forward_and_backward() -> None:
     hidden = torch.randn(256, 4, requires_grad=True)
     weight = torch.randn(1000, 4, requires_grad=True)
     targets = torch.randint(1000, (256,))
     with LargestTensor() as largest:
-        output = linear_logprob(hidden, weight, targets, entropy=True, byte_budget=16 * 4 * 8 * 1000)
+        output = reference.linear_logprob(hidden, weight, targets, entropy=True, byte_budget=4 * 4 * 256 * 64)
         weighted(*output).backward()
-    assert largest.numel == 16 * 1000  # a chunk of 16 rows; all 256 would be 256,000
+    assert largest.numel == 256 * 64  # a tile of 64 columns; all 1000 would be 256,000
 
 
 def test_no_tokens_give_empty_outputs_and_zero_gradients() -> None:

@@ -1,7 +1,7 @@
 """The GRPO loss over packed tokens, in plain torch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def grpo_loss(
         entropy_weights: [T], coefficient and normaliser of the entropy bonus.
 
     Raises:
-        ValueError: a shape does not fit, or a needed argument is missing.
+        ValueError: a shape, dtype or device does not fit, or a needed argument is missing.
     """
     optional = {
         "old_logprobs": old_logprobs,
@@ -58,7 +58,8 @@ def grpo_loss(
         "entropy": entropy,
         "entropy_weights": entropy_weights,
     }
-    _check_loss_inputs(logprobs, advantages, cu_seqlens, params, {"weights": weights, **optional})
+    required = {"advantages": advantages, "weights": weights, "cu_seqlens": cu_seqlens}
+    check_loss_inputs(logprobs, params, {**required, **optional})
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     dtype = computing_dtype(logprobs)
 
@@ -194,24 +195,43 @@ def _max_of(values: Tensor, present: Tensor) -> Tensor:
     return torch.cat([values.masked_fill(~present, -math.inf), values.new_full((1,), -math.inf)]).max()
 
 
-def _check_loss_inputs(
-    logprobs: Tensor,
-    advantages: Tensor,
-    cu_seqlens: Tensor,
-    params: LossParams,
-    per_token: dict[str, Tensor | None],
-) -> None:
-    tokens, sequences = logprobs.shape, len(advantages)
-    for name, value in per_token.items():
-        if value is not None and value.shape != tokens:
-            raise ValueError(
-                f"{name} has shape {shape_of(value)}, logprobs {shape_of(logprobs)}: pass one value a token."
-            )
+def check_loss_inputs(logprobs: Tensor, params: LossParams, arguments: Mapping[str, Tensor | None]) -> None:
+    """Raises the ValueError of an argument whose shape, dtype or device does not fit, or that is missing.
+
+    What cu_seqlens holds is checked on CPU alone, since reading it waits for the device, and not under torch.compile.
+    """
+    if logprobs.dim() != 1:
+        raise ValueError(f"logprobs has shape {shape_of(logprobs)}: pass [T], the tokens of all sequences in a row.")
+    for name, value in {"logprobs": logprobs, **arguments}.items():
+        if value is not None:
+            _check_argument(name, value, logprobs)
+    advantages, cu_seqlens = arguments["advantages"], arguments["cu_seqlens"]
+    assert advantages is not None
+    assert cu_seqlens is not None
+    sequences = len(advantages)
     if cu_seqlens.shape != (sequences + 1,):
         raise ValueError(f"cu_seqlens has shape {shape_of(cu_seqlens)}: pass {sequences} + 1, as there are advantages.")
-    if cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != len(logprobs):
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and int(cu_seqlens[-1]) != len(logprobs):
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {len(logprobs)} logprobs.")
-    if params.beta != 0 and per_token["ref_logprobs"] is None:
+    if params.beta != 0 and arguments["ref_logprobs"] is None:
         raise ValueError(f"beta={params.beta} needs ref_logprobs: pass them, or set beta to 0.")
-    if per_token["entropy_weights"] is not None and per_token["entropy"] is None:
+    if arguments["entropy_weights"] is not None and arguments["entropy"] is None:
         raise ValueError("entropy_weights needs entropy: pass it, or leave entropy_weights out.")
+
+
+def _check_argument(name: str, value: Tensor, logprobs: Tensor) -> None:
+    if value.device != logprobs.device:
+        raise ValueError(f"{name} is on {value.device}, logprobs on {logprobs.device}: move it there.")
+    if name == "mask":
+        valid, wanted = value.dtype == torch.bool, "torch.bool"
+    elif name == "cu_seqlens":
+        valid, wanted = value.dtype in (torch.int32, torch.int64), "torch.int64"
+    else:
+        valid, wanted = value.is_floating_point(), "floating-point numbers"
+    if not valid:
+        raise ValueError(f"{name} holds {value.dtype}: pass {wanted}.")
+    if name == "advantages" and value.dim() != 1:
+        raise ValueError(f"advantages has shape {shape_of(value)}: pass [N], one a sequence.")
+    if name not in ("advantages", "cu_seqlens") and value.shape != logprobs.shape:
+        raise ValueError(f"{name} has shape {shape_of(value)}, logprobs {shape_of(logprobs)}: pass one value a token.")
