@@ -1,9 +1,9 @@
 """Compiles every kernel at every shipped launch, without a GPU, and reads the machine code. `python bench/aot.py`.
 
 Per kernel and launch: registers, shared memory, stack, spills (local-memory stores and loads in the SASS) and tensor
-core instructions, for sm_80, sm_90 and sm_100. Exit code 1 when a launch does not compile or could not start for want
-of shared memory, when a kernel spills, or when one has a dot and, on sm_90, no tensor core instruction (dots of
-float32 in IEEE precision are exempt: no tensor core computes those). Other tritons generate other code:
+core instructions (in the PTX), for sm_80, sm_90 and sm_100. Exit code 1 when a launch does not compile or could not
+start for want of shared memory, when a kernel spills, or when one has a dot and, on sm_90, no tensor core instruction
+(dots of float32 in IEEE precision are exempt: no tensor core computes those). Other tritons generate other code:
 
     pip install --no-deps --target /tmp/triton36 triton==3.6.0 && python bench/aot.py --triton /tmp/triton36
 """
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ import triton
 from fastgrpo_kernels.tl_utils import CompiledLaunch, compile_only
 from harness import Result, parser, print_table
 
-MODULES = ("fastgrpo_kernels.linear_logprob", "fastgrpo_kernels.grpo_loss")
+MODULES = tuple(
+    f"fastgrpo_kernels.{name}" for name in ("linear_logprob", "grpo_loss", "kv_cache", "paged_attention", "sampling")
+)
 """Each defines `aot_cases()`: labels, and calls of its launchers on meta tensors at the shipped shapes and configs."""
 ARCHES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -37,7 +38,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 JOBS = 2
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TENSOR_CORE = re.compile(r"\b(HMMA|IMMA|DMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC[A-Z]*MMA)\b")
+TENSOR_CORE = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCMMA"}
+"""PTX instructions that run on tensor cores, and what the machine calls them."""
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 DOT = re.compile(r"tt\.dot(?:_scaled)?\b.*")
@@ -132,14 +134,14 @@ def read_binary(launch: CompiledLaunch, arch: int, case: str) -> Launch:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        dump = subprocess.run(
-            [CUOBJDUMP, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = USAGE.search(dump)
-    assert usage is not None, f"cuobjdump says nothing of {launch.name}"
+        usage = USAGE.search(_dump("-res-usage", file.name))
+        assert usage is not None, f"cuobjdump says nothing of {launch.name}"
+        # What spills goes to the stack: without one there is nothing to disassemble for, which takes a second.
+        code = _dump("-sass", file.name) if int(usage[2]) else ""
     dots = DOT.findall(kernel.asm["ttir"])
     shared, limit = kernel.metadata.shared, SHARED_LIMIT[arch]
-    instructions = Counter(TENSOR_CORE.findall(dump))
+    ptx = kernel.asm["ptx"]
+    instructions = {name: len(re.findall(rf"\b{re.escape(op)}\b", ptx)) for op, name in TENSOR_CORE.items()}
     return Launch(
         arch=arch,
         kernel=launch.name,
@@ -149,12 +151,16 @@ def read_binary(launch: CompiledLaunch, arch: int, case: str) -> Launch:
         registers=int(usage[1]),
         stack=int(usage[2]),
         shared=shared,
-        spills=len(SPILL.findall(dump)),
+        spills=len(SPILL.findall(code)),
         has_dot=bool(dots),
         ieee=all("inputPrecision" not in dot and "xf32> * " in dot for dot in dots),
-        tensor_cores=", ".join(f"{count} {name}" for name, count in sorted(instructions.items())),
+        tensor_cores=", ".join(f"{count} {name}" for name, count in instructions.items() if count),
         error=f"{shared} bytes of shared memory, {limit} at most" if shared > limit else "",
     )
+
+
+def _dump(what: str, cubin: str) -> str:
+    return subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def _describe(meta: dict[str, Any]) -> str:

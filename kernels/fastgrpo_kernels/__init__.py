@@ -1,17 +1,35 @@
-"""GRPO's operations over flat (packed) tokens. Usable alone: imports torch and nothing of fastgrpo."""
+"""GRPO's operations over flat (packed) tokens. Usable alone: imports torch and triton and nothing of fastgrpo."""
 
 from fastgrpo_kernels.grpo_loss import grpo_loss
+from fastgrpo_kernels.kv_cache import rope_and_cache
 from fastgrpo_kernels.linear_logprob import linear_logprob
+from fastgrpo_kernels.paged_attention import paged_attention
 from fastgrpo_kernels.reference import logprob_from_logits
-from fastgrpo_kernels.types import LogprobOutput, LossMetrics, LossOutput, LossParams, Surrogate
+from fastgrpo_kernels.sampling import sample
+from fastgrpo_kernels.types import (
+    LogprobOutput,
+    LossMetrics,
+    LossOutput,
+    LossParams,
+    PagedLayout,
+    SampleOutput,
+    SampleParams,
+    Surrogate,
+)
 
 __all__ = [
     "LogprobOutput",
     "LossMetrics",
     "LossOutput",
     "LossParams",
+    "PagedLayout",
+    "SampleOutput",
+    "SampleParams",
     "Surrogate",
     "grpo_loss",
     "linear_logprob",
     "logprob_from_logits",
+    "paged_attention",
+    "rope_and_cache",
+    "sample",
 ]

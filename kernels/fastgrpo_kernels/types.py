@@ -106,3 +106,64 @@ def check_option(name: str, value: object, valid: bool, wanted: str) -> None:
     """Raises the ValueError of an option that cannot work."""
     if not valid:
         raise ValueError(f"{name}={value!r} is not valid: use {wanted}.")
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """Where each decode row's keys and values lie: the pages of a prefix that rows share, then pages of its own.
+
+    The rows of prefix p are cu_prefix_rows[p] … cu_prefix_rows[p + 1]. Table entries past a length are never read.
+    """
+
+    suffix_tables: Tensor
+    """[B, S] int32: pages of each row's own tokens."""
+    suffix_lens: Tensor
+    """[B] int32: how many tokens those are."""
+    prefix_tables: Tensor
+    """[P, M] int32: pages of each prefix."""
+    prefix_lens: Tensor
+    """[P] int32: its tokens; the last page may be partly filled."""
+    prefix_ids: Tensor
+    """[B] int32: the prefix that a row reads; −1 for a row outside every range of `cu_prefix_rows`: no prefix."""
+    cu_prefix_rows: Tensor
+    """[P + 1] int32, ascending: first row of each prefix and, last, the end of the last one's; a range may be empty."""
+
+
+@dataclass(frozen=True)
+class SampleParams:
+    """How tokens are drawn, one setting for a batch.
+
+    Raises:
+        ValueError: a field has a value that cannot work; the message names the field, the value and the fix.
+    """
+
+    temperature: float = 1.0
+    """0: greedy. The truncations below are then left out."""
+    top_k: int = 0
+    """Only the k most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the most likely tokens whose mass first reaches top_p; 1: all."""
+    min_p: float = 0.0
+    """Only tokens at least min_p times as likely as the likeliest; 0: all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens already seen are divided by it where positive, else multiplied; 1: off."""
+
+    def __post_init__(self) -> None:
+        check_option("temperature", self.temperature, 0 <= self.temperature < math.inf, "a finite number, 0 or more")
+        check_option("top_k", self.top_k, self.top_k >= 0, "an integer, 0 or more")
+        check_option("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        check_option("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1")
+        penalty = self.repetition_penalty
+        check_option("repetition_penalty", penalty, 0 < penalty < math.inf, "a finite number above 0")
+
+
+class SampleOutput(NamedTuple):
+    """What `sample` returns, one entry per row."""
+
+    tokens: Tensor
+    """[B] int64."""
+    logprobs: Tensor
+    """[B] float32: of each token under softmax(logits / temperature), temperature 1 when greedy; nothing left out."""
+    sampling_logprobs: Tensor
+    """[B] float32: under the distribution drawn from, after suppression, penalty, temperature and truncation. Greedy:
+    under the softmax of the suppressed and penalised logits."""

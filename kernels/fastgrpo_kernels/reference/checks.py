@@ -33,3 +33,14 @@ def check_range(name: str, indices: Tensor, size: int, ignore_index: int | None 
     if wrong.any():
         position = int(wrong.nonzero()[0])
         raise ValueError(f"{name}[{position}]={int(indices[position])} is outside 0..{size - 1}.")
+
+
+def check_caches(key_cache: Tensor, value_cache: Tensor) -> None:
+    """Raises a ValueError unless both are contiguous and of one shape [pages, page_size, Hkv, D]."""
+    if key_cache.ndim != 4 or key_cache.shape != value_cache.shape:
+        raise ValueError(
+            f"key_cache {shape_of(key_cache)}, value_cache {shape_of(value_cache)} do not fit: "
+            "pass twice [pages, page_size, Hkv, D]."
+        )
+    if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise ValueError("key_cache and value_cache must be contiguous: allocate one tensor per layer, or layer first.")
