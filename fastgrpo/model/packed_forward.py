@@ -1,0 +1,129 @@
+"""A transformers model on a packed batch: log-probs of its completion tokens, logits never kept.
+
+Everything happens inside one call of the (wrapped) model, so that the hooks of DDP and DeepSpeed, ZeRO 3 among them,
+see an ordinary forward pass: transformers embeds tokens and pictures and runs the decoder; the attention is replaced
+through the layout keyword (`shared_prefix`), and the head, for the length of the call, by the fused log-prob.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
+from torch import Tensor, nn
+
+from fastgrpo.model.shared_prefix import SharedPrefix, require_support
+from fastgrpo.packing import PackedBatch
+from fastgrpo.types import Prompt
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of text configs that change logits behind the head."""
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers (or peft) model inside DDP or DeepSpeed."""
+    return getattr(model, "module", model)
+
+
+def is_multimodal(model: Any) -> bool:
+    """Whether the model has a vision tower."""
+    return hasattr(unwrap(model).config, "vision_config")
+
+
+def require_packed_support(model: Any) -> None:
+    """Raises a ValueError that says why a model cannot be trained on packed groups; others can."""
+    config = model.config.get_text_config()
+    require_support(model)
+    for name in LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} has config.{name}={getattr(config, name)}: its head is not linear."
+            )
+    if is_multimodal(model):
+        company_prompt(model)
+
+
+def packed_logprobs(
+    model: Any,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    attn_backend: str = "auto",
+    logprob_bytes: int = 1 << 30,
+) -> LogprobOutput:
+    """Log-probs and entropies [N] float32 of a batch's completion tokens, with gradient.
+
+    Call it, and the backward pass, within `shared_prefix_layers(unwrap(model))`.
+
+    Args:
+        model: a transformers model, or one wrapped in peft, DDP or a DeepSpeed engine.
+        batch: on the model's device.
+        attn_backend: one of `config.ATTN_BACKENDS`.
+        logprob_bytes: scratch of the head, `linear_logprob`'s byte budget.
+    """
+    pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
+    options = {"temperature": temperature, "entropy": entropy}
+    with _logprob_head(unwrap(model), batch, options, logprob_bytes):
+        found = model(
+            input_ids=batch.input_ids[None],
+            attention_mask=None,
+            # Always stated: what transformers would work out may be left from the last `generate`.
+            position_ids=batch.position_ids[:, None] if is_multimodal(model) else batch.position_ids[:1],
+            **(pictures if batch.pixel_values is not None else {}),
+            use_cache=False,
+            shared_prefix=SharedPrefix(batch.layout, attn_backend),
+        ).logits
+    return LogprobOutput(*found.unbind()) if entropy else LogprobOutput(found[0], None)
+
+
+@contextmanager
+def _logprob_head(model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int) -> Iterator[None]:
+    """Meanwhile the model's head answers [1, T, H] with log-probs and entropies [2, N] in the place of logits."""
+    head = model.get_output_embeddings()
+    own_forward = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        if type(head) is nn.Linear and head.bias is None:
+            output = linear_logprob(
+                hidden[0], head.weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options
+            )
+        else:  # adapters, a bias, a quantized head
+            logits = own_forward(hidden[0, batch.rows])
+            output = logprob_from_logits(logits, batch.targets, **options)
+        return torch.stack([part for part in output if part is not None])
+
+    # On the instance: its `__call__`, and so every hook (ZeRO 3 gathers the weight in one), stays.
+    had_own = "forward" in vars(head)
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            head.forward = own_forward
+        else:
+            del head.forward
+
+
+def company_prompt(model: Any) -> Prompt:
+    """The smallest prompt with a picture, one black patch group: it takes gradients through the vision tower.
+
+    Raises:
+        ValueError: a vision tower that is not of the Qwen2-VL kind.
+    """
+    config, vision = unwrap(model).config, unwrap(model).config.vision_config
+    try:
+        merge = vision.spatial_merge_size
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        token = config.image_token_id
+    except AttributeError as error:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no vision tower like Qwen2-VL's: {error}") from error
+    return Prompt(
+        row_id=-1,
+        input_ids=torch.tensor([token]),
+        position_ids=torch.zeros(3, 1, dtype=torch.int64),
+        pixel_values=torch.zeros(merge**2, patch_dim),
+        image_grid_thw=torch.tensor([[1, merge, merge]]),
+        text="",
+    )

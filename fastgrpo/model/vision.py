@@ -1,0 +1,47 @@
+"""The pictures of prompts, seen by a vision tower: the policy's own, or a copy where the policy's is in pieces."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.model.decoder import base_model
+from fastgrpo.types import Prompt
+
+
+def vision_tower(model: Any) -> Any | None:
+    """The policy's vision tower; None for a text model."""
+    return getattr(base_model(model).model, "visual", None)
+
+
+def is_partitioned(tower: Any) -> bool:
+    """Whether ZeRO-3 holds the weights in pieces, to be gathered by all ranks together."""
+    return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
+
+
+def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:
+    """A tower like this one, for inference, with weights yet to be filled in."""
+    copy = type(tower)._from_config(tower.config).to(device).eval().requires_grad_(False)
+    for parameter in copy.parameters():
+        parameter.data = parameter.data.to(dtype)  # parameters alone: rotary frequencies stay in float32
+    return copy
+
+
+def image_features(tower: Any, prompts: Sequence[Prompt]) -> list[Tensor | None]:
+    """Per prompt, the features [image tokens, H] of its pictures; None without any. One pass of the tower for all."""
+    seen = [p for p in prompts if p.pixel_values is not None]
+    if not seen:
+        return [None] * len(prompts)
+    pixels = torch.cat([p.pixel_values for p in seen if p.pixel_values is not None])
+    grids = [p.image_grid_thw for p in seen if p.image_grid_thw is not None]
+    was_training = tower.training
+    tower.eval()
+    try:
+        features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
+    finally:
+        tower.train(was_training)
+    merged = tower.spatial_merge_size**2
+    lengths = [int(grid.prod(dim=1).sum()) // merged for grid in grids]
+    by_prompt = iter(features.pooler_output.split(lengths))
+    return [None if p.pixel_values is None else next(by_prompt) for p in prompts]

@@ -1,0 +1,43 @@
+"""Which pages of the KV cache are taken, and by how many sequences."""
+
+from collections.abc import Sequence
+
+
+class BlockManager:
+    """Pages with reference counts. A prompt's pages have one reference for each sequence that reads them."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.references = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))  # popped from the end: low pages first
+
+    def pages_for(self, tokens: int) -> int:
+        """How many pages hold `tokens` tokens."""
+        return -(-tokens // self.page_size)
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.num_pages - self.free
+
+    def allocate(self, count: int, references: int = 1) -> list[int]:
+        """Takes `count` free pages, to be released `references` times. The caller has seen that there are as many."""
+        assert references > 0
+        assert count <= self.free, f"{count} pages wanted, {self.free} are free"
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self.references[page] = references
+        return pages
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Gives up one reference to each page; a page without any is free again."""
+        for page in pages:
+            assert self.references[page] > 0, f"page {page} is released but nobody holds it"
+            self.references[page] -= 1
+            if self.references[page] == 0:
+                self._free.append(page)

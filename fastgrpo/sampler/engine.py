@@ -1,0 +1,281 @@
+"""`SamplerEngine`: draws completions from weights of its own, many times faster than HF `generate`."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fastgrpo_kernels import SampleParams
+from fastgrpo_profiling import span
+
+from fastgrpo.model.decoder import Decoder, DecoderShape, KVCache, base_model, unsupported
+from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
+from fastgrpo.sampler.block_manager import BlockManager
+from fastgrpo.sampler.prefill import Prefill
+from fastgrpo.sampler.runner import Limits, Runner
+from fastgrpo.sampler.scheduler import Scheduler
+from fastgrpo.sampler.sequence import PromptGroup
+from fastgrpo.types import Completion, Prompt, SamplingParams
+from fastgrpo.weight_sync import sync_tower, sync_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SamplerOptions:
+    """How the sampler uses a machine. None of it changes what is drawn, beyond floating-point order."""
+
+    max_rows: int = 256
+    """Completions that run at a time."""
+    max_cache_tokens: int | None = None
+    """Size of the KV cache; None: what `max_rows` completions of a call may need, on a GPU within its free memory."""
+    page_size: int = 16
+    """Tokens of a cache page: a power of two."""
+    prefill_tokens: int = 8192
+    """Most tokens of a prefill pass; longer prompts are cut."""
+    steps_per_check: int | None = None
+    """Decode steps between two looks at who has ended; None: 16 on a GPU, 1 elsewhere, where looking costs nothing."""
+    cuda_graphs: bool = True
+    """Replay captured decode steps on a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_cache_tokens", "page_size", "prefill_tokens", "steps_per_check"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not valid: use 1 or more.")
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"page_size={self.page_size} is not valid: use a power of two.")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a call of `generate` stands."""
+
+    running: int
+    waiting: int
+    finished: int
+    """Completions, all three."""
+    tokens: int
+    """In the finished completions."""
+    tokens_per_second: float
+    """Of those, since the call began."""
+    cache_occupancy: float
+    """Share of the cache's pages that are taken, 0 … 1."""
+
+
+class SamplerEngine:
+    """`Engine` with a paged KV cache, prompts shared by their group, and its own copy of the policy's text weights."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        version: Callable[[], int] = lambda: 0,
+        options: SamplerOptions | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the policy, a transformers or peft model; its vision tower is used as it is, without copying it.
+            tokenizer: for the end token and the completions' texts.
+            version: the policy's version; `generate` syncs when it has changed.
+            options: how to use the machine.
+            dtype: of weights and cache; None: the model's.
+            device: of weights and cache; None: where the model is now.
+            autocast: the context that the vision tower runs in.
+            on_progress: called after every look at the decode.
+
+        Raises:
+            ValueError: a model that the decoder cannot compute.
+        """
+        if reason := unsupported(model):
+            raise ValueError(f"the sampler cannot run this model, {reason}: use ReferenceEngine.")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.version = version
+        self.options = options or SamplerOptions()
+        self.on_progress = on_progress
+        policy = base_model(model)
+        eos = policy.generation_config.eos_token_id
+        self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
+        names = ("image_token_id", "video_token_id")
+        # A sampled image placeholder has no picture behind it and breaks the next forward pass.
+        self.suppressed = [t for name in names if (t := getattr(policy.config, name, None)) is not None]
+        self.decoder = Decoder(DecoderShape.of(model), dtype or policy.dtype, device or policy.device)
+        image_token = getattr(policy.config, "image_token_id", None)
+        self.prefill = Prefill(self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast)
+        self.runner: Runner | None = None
+        self.synced_version: int | None = None
+        self._is_busy = False
+
+    def sync(self) -> None:
+        """Takes over the policy's weights. `generate` calls this when `version()` has changed; others need it only
+        after changing weights in any other way. Under ZeRO-3 all ranks must call it together."""
+        with span("rollout/sync"):
+            sync_weights(self.decoder, self.model)
+            tower = vision_tower(self.model)
+            if tower is not None and is_partitioned(tower):
+                # Gathering takes all ranks at once, but they see pictures at different times: they get a copy each.
+                if self.prefill.tower is tower:
+                    self.prefill.tower = empty_copy(tower, self.decoder.dtype, self.decoder.device)
+                sync_tower(self.prefill.tower, tower)
+        self.synced_version = self.version()
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sized[Prompt], num_generations: int, params: SamplingParams, step: int
+    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+        """See `Engine.generate`; a group comes as soon as its last completion has ended.
+
+        Raises:
+            ValueError: a prompt with its completion does not fit the cache.
+            RuntimeError: another call's iterator has neither ended nor been closed.
+        """
+        if self._is_busy:
+            raise RuntimeError("generate: another call has not ended; exhaust its iterator or close() it first.")
+        if not prompts:
+            return
+        if self.synced_version != self.version():
+            self.sync()
+        groups = [PromptGroup.of(p, num_generations, seed=params.seed, step=step) for p in prompts]
+        runner = self._runner_for(groups, params)
+        scheduler = Scheduler(
+            BlockManager(runner.limits.pages, self.options.page_size),
+            max_rows=runner.limits.rows,
+            max_groups=runner.limits.groups,
+            max_new_tokens=params.max_new_tokens,
+        )
+        for group in groups:
+            scheduler.add(group)
+        progress = ProgressMeter(self.on_progress, scheduler)
+        self._is_busy = True
+        try:
+            while scheduler.has_work:
+                self._admit(scheduler, runner)
+                self._decode(scheduler, runner)
+                yield from self._finish(scheduler, runner, progress)
+        finally:
+            runner.arrange([])
+            self._is_busy = False
+
+    def _admit(self, scheduler: Scheduler, runner: Runner) -> None:
+        """Lets in who fits; where nobody does, closes ranks once that makes a step cheaper."""
+        admitted = scheduler.admit()
+        if admitted:
+            new = [g for g in dict.fromkeys(s.group for s in admitted) if g.first_logits is None]
+            with span("rollout/prefill"):
+                self.prefill.run(new, runner.cache, runner.page_size)
+        if admitted or runner.is_sparse(len(scheduler.running)):
+            with span("rollout/arrange"):
+                runner.arrange(scheduler.running)
+
+    def _decode(self, scheduler: Scheduler, runner: Runner) -> None:
+        default = 16 if self.decoder.device.type == "cuda" else 1
+        with span("rollout/decode"):
+            runner.run(min(self.options.steps_per_check or default, runner.limits.max_new_tokens))
+
+    def _finish(
+        self, scheduler: Scheduler, runner: Runner, progress: "ProgressMeter"
+    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+        """Takes out the sequences that have ended; yields the groups that are complete."""
+        with span("rollout/check"):
+            ended = runner.ended()
+        complete: list[PromptGroup] = []
+        texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
+        for (sequence, tokens, logprobs, sampling_logprobs), text in zip(ended, texts, strict=True):
+            scheduler.finish(sequence)
+            group = sequence.group
+            group.completions[sequence.index] = Completion(
+                group.prompt.row_id,
+                sequence.index,
+                tokens,
+                text,
+                "stop" if int(tokens[-1]) in self.eos_ids else "length",
+                logprobs,
+                sampling_logprobs,
+            )
+            progress.note(len(tokens))
+            if group.unfinished == 0:
+                group.first_logits = None
+                complete.append(group)
+        progress.report()
+        for group in complete:
+            yield group.prompt, tuple(group.completions[i] for i in range(len(group.sequences)))
+
+    def _runner_for(self, groups: Sized[PromptGroup], params: SamplingParams) -> Runner:
+        """The runner of the last call where its buffers and settings serve, otherwise a new one."""
+        sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty)
+        needed = self._limits(groups, params.max_new_tokens)
+        if self.runner is not None and self.runner.params == sampling and self.runner.limits.cover(needed):
+            return self.runner
+        self.runner = None  # its memory goes before the next one's is taken
+        self.runner = Runner(
+            self.decoder,
+            self._within_memory(needed),
+            self.options.page_size,
+            sampling,
+            eos_ids=self.eos_ids,
+            suppressed=self.suppressed,
+            cuda_graphs=self.options.cuda_graphs and self.decoder.device.type == "cuda",
+        )
+        return self.runner
+
+    def _limits(self, groups: Sized[PromptGroup], max_new_tokens: int) -> Limits:
+        size = self.options.page_size
+        rows = min(self.options.max_rows, sum(len(group.sequences) for group in groups))
+        # To the next power of two, so that the next call's prompts, a little longer, find room as well.
+        prefix_pages = 1 << (-(-max(group.length for group in groups) // size) - 1).bit_length()
+        suffix_pages = -(-(max_new_tokens - 1) // size)
+        together = min(rows, len(groups))
+        pages = rows * suffix_pages + together * prefix_pages
+        if self.options.max_cache_tokens is not None:
+            pages = min(pages, self.options.max_cache_tokens // size)
+        return Limits(rows, together, prefix_pages, suffix_pages, max_new_tokens, pages)
+
+    def _within_memory(self, limits: Limits) -> Limits:
+        """On a GPU, a cache of at most 0.8 of the memory that is free."""
+        if self.decoder.device.type != "cuda":
+            return limits
+        free, _ = torch.cuda.mem_get_info(self.decoder.device)
+        unused = torch.cuda.memory_reserved(self.decoder.device) - torch.cuda.memory_allocated(self.decoder.device)
+        page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)
+        return replace(limits, pages=min(limits.pages, int(0.8 * (free + unused)) // page))
+
+
+class ProgressMeter:
+    """Counts what a call of `generate` has finished and tells the callback."""
+
+    def __init__(self, callback: Callable[[Progress], None] | None, scheduler: Scheduler) -> None:
+        self.callback = callback
+        self.scheduler = scheduler
+        self.finished = 0
+        self.tokens = 0
+        self.start = time.perf_counter()
+
+    def note(self, tokens: int) -> None:
+        """One more completion, of so many tokens."""
+        self.finished += 1
+        self.tokens += tokens
+
+    def report(self) -> None:
+        if self.callback is None:
+            return
+        blocks, seconds = self.scheduler.blocks, time.perf_counter() - self.start
+        self.callback(
+            Progress(
+                running=len(self.scheduler.running),
+                waiting=len(self.scheduler.waiting),
+                finished=self.finished,
+                tokens=self.tokens,
+                tokens_per_second=self.tokens / seconds,
+                cache_occupancy=blocks.used / blocks.num_pages,
+            )
+        )

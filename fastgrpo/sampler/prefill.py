@@ -1,0 +1,99 @@
+"""Prompts into the KV cache, once for all completions of a group, a bounded number of tokens at a time.
+
+Features of a frozen vision tower are not kept for the next epoch: a prompt comes once in each, and the features of ten
+thousand prompts of Qwen2-VL-2B would fill several GB.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fastgrpo_profiling import span
+from torch import Tensor
+
+from fastgrpo.model.decoder import Chunk, Decoder, KVCache
+from fastgrpo.model.vision import image_features
+from fastgrpo.sampler.sequence import PromptGroup
+
+
+class Piece(NamedTuple):
+    """Tokens `start` … `end` of a group's prompt."""
+
+    group: PromptGroup
+    start: int
+    end: int
+
+
+def plan_passes(groups: Sequence[PromptGroup], max_tokens: int) -> Iterator[list[Piece]]:
+    """Passes of at most `max_tokens` tokens each; a prompt that does not fit what is left of one is cut in pieces."""
+    pieces: list[Piece] = []
+    room = max_tokens
+    for group in groups:
+        start = 0
+        while start < group.length:
+            end = min(group.length, start + room)
+            pieces.append(Piece(group, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield pieces
+                pieces, room = [], max_tokens
+    if pieces:
+        yield pieces
+
+
+class Prefill:
+    """Runs prompts through the vision tower and the decoder."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tower: Any,
+        image_token: Any,
+        max_tokens: int,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        """`image_token`: a picture's placeholder; `max_tokens` bounds a pass; the tower runs in `autocast`."""
+        self.decoder = decoder
+        self.tower = tower
+        self.image_token = image_token
+        self.max_tokens = max_tokens
+        self.autocast = autocast
+
+    def run(self, groups: Sequence[PromptGroup], cache: KVCache, page_size: int) -> None:
+        """Fills the pages of the groups' prompts and sets their `first_logits`."""
+        embedded: dict[int, Tensor] = {}  # [P, H] of each prompt that has begun and not ended
+        for pieces in plan_passes(groups, self.max_tokens):
+            new = [piece.group for piece in pieces if piece.start == 0]
+            embedded |= {id(group): rows for group, rows in zip(new, self._embed(new), strict=True)}
+            hidden = torch.cat([embedded[id(group)][start:end] for group, start, end in pieces])
+            positions = torch.cat([group.prompt.position_ids[:, start:end] for group, start, end in pieces], dim=1)
+            chunks, slots = [], []
+            for group, start, end in pieces:
+                pages = torch.tensor(group.pages)
+                at = torch.arange(start, end)
+                slots.append(pages[at // page_size] * page_size + at % page_size)
+                chunks.append(Chunk(start, end, pages[: -(-end // page_size)].to(hidden.device)))
+            device = hidden.device
+            last = self.decoder.prefill(hidden, positions.to(device), torch.cat(slots).to(device), chunks, cache)
+            ended = [i for i, piece in enumerate(pieces) if piece.end == piece.group.length]
+            logits = self.decoder.head(last[ended])
+            for row, i in enumerate(ended):
+                pieces[i].group.first_logits = logits[row : row + 1]
+                del embedded[id(pieces[i].group)]
+
+    def _embed(self, groups: Sequence[PromptGroup]) -> list[Tensor]:
+        """Per prompt, its embeddings [P, H] with the pictures' features at their placeholders."""
+        prompts = [group.prompt for group in groups]
+        embeddings = [F.embedding(p.input_ids.to(self.decoder.device), self.decoder.embed) for p in prompts]
+        if all(p.pixel_values is None for p in prompts):
+            return embeddings
+        with span("rollout/vision"), self.autocast():
+            features = image_features(self.tower, prompts)
+        for prompt, rows, seen in zip(prompts, embeddings, features, strict=True):
+            if seen is not None:
+                places = (prompt.input_ids == self.image_token).nonzero().squeeze(1)
+                rows[places.to(rows.device)] = seen.to(rows)
+        return embeddings

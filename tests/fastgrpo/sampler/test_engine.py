@@ -1,0 +1,216 @@
+import itertools
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fastgrpo.reference import ReferenceEngine
+from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
+from fastgrpo.sampler.sequence import completion_seed
+from fastgrpo.types import Completion, Prompt, SamplingParams
+
+GREEDY = SamplingParams(72, temperature=0.0)
+DRAWN = SamplingParams(24, temperature=1.3, seed=11)
+
+
+def generate(engine: SamplerEngine, prompts: list[Prompt], params: SamplingParams, group: int = 2) -> dict[int, Any]:
+    return {prompt.row_id: completions for prompt, completions in engine.generate(prompts, group, params, step=3)}
+
+
+def assert_equal(ours: Completion, theirs: Completion) -> None:
+    assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+    assert (ours.row_id, ours.index, ours.text, ours.finish_reason) == (
+        theirs.row_id,
+        theirs.index,
+        theirs.text,
+        theirs.finish_reason,
+    )
+    torch.testing.assert_close(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.sampling_logprobs, theirs.sampling_logprobs, atol=1e-4, rtol=0)
+
+
+# Against transformers
+
+
+def test_greedy_equals_transformers(family: Any) -> None:
+    """All prompts of a family in one batch: pictures of several sizes, one, none."""
+    groups = generate(family.engine(stops=False), list(family.prompts.values()), GREEDY)
+    for prompt in family.prompts.values():
+        plain = family.greedy(prompt, GREEDY.max_new_tokens)
+        assert [completion.index for completion in groups[prompt.row_id]] == [0, 1]
+        for completion in groups[prompt.row_id]:
+            family.assert_same_until_tie(prompt, completion.token_ids, plain)
+            family.assert_logprobs(prompt, completion)
+            assert completion.finish_reason == "length"
+
+
+def test_greedy_equals_transformers_in_float64(qwen2_exact: Any) -> None:
+    family = qwen2_exact
+    engine = family.engine(stops=False)
+    assert engine.decoder.dtype == torch.float64
+    for prompt in family.prompts.values():
+        ours = generate(engine, [prompt], GREEDY, group=1)[prompt.row_id][0]
+        family.assert_same_until_tie(prompt, ours.token_ids, family.greedy(prompt, GREEDY.max_new_tokens))
+
+
+def test_logprobs_of_drawn_tokens_equal_a_forward_pass(family: Any) -> None:
+    groups = generate(family.engine(), list(family.prompts.values()), DRAWN)
+    for prompt in family.prompts.values():
+        for completion in groups[prompt.row_id]:
+            assert not torch.isin(completion.token_ids, torch.tensor(family.suppressed)).any()
+            family.assert_logprobs(prompt, completion, DRAWN.temperature)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.8])
+def test_greedy_completions_equal_the_reference_engines(qwen2_vl: Any, penalty: float) -> None:
+    """Text, finish reason and both log-probs, up to the end token."""
+    prompts = list(qwen2_vl.prompts.values())
+    params = SamplingParams(30, temperature=0.0, repetition_penalty=penalty)
+    engine, reference = qwen2_vl.engine(), ReferenceEngine(qwen2_vl.model, qwen2_vl.processing.tokenizer)
+    plain = generate(reference, prompts, params)  # type: ignore[arg-type]
+    end = int(plain[3][0].token_ids[7])  # a token that turns up on the way becomes an end token
+    for which in (engine, reference):
+        which.eos_ids = sorted({*which.eos_ids, end})
+    engine.runner = None
+    ours, theirs = generate(engine, prompts, params), generate(reference, prompts, params)  # type: ignore[arg-type]
+    assert "stop" in {completion.finish_reason for group in ours.values() for completion in group}
+    for prompt in prompts:
+        for mine, other in zip(ours[prompt.row_id], theirs[prompt.row_id], strict=True):
+            assert_equal(mine, other)
+
+
+# What a completion depends on
+
+
+def test_a_completion_depends_on_its_seed_alone(qwen2_vl_exact: Any) -> None:
+    """Not on the batch, its order, its size, the page budget or the pages."""
+    prompts = list(qwen2_vl_exact.prompts.values())
+    together = generate(qwen2_vl_exact.engine(), prompts, DRAWN, group=3)
+    longest = max(len(prompt.input_ids) for prompt in prompts) + DRAWN.max_new_tokens + 16
+    settings = (
+        {"max_rows": 2},
+        {"max_rows": 4, "page_size": 4},
+        {"max_cache_tokens": longest, "page_size": 8},
+        {"prefill_tokens": 7, "steps_per_check": 5},
+    )
+    for options in settings:
+        engine = qwen2_vl_exact.engine(**options)
+        others = generate(engine, prompts[::-1], DRAWN, group=3)
+        for prompt in prompts:
+            alone = generate(engine, [prompt], DRAWN, group=3)[prompt.row_id]
+            for mine, other, single in zip(together[prompt.row_id], others[prompt.row_id], alone, strict=True):
+                assert_equal(mine, other)
+                assert_equal(mine, single)
+
+
+def test_completions_differ_by_seed_step_row_and_index(qwen2: Any) -> None:
+    seeds = {completion_seed(*key) for key in itertools.product(range(4), repeat=4)}
+    assert len(seeds) == 4**4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    prompt = qwen2.prompts["5 tokens"]
+    engine = qwen2.engine()
+    drawn = [
+        completion.token_ids.tolist()
+        for step in range(2)
+        for seed in range(2)
+        for _, group in engine.generate([prompt], 2, replace(DRAWN, seed=seed), step)
+        for completion in group
+    ]
+    assert len({tuple(tokens) for tokens in drawn}) == 8
+
+
+def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any) -> None:
+    """Random prompts, group sizes, lengths, row and page budgets; completions end early at random."""
+    rng = random.Random(0)
+    sampler, alone = qwen2_exact.engine(), qwen2_exact.engine()
+    ends = [5, 77, 130, 211, 300]
+    for trial in range(30):
+        size = rng.choice([4, 8, 16])
+        new_tokens, group = rng.choice([1, 2, 9, 17]), rng.choice([1, 2, 5])
+        prompts = [
+            Prompt(trial * 10 + i, torch.randint(1, 350, (length,)), torch.arange(length).expand(3, -1), None, None, "")
+            for i, length in enumerate(rng.choices([1, 3, 8, 16, 40], k=rng.randint(1, 5)))
+        ]
+        pages = max(-(-len(p.input_ids) // size) for p in prompts) + -(-(new_tokens - 1) // size)
+        sampler.options = SamplerOptions(
+            max_rows=rng.randint(1, 8),
+            max_cache_tokens=size * (pages + rng.randint(0, 12)),
+            page_size=size,
+            prefill_tokens=rng.randint(1, 50),
+            steps_per_check=rng.randint(1, 6),
+        )
+        for engine in (sampler, alone):
+            engine.runner, engine.eos_ids = None, ends
+            engine.prefill.max_tokens = engine.options.prefill_tokens
+        params = SamplingParams(new_tokens, temperature=1.5, seed=trial)
+        together = generate(sampler, prompts, params, group)
+        assert together.keys() == {prompt.row_id for prompt in prompts}
+        for prompt in prompts:
+            for mine, single in zip(
+                together[prompt.row_id], generate(alone, [prompt], params, group)[prompt.row_id], strict=True
+            ):
+                assert_equal(mine, single)
+
+
+# The interface
+
+
+def test_groups_come_as_soon_as_they_are_complete(qwen2: Any) -> None:
+    prompts = list(qwen2.prompts.values())
+    seen: list[Progress] = []
+    engine = qwen2.engine(max_rows=2, stops=False)
+    engine.on_progress = seen.append
+    for i, (prompt, completions) in enumerate(engine.generate(prompts, 2, replace(DRAWN, max_new_tokens=4), 0)):
+        assert prompt is prompts[i]
+        assert len(completions) == 2
+        assert seen[-1].finished == 2 * (i + 1)
+        assert seen[-1].tokens == 8 * (i + 1)
+    last = seen[-1]
+    assert (last.running, last.waiting, last.cache_occupancy) == (0, 0, 0.0)
+    assert max(progress.cache_occupancy for progress in seen) > 0
+    assert last.tokens_per_second > 0
+
+
+def test_an_iterator_left_early_frees_everything(qwen2_exact: Any) -> None:
+    engine, prompts = qwen2_exact.engine(max_rows=2), list(qwen2_exact.prompts.values())
+    expected = generate(qwen2_exact.engine(), prompts, DRAWN)
+    abandoned = engine.generate(prompts, 2, DRAWN, step=3)
+    next(abandoned)
+    with pytest.raises(RuntimeError, match="another call has not ended"):
+        next(engine.generate(prompts, 2, DRAWN, step=3))
+    abandoned.close()
+    groups = generate(engine, prompts, DRAWN)
+    for prompt in prompts:
+        for mine, other in zip(groups[prompt.row_id], expected[prompt.row_id], strict=True):
+            assert_equal(mine, other)
+
+
+def test_no_prompts_give_no_groups(qwen2: Any) -> None:
+    assert list(qwen2.engine().generate([], 4, DRAWN, 0)) == []
+
+
+def test_buffers_are_kept_from_call_to_call(qwen2: Any) -> None:
+    engine, prompts = qwen2.engine(), list(qwen2.prompts.values())
+    generate(engine, prompts, DRAWN)
+    runner = engine.runner
+    generate(engine, prompts[:2], replace(DRAWN, seed=5))
+    assert engine.runner is runner
+    generate(engine, prompts, replace(DRAWN, temperature=0.5))
+    assert engine.runner is not runner
+
+
+def test_a_prompt_that_cannot_fit_names_the_setting(qwen2: Any) -> None:
+    engine = qwen2.engine(max_cache_tokens=48)
+    with pytest.raises(ValueError, match=r"max_cache_tokens=48 is too small: row 3 has a prompt of 33 tokens"):
+        generate(engine, list(qwen2.prompts.values()), DRAWN)
+    assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("max_rows", 0), ("page_size", 24), ("prefill_tokens", 0), ("max_cache_tokens", -1)]
+)
+def test_options_that_cannot_work_are_named(field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value} is not valid"):
+        SamplerOptions(**{field: value})
