@@ -11,7 +11,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
-REFERENCE_ENGINE = "reference"
+ATTN_BACKENDS: tuple[str, ...] = ("auto", "varlen", "cpu", "math", "flash_attn")
 
 
 NOT_YET = "A TRL setting that is not supported yet."
@@ -88,7 +88,20 @@ class GRPOConfig(TrainingArguments):
     top_k: int = _option(0, "Sample from the k likeliest tokens; 0 is off.")
     min_p: float | None = _option(None, "Drop tokens less likely than min_p times the likeliest; None is off.")
     repetition_penalty: float = _option(1.0, "Above 1 discourages tokens already in the text.")
-    engine: Literal["reference"] = _option("reference", "The sampler and update: `reference` is plain HF and torch.")
+
+    # The machine: none of this changes what is trained, beyond floating-point order
+    engine: Literal["fast", "reference"] = _option(
+        "fast", "`fast`: paged sampler and packed update; `reference`: HF generate and padded batches."
+    )
+    token_budget: int = _option(16_384, "Input tokens of a packed micro-batch; a group's prompt counts once.")
+    attn_backend: str = _option("auto", "Attention of the packed update: " + ", ".join(ATTN_BACKENDS) + ".")
+    logprob_bytes: int = _option(
+        1 << 30, "Scratch of the LM head's log-probs; with room for tokens × vocabulary × 2 nothing is computed twice."
+    )
+    sampler_max_rows: int = _option(256, "Completions that run at a time.")
+    sampler_max_cache_tokens: int | None = _option(
+        None, "Size of the KV cache; what a rollout needs if unset, on a GPU within its free memory."
+    )
 
     # Objective
     loss_type: str = _option("dapo", "How token losses are aggregated: " + ", ".join(LOSS_TYPES) + ".")
@@ -282,7 +295,11 @@ class GRPOConfig(TrainingArguments):
         _check("batch_unit", self.batch_unit, self.batch_unit in ("completions", "prompts"), "completions or prompts")
         _check("prompt_mode", self.prompt_mode, self.prompt_mode in ("base", "instruct"), "base or instruct")
         _check("prompt_template", self.prompt_template, self.prompt_template in ("paper", "answer"), "paper or answer")
-        _check("engine", self.engine, self.engine == REFERENCE_ENGINE, REFERENCE_ENGINE)
+        _check("engine", self.engine, self.engine in ("fast", "reference"), "fast or reference")
+        _check("attn_backend", self.attn_backend, self.attn_backend in ATTN_BACKENDS, " or ".join(ATTN_BACKENDS))
+        for name in ("token_budget", "logprob_bytes", "sampler_max_rows", "sampler_max_cache_tokens"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value > 0, "1 or more")
         _check("temperature", self.temperature, self.temperature > 0, "a number above 0")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number")

@@ -68,11 +68,15 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     if is_main:
         write_aside(output_dir / "settings.json", lambda path: path.write_text(_settings_json(config, script)))
     has_before = (output_dir / "evals" / "before.json").exists()
+    if held_out is not None:
+        trainer.engine.sync()  # all ranks: weights may lie in pieces on all of them
     if held_out is not None and is_main and not (resuming and has_before):
         _score(trainer, script, held_out, "before", pass_at_k=script.eval_pass_at_k, shuffles=0)
     trainer.accelerator.wait_for_everyone()
     trainer.train()
     trainer.save_model(config.output_dir)
+    if held_out is not None:
+        trainer.engine.sync()
     if not is_main:
         return {}
     if held_out is not None:

@@ -85,6 +85,9 @@ class ReferenceEngine:
                 group = completions[i * num_generations : (i + 1) * num_generations]
                 yield prompt, tuple(Completion(prompt.row_id, index, *fields) for index, fields in enumerate(group))
 
+    def sync(self) -> None:
+        """Nothing to do: it draws from the policy itself."""
+
     @torch.no_grad()
     def _generate(self, prompts: list[Prompt], params: SamplingParams) -> list[tuple[Any, ...]]:
         """Per prompt: token_ids, text, finish_reason, logprobs, sampling_logprobs."""

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
+from fastgrpo.backends import build_engine, build_policy
 from fastgrpo.callbacks import ProgressDisplay
 from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
@@ -30,8 +31,6 @@ from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.sampler import RolloutLoader, RolloutSampler
 from fastgrpo.metrics import rollout_metrics, update_metrics
-from fastgrpo.objective import loss_params
-from fastgrpo.reference import ReferenceEngine, ReferencePolicy
 from fastgrpo.resolve import (
     one_step_per_batch,
     require_a_good_row,
@@ -117,10 +116,6 @@ class GRPOTrainer(WholeCheckpoints):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "deepspeed: ZeRO stage 3 is not supported yet, HF generate would need whole weights. Use 2."
-            )
         for shown_by_trainer in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown_by_trainer)
         self.display = ProgressDisplay(self.config)
@@ -128,23 +123,13 @@ class GRPOTrainer(WholeCheckpoints):
         if reference_model is not None:
             # Placed and autocast as the policy is: the two log-probs are compared.
             reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
-        self.engine = ReferenceEngine(
+        self.policy = build_policy(self.model, reference_model, self.config, self.accelerator)
+        self.engine = build_engine(
             self.model,
             self.processing.tokenizer,
-            rank=self.accelerator.process_index,
-            max_batch=max(
-                self.config.completions_per_micro_batch,
-                self.config.per_device_eval_batch_size * self.config.num_generations,
-            ),
-            autocast=self.accelerator.autocast,
-        )
-        self.policy = ReferencePolicy(
-            self.model,
-            loss_params(self.config),
-            micro_batch_size=self.config.completions_per_micro_batch,
-            temperature=self.config.temperature,
-            reference_model=reference_model,
-            accelerator=self.accelerator,
+            self.config,
+            self.accelerator,
+            version=lambda: self.policy.version,
         )
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
         self.updates: list[list[WeightedGroup]] = []
@@ -308,6 +293,7 @@ class GRPOTrainer(WholeCheckpoints):
         checkpoint = find_checkpoint(resume, Path(self.config.output_dir))
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
+        self.policy.version += 1  # the checkpoint's weights are not those the engine knows
         self.window = defaultdict(list, state.get("window", {}))
         elsewhere = checkpoint is None or checkpoint.resolve().parent != Path(self.config.output_dir).resolve()
         if self.run_log and elsewhere:
@@ -319,6 +305,10 @@ class GRPOTrainer(WholeCheckpoints):
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self.display.close()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.policy.version += 1
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run

@@ -149,7 +149,7 @@ class UpdateResult:
 
 
 class Engine(Protocol):
-    """Draws completions. The reference engine wraps HF `generate`; the fast sampler replaces it."""
+    """Draws completions: the paged sampler, or the reference engine around HF `generate`."""
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
@@ -160,10 +160,16 @@ class Engine(Protocol):
         """
         ...
 
+    def sync(self) -> None:
+        """Takes over the policy's weights, where the engine has its own; under ZeRO-3 on all ranks together."""
+        ...
+
 
 class Policy(Protocol):
     """Accumulates gradients of the GRPO objective on the trained model. The caller clips, steps and schedules."""
 
+    model: Any
+    """What the forward pass calls; the trainer puts the module wrapped in DDP or DeepSpeed here."""
     version: int
     """Rises by one with each optimizer step; an engine with weights of its own syncs when it is behind."""
 

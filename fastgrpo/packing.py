@@ -1,0 +1,268 @@
+"""Rollout groups to padding-free micro-batches: a prompt once, its completions behind it, under a token budget.
+
+A packed batch is one row of tokens: every prompt first, then every completion, group by group. The completions of a
+group continue the same prompt (`SharedPrefixLayout` says which), so nothing of a prompt is stored or computed twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo.types import Prompt, WeightedGroup
+
+
+@dataclass(frozen=True)
+class Segments:
+    """One variable-length attention: sequence i of the queries sees sequence i of the keys."""
+
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    cu_q: Tensor
+    """[n + 1] int32, where each query sequence starts, from 0."""
+    cu_k: Tensor
+    """[n + 1] int32, likewise for the keys."""
+    tiles: tuple[int, ...]
+    """How many consecutive sequences a backend without variable lengths pads together; they add up to n."""
+
+    @classmethod
+    def of(
+        cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, tiles: Sequence[int] | None = None
+    ) -> "Segments":
+        """Keys of the same lengths as the queries, and no padding, unless stated."""
+        k_lengths = q_lengths if k_lengths is None else k_lengths
+        tiles = [1] * len(q_lengths) if tiles is None else tiles
+        assert sum(tiles) == len(q_lengths) == len(k_lengths)
+        return cls(tuple(q_lengths), tuple(k_lengths), _offsets(q_lengths), _offsets(k_lengths), tuple(tiles))
+
+    @property
+    def max_q(self) -> int:
+        """The longest query sequence."""
+        return max(self.q_lengths, default=0)
+
+    @property
+    def max_k(self) -> int:
+        """The longest key sequence."""
+        return max(self.k_lengths, default=0)
+
+
+@dataclass(frozen=True)
+class SharedPrefixLayout:
+    """Which token of a packed batch sees which: three variable-length attentions over its [T] tokens."""
+
+    prompt_tokens: int
+    """The first so many tokens are prompts, the others completions."""
+    prompts: Segments
+    """Causal, prompts on themselves."""
+    completions: Segments
+    """Causal, completions on themselves."""
+    across: Segments
+    """All completions of a group on their prompt; 0 queries for a prompt without completions."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch of T input tokens, N completion tokens to predict and S completions."""
+
+    input_ids: Tensor
+    """[T] int64. A completion's last token predicts nothing and is left out."""
+    position_ids: Tensor
+    """[3, T] int64, M-RoPE; every completion restarts at max(prompt) + 1 on all axes."""
+    pixel_values: Tensor | None
+    """[patches, patch_dim], each prompt's pictures once; None without pictures."""
+    image_grid_thw: Tensor | None
+    """[images, 3] int64."""
+    layout: SharedPrefixLayout
+    rows: Tensor
+    """[N] int64, the input token whose hidden state predicts each completion token; first tokens share a row."""
+    targets: Tensor
+    """[N] int64."""
+    weights: Tensor
+    """[N] float32."""
+    mask: Tensor
+    """[N] bool."""
+    advantages: Tensor
+    """[S] float32."""
+    cu_seqlens: Tensor
+    """[S + 1] int64, where each completion's tokens start in the [N] tensors."""
+    sampling_logprobs: Tensor
+    """[N] float32."""
+    old_logprobs: Tensor | None
+    """[N] float32, or None."""
+    owners: tuple[tuple[int, int], ...]
+    """Of each completion: index of its group in what was packed, and its index in the group."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """A copy whose tensors are on `device`."""
+        return _moved(self, device)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """[N] values to one tensor [C] per completion, in the order of `owners`; `cu_seqlens` must be on the CPU."""
+        return list(flat.split(self.cu_seqlens.diff().tolist()))
+
+
+class _Piece(NamedTuple):
+    """A group, or a part of one that alone exceeds the budget."""
+
+    group: int
+    completions: tuple[int, ...]
+    tokens: int
+
+
+def contributes(group: WeightedGroup, index: int, beta: float) -> bool:
+    """Whether a completion can have a gradient: some token counts, and with beta 0 the advantage is not 0.
+
+    Exact, for every surrogate: each is proportional to the advantage, and masked-out tokens are in no term at all.
+    """
+    if not bool(group.masks[index].any()):
+        return False
+    return beta != 0.0 or (bool(group.advantages[index] != 0) and bool(group.token_weights[index].any()))
+
+
+def pack(
+    groups: Sequence[WeightedGroup],
+    token_budget: int,
+    *,
+    skip_beta: float | None = None,
+    company: Prompt | None = None,
+) -> list[PackedBatch]:
+    """Groups to micro-batches of at most `token_budget` input tokens, first fit by decreasing size.
+
+    A group stays whole unless it alone exceeds the budget: then it is cut between completions and its prompt comes
+    again with each part. A prompt with a single completion is never cut, however long. Deterministic, and what an
+    optimizer step adds up to does not depend on the budget.
+
+    Args:
+        groups: their tensors are read on the host; on a GPU that waits for it.
+        token_budget: input tokens of a micro-batch, prompts counted once.
+        skip_beta: with the objective's beta, leaves out completions that cannot contribute to the gradient (see
+            `contributes`) and prompts that keep none; None keeps all.
+        company: a prompt that joins every micro-batch without pictures, and that nothing reads: where ranks wait for
+            each other's gradients, all of them must run the vision tower.
+
+    Raises:
+        ValueError: `token_budget` is not positive.
+    """
+    if token_budget < 1:
+        raise ValueError(f"token_budget={token_budget!r} is not valid: use 1 or more.")
+    pieces: list[_Piece] = []
+    for g, group in enumerate(groups):
+        every = range(len(group.completions))
+        kept = [i for i in every if skip_beta is None or contributes(group, i, skip_beta)]
+        pieces += _pieces(group, g, kept, token_budget)
+    bins: list[list[_Piece]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -piece.tokens):
+        fit = next((b for b, free in enumerate(room) if piece.tokens <= free), len(bins))
+        if fit == len(bins):
+            bins.append([])
+            room.append(token_budget)
+        bins[fit].append(piece)
+        room[fit] -= piece.tokens
+    return [_collate(groups, sorted(chosen), company) for chosen in bins]
+
+
+def idle_batch(company: Prompt | None, *, old_logprobs: bool = False) -> PackedBatch:
+    """A micro-batch of weight zero, for a rank that has fewer of them than others."""
+    one = torch.zeros(1)
+    prompt = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
+    batch = _collate([], [], company or prompt)
+    token = torch.zeros(1, dtype=torch.int64)
+    return replace(
+        batch,
+        rows=token,
+        targets=token,
+        weights=one,
+        mask=one.bool(),
+        advantages=one,
+        cu_seqlens=torch.tensor([0, 1]),
+        sampling_logprobs=one,
+        old_logprobs=one if old_logprobs else None,
+    )
+
+
+def _pieces(group: WeightedGroup, g: int, kept: Sequence[int], token_budget: int) -> list[_Piece]:
+    prompt = len(group.prompt.input_ids)
+    pieces: list[_Piece] = []
+    chosen: list[int] = []
+    tokens = prompt
+    for i in kept:
+        inputs = len(group.completions[i].token_ids) - 1
+        if chosen and tokens + inputs > token_budget:
+            pieces.append(_Piece(g, tuple(chosen), tokens))
+            chosen, tokens = [], prompt
+        chosen.append(i)
+        tokens += inputs
+    return [*pieces, _Piece(g, tuple(chosen), tokens)] if chosen else pieces
+
+
+def _collate(groups: Sequence[WeightedGroup], pieces: Sequence[_Piece], company: Prompt | None) -> PackedBatch:
+    prompts = [groups[piece.group].prompt for piece in pieces]
+    if company is not None and all(prompt.pixel_values is None for prompt in prompts):
+        prompts.append(company)
+    owners = tuple((piece.group, i) for piece in pieces for i in piece.completions)
+    prompt_lengths = [len(prompt.input_ids) for prompt in prompts]
+    prompt_ends = list(accumulate(prompt_lengths))
+    prompt_tokens = sum(prompt_lengths)
+
+    ids, positions = [p.input_ids for p in prompts], [p.position_ids for p in prompts]
+    rows, inputs, start = [], [0] * len(prompts), prompt_tokens
+    lengths: list[list[int]] = [[] for _ in prompts]
+    for p, piece in enumerate(pieces):
+        restart = int(prompts[p].position_ids.max()) + 1
+        for i in piece.completions:
+            token_ids = groups[piece.group].completions[i].token_ids
+            length = len(token_ids) - 1
+            ids.append(token_ids[:-1])
+            positions.append(torch.arange(restart, restart + length).expand(3, -1))
+            rows.append(torch.cat([torch.tensor([prompt_ends[p] - 1]), torch.arange(start, start + length)]))
+            start += length
+            inputs[p] += length
+            lengths[p] += [length] if length else []
+    layout = SharedPrefixLayout(
+        prompt_tokens,
+        Segments.of(prompt_lengths),
+        Segments.of([n for own in lengths for n in own], tiles=[len(own) for own in lengths if own]),
+        Segments.of(inputs, prompt_lengths),
+    )
+    sequences = [(groups[g], i) for g, i in owners]
+    old = [group.old_logprobs[i] for group, i in sequences if group.old_logprobs is not None]
+    assert len(old) in (0, len(sequences)), "groups with and without old log-probs in one update"
+    pixel_values = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+    none = torch.zeros(0)
+    return PackedBatch(
+        input_ids=torch.cat(ids),
+        position_ids=torch.cat(positions, dim=1),
+        pixel_values=torch.cat(pixel_values) if pixel_values else None,
+        image_grid_thw=torch.cat(grids) if grids else None,
+        layout=layout,
+        rows=torch.cat(rows or [none.long()]),
+        targets=torch.cat([group.completions[i].token_ids for group, i in sequences] or [none.long()]),
+        weights=torch.cat([group.token_weights[i] for group, i in sequences] or [none]),
+        mask=torch.cat([group.masks[i] for group, i in sequences] or [none.bool()]),
+        advantages=torch.stack([group.advantages[i] for group, i in sequences]) if sequences else none,
+        cu_seqlens=_offsets([len(group.completions[i].token_ids) for group, i in sequences]).long(),
+        sampling_logprobs=torch.cat([group.completions[i].sampling_logprobs for group, i in sequences] or [none]),
+        old_logprobs=torch.cat(old) if old else None,
+        owners=owners,
+    )
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    """[n + 1] int32."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _moved(record: Any, device: torch.device) -> Any:
+    changed: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, (SharedPrefixLayout, Segments)):
+            changed[field.name] = _moved(value, device)
+    return replace(record, **changed)
