@@ -1,8 +1,13 @@
 """What a run shows while it runs."""
 
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
+import torch
+from fastgrpo_profiling import SpanRecorder, record
+from fastgrpo_profiling.trace import write_trace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
@@ -84,6 +89,38 @@ class ProgressDisplay(TrainerCallback):
         for row in rows[: self.config.num_completions_to_print or 0]:
             self.console.print(Rule(f"row {row['row_id']} · reward {row['reward']} · advantage {row['advantage']:.2f}"))
             self.console.print(Text(row["prompt"], style="dim"), Text(row["completion"]))
+
+
+class StepTrace(TrainerCallback):
+    """Writes trace.json, for Perfetto, of the optimizer steps `first` to `last`."""
+
+    def __init__(self, output_dir: Path, steps: tuple[int, int]) -> None:
+        self.path = output_dir / "trace.json"
+        self.first, self.last = steps
+        self._block = ExitStack()
+        self._recorder: SpanRecorder | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._begin_after(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= self.last:
+            self._finish()
+        self._begin_after(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._finish()
+
+    def _begin_after(self, state: TrainerState) -> None:
+        if state.is_world_process_zero and state.global_step + 1 == self.first:
+            on_device = torch.cuda.is_available()
+            self._recorder = self._block.enter_context(record(SpanRecorder(on_device=on_device, trace=True)))
+
+    def _finish(self) -> None:
+        if self._recorder is not None:
+            self._block.close()
+            write_trace(self.path, {f"steps {self.first} to {self.last}": self._recorder.events})
+            self._recorder = None
 
 
 def _figures(metrics: dict[str, float]) -> str:

@@ -1,11 +1,11 @@
-"""The `fastgrpo` command: train, eval, report, demo, doctor."""
+"""The `fastgrpo` command: train, eval, profile, report, demo, doctor."""
 
 import json
 import os
 import sys
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,8 @@ from fastgrpo.doctor import examine
 from fastgrpo.evaluation import Evaluation, evaluate, write_evaluation
 from fastgrpo.launch import progress_lines, require_writable, run_training
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.profile.run import ProfileOptions, run_profile
+from fastgrpo.profile.sides import OPPONENTS
 from fastgrpo.reference import ReferenceEngine
 from fastgrpo.report import write_report
 
@@ -32,6 +34,7 @@ USAGE = """usage: fastgrpo COMMAND …
 
   train    train a model with GRPO            fastgrpo train --help lists the flags
   eval     score a model on CV-Bench or SAT   fastgrpo eval MODEL DATASET
+  profile  time a training step against another implementation, and show where the time went
   report   draw a run's report, or several    fastgrpo report RUN…
   demo     train a tiny model on this machine fastgrpo demo
   doctor   what is installed, and what each missing part costs
@@ -174,6 +177,26 @@ def _print_evaluation(evaluation: Evaluation) -> None:
         console.print(f"row {row.row_id} skipped: {row.reason}", highlight=False)
 
 
+def _profile(argv: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="fastgrpo profile",
+        description="Whole training steps against another implementation, taking turns. Further flags are fastgrpo "
+        "train's and override the config's; a config without a model or data gets the demo's.",
+    )
+    parser.add_argument("config", type=Path, help="settings of `fastgrpo train` (YAML)")
+    parser.add_argument("--against", choices=tuple(OPPONENTS), default="plain", help=_listed(OPPONENTS))
+    parser.add_argument("--steps", type=_at_least(1), default=5, help="timed steps of each side")
+    parser.add_argument("--warmup", type=_at_least(0), default=1, help="steps of each side before them")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/profile"))
+    parser.add_argument("--trl_python", type=Path, default=Path(".venv-bench/bin/python"))
+    options, flags = parser.parse_known_args(argv)
+    run_profile(ProfileOptions(**vars(options), flags=flags))
+
+
+def _listed(choices: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
+
+
 def _report(argv: Sequence[str]) -> None:
     parser = _Parser(prog="fastgrpo report", description="One page for a run; curves with error bars for several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folders of runs")
@@ -222,6 +245,7 @@ def _device(text: str) -> torch.device:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "eval": _eval,
+    "profile": _profile,
     "report": _report,
     "demo": _demo,
     "doctor": _doctor,

@@ -1,15 +1,20 @@
 """Named spans of time: `with span("rollout/decode"): ...`.
 
-Outside a `record()` block a span only opens an NVTX range, and without the nvtx package it does nothing at all, so
-spans stay in the code for good. Times are host times: they do not synchronise a device.
+Outside a `record()` block a span only opens an NVTX range, and without a CUDA device it does nothing at all, so spans
+stay in the code for good.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
 
 import torch
+
+from fastgrpo_profiling.memory import MemoryProbe
 
 try:
     import nvtx
@@ -26,59 +31,198 @@ class SpanTotal:
     """Inclusive of nested spans."""
     self_seconds: float = 0.0
     """Exclusive of nested spans."""
+    peak_bytes: int = 0
+    """Most memory seen held within them; 0 unless the recorder has a memory probe."""
+
+
+@dataclass(frozen=True)
+class SpanEvent:
+    """One span on the time line of its recorder."""
+
+    name: str
+    start: float
+    """Seconds since the recorder began."""
+    seconds: float
+    depth: int
+    """Spans open around it on its thread."""
+    thread: int
+    held_bytes: int | None = None
+    """Memory held at its end."""
+
+
+@dataclass
+class _OpenSpan:
+    name: str
+    parent: "_OpenSpan | None"
+    depth: int
+    start: Any
+    """A reading of the clock, or a CUDA event."""
+    end: Any = None
+    nested_seconds: float = 0.0
+    peak_at_start: int = 0
+    peak_bytes: int = 0
+    held_bytes: int | None = None
 
 
 @dataclass
 class SpanRecorder:
-    """Sums spans by name, nested spans known to their parent."""
+    """Sums spans by name, nested spans known to their parent.
+
+    On a CUDA device times are the device's: events on the current stream, read when the `record` block ends, so that
+    nothing waits before. Elsewhere they are the host's. `totals` hold the spans of the thread that opened the block:
+    what another thread does meanwhile takes no time from the step, and shows in `events` alone.
+
+    Args:
+        clock: the host's clock, in seconds.
+        on_device: time with CUDA events.
+        trace: keep every span in `events`.
+        memory: note the memory held at the edges of every span.
+    """
 
     clock: Callable[[], float] = time.perf_counter
+    on_device: bool = False
+    trace: bool = False
+    memory: MemoryProbe | None = None
     totals: dict[str, SpanTotal] = field(default_factory=dict)
-    _nested_seconds: list[float] = field(default_factory=list)
-    """One entry for each open span: the time its closed children took."""
+    events: list[SpanEvent] = field(default_factory=list)
+    _innermost: dict[int, _OpenSpan | None] = field(default_factory=dict)
+    """By thread."""
+    _closed: list[tuple[int, _OpenSpan]] = field(default_factory=list)
+    """Spans whose CUDA events have not been read."""
+    _thread: int = 0
+    _origin: Any = None
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        self._nested_seconds.append(0.0)
-        start = self.clock()
-        try:
-            yield
-        finally:
-            seconds = self.clock() - start
-            nested = self._nested_seconds.pop()
-            if self._nested_seconds:
-                self._nested_seconds[-1] += seconds
-            total = self.totals.setdefault(name, SpanTotal())
+    def begin(self) -> None:
+        """Starts the time line; `record` calls it."""
+        self._thread, self._origin = threading.get_ident(), self._now()
+
+    def end(self) -> None:
+        """Reads what the device has still to tell; `record` calls it."""
+        self._innermost.clear()  # a generator dropped half-way leaves its span open
+        if self._closed:
+            self._closed[-1][1].end.synchronize()
+        for thread, span in self._closed:
+            self._add(thread, span)
+        self._closed.clear()
+
+    def enter(self, name: str) -> None:
+        """Opens a span inside the thread's innermost open one."""
+        thread = threading.get_ident()
+        parent = self._innermost.get(thread)
+        opened = _OpenSpan(name, parent, parent.depth + 1 if parent else 0, None)
+        if self.memory is not None:
+            opened.peak_at_start, opened.peak_bytes = self.memory.peak(), self.memory.now()
+        self._innermost[thread] = opened
+        opened.start = self._now()
+
+    def exit(self) -> None:
+        """Closes the thread's innermost open span."""
+        end = self._now()
+        thread = threading.get_ident()
+        span = self._innermost.get(thread)
+        if span is None:
+            return  # opened before the block began
+        span.end = end
+        self._innermost[thread] = span.parent
+        if self.memory is not None:
+            self._note_memory(self.memory, span)
+        if self.on_device:
+            self._closed.append((thread, span))
+        else:
+            self._add(thread, span)
+
+    def _now(self) -> Any:
+        if not self.on_device:
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self.on_device else end - start
+
+    def _note_memory(self, memory: MemoryProbe, span: _OpenSpan) -> None:
+        span.held_bytes, peak = memory.now(), memory.peak()
+        # A mark that rose was set in here; one that did not says only that nothing rose above it.
+        span.peak_bytes = peak if peak > span.peak_at_start else max(span.peak_bytes, span.held_bytes)
+
+    def _add(self, thread: int, span: _OpenSpan) -> None:
+        """Children come before their parent."""
+        seconds = self._between(span.start, span.end)
+        if span.parent is not None:
+            span.parent.nested_seconds += seconds
+        if thread == self._thread:
+            total = self.totals.setdefault(span.name, SpanTotal())
             total.count += 1
             total.seconds += seconds
-            total.self_seconds += seconds - nested
+            total.self_seconds += seconds - span.nested_seconds
+            total.peak_bytes = max(total.peak_bytes, span.peak_bytes)
+        if self.trace:
+            start = self._between(self._origin, span.start)
+            self.events.append(SpanEvent(span.name, start, seconds, span.depth, thread, span.held_bytes))
 
 
-_OFF: AbstractContextManager[None] = nullcontext()
+class _Off:
+    """A span while nobody records."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+class _Span:
+    """A span while somebody does."""
+
+    __slots__ = ("name", "recorders")
+
+    def __init__(self, name: str, recorders: tuple[SpanRecorder, ...]) -> None:
+        self.name = name
+        self.recorders = recorders
+
+    def __enter__(self) -> None:
+        if _NVTX:
+            nvtx.push_range(self.name)
+        for recorder in self.recorders:
+            recorder.enter(self.name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            for recorder in self.recorders:
+                recorder.exit()
+        finally:
+            if _NVTX:
+                nvtx.pop_range()
+
+
+_OFF = _Off()
 # NVTX ranges mean something only to a profiler attached to a CUDA process.
 _NVTX = nvtx is not None and torch.cuda.is_available()
-_recorder: SpanRecorder | None = None
+_recorders: tuple[SpanRecorder, ...] = ()
 
 
 def span(name: str) -> AbstractContextManager[None]:
     """A span named by its path (`"rollout/decode"`), closed and counted even when its body raises."""
-    if _recorder is None:
-        return nvtx.annotate(name) if _NVTX else _OFF
-    return _annotated(_recorder, name) if _NVTX else _recorder.span(name)
-
-
-@contextmanager
-def _annotated(recorder: SpanRecorder, name: str) -> Iterator[None]:
-    with nvtx.annotate(name), recorder.span(name):
-        yield
+    return _Span(name, _recorders) if _recorders or _NVTX else _OFF
 
 
 @contextmanager
 def record(recorder: SpanRecorder | None = None) -> Iterator[SpanRecorder]:
-    """Collects every span of the block into `recorder` (a new one by default). Blocks nest: the inner one records."""
-    global _recorder
-    outer, _recorder = _recorder, recorder or SpanRecorder()
+    """Collects every span of the block into `recorder`, by default a new one that times the current device.
+
+    Blocks nest: every open block sees the span. Totals are complete when the block has ended.
+    """
+    global _recorders
+    recorder = recorder or SpanRecorder(on_device=torch.cuda.is_available())
+    outer, _recorders = _recorders, (*_recorders, recorder)
+    recorder.begin()
     try:
-        yield _recorder
+        yield recorder
     finally:
-        _recorder = outer
+        _recorders = outer
+        recorder.end()

@@ -1,0 +1,1 @@
+"""`fastgrpo profile`: whole training steps against another implementation, and where the time of both went."""

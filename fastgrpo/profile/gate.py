@@ -1,0 +1,168 @@
+"""Whether two sides do the same thing: asked before either is timed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgrpo.resolve import sampling_params
+from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.types import Completion, Prompt, WeightedGroup
+
+MAX_PROMPTS = 2
+"""Prompts compared: two show whether groups keep apart."""
+NEGLIGIBLE = 1e-3
+"""Gradients smaller than this share of the whole are compared with that share: rounding is most of them."""
+
+
+class GateError(ValueError):
+    """The sides differ, so their times would not compare."""
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How much may be rounding."""
+
+    loss: float
+    """Relative to the larger of the losses and 1e-3."""
+    gradient: float
+    """‖g − g'‖ / ‖g'‖, of every parameter."""
+    mismatch: float
+    """Mean |log-prob when drawn − log-prob in the update|, nats."""
+
+
+FP32 = Tolerances(loss=1e-4, gradient=1e-3, mismatch=1e-3)
+HALF = Tolerances(loss=3e-2, gradient=1e-1, mismatch=5e-2)
+"""For bf16 and fp16: the sides round in different places."""
+
+
+@dataclass
+class Gate:
+    """What was compared; a figure above its limit closes the gate."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, figure: float, limit: float) -> None:
+        self.figures[name], self.limits[name] = figure, limit
+
+    @property
+    def failures(self) -> list[str]:
+        """One line for each figure above its limit, or not a number."""
+        return [
+            f"{name} {figure:.3g} (at most {self.limits[name]:.3g})"
+            for name, figure in self.figures.items()
+            if not figure <= self.limits[name]
+        ]
+
+    def require(self) -> None:
+        """Raises GateError if anything failed."""
+        if self.failures:
+            raise GateError(f"refused a timing: the sides do not do the same thing. {'; '.join(self.failures)}")
+
+
+@dataclass(frozen=True)
+class FixedBatch:
+    """Completions, and advantages that no reward decides, so that every completion has a gradient."""
+
+    prompts: Sequence[Prompt]
+    groups: Sequence[WeightedGroup]
+
+
+def tolerances(config: Any, dtype: str) -> Tolerances:
+    """For the number format that a run computes in."""
+    return FP32 if not config.bf16 and not config.fp16 and dtype in ("float32", "auto") else HALF
+
+
+def first_prompts(trainer: GRPOTrainer) -> list[Prompt]:
+    """The first rollout's first prompts."""
+    return next(iter(trainer.get_train_dataloader())).prompts[:MAX_PROMPTS]
+
+
+def draw_fixed_batch(trainer: GRPOTrainer) -> FixedBatch:
+    """Completions of the trainer's own engine to its first prompts, weighted as one mean over completions."""
+    prompts = first_prompts(trainer)
+    size = trainer.config.num_generations
+    drawn = list(trainer.engine.generate(prompts, size, sampling_params(trainer.config), step=0))
+    by_row = {prompt.row_id: tuple(map(_over_full_softmax, group)) for prompt, group in drawn}
+    advantages = torch.randn(len(prompts), size, generator=torch.Generator().manual_seed(0))
+    count = len(prompts) * size
+    groups = [
+        WeightedGroup(
+            prompt,
+            by_row[prompt.row_id],
+            advantages[i],
+            tuple(_weights(completion, count) for completion in by_row[prompt.row_id]),
+            tuple(torch.ones(len(completion.token_ids), dtype=torch.bool) for completion in by_row[prompt.row_id]),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return FixedBatch(prompts, groups)
+
+
+def _over_full_softmax(completion: Completion) -> Completion:
+    """What was drawn from leaves out suppressed and filtered tokens, which the update knows nothing of."""
+    return replace(completion, sampling_logprobs=completion.logprobs)
+
+
+def _weights(completion: Completion, count: int) -> Tensor:
+    length = len(completion.token_ids)
+    return torch.full((length,), 1 / (count * max(length, 1)))
+
+
+def compare(ours: GRPOTrainer, theirs: GRPOTrainer, limits: Tolerances) -> Gate:
+    """Prompts, then loss, gradients and log-probs on one fixed batch."""
+    gate = Gate()
+    batch = draw_fixed_batch(ours)
+    compare_prompts(gate, batch.prompts, first_prompts(theirs))
+    loss, mismatch, gradients = loss_and_gradients(ours, batch)
+    their_loss, _, their_gradients = loss_and_gradients(theirs, batch)
+    compare_update(gate, (loss, gradients), (their_loss, their_gradients), limits)
+    gate.add("sampler against update, nats", mismatch, limits.mismatch)
+    return gate
+
+
+def compare_prompts(gate: Gate, ours: Sequence[Prompt], theirs: Sequence[Prompt]) -> None:
+    """Adds how many prompts differ."""
+    pairs = zip(ours, theirs, strict=False)
+    different = sum(not torch.equal(a.input_ids, b.input_ids) for a, b in pairs) + abs(len(ours) - len(theirs))
+    gate.add("prompts that differ", different, 0)
+
+
+def compare_update(
+    gate: Gate,
+    ours: tuple[float, Mapping[str, Tensor]],
+    theirs: tuple[float, Mapping[str, Tensor]],
+    limits: Tolerances,
+) -> None:
+    """Adds how far losses and gradients are apart."""
+    (loss, gradients), (their_loss, their_gradients) = ours, theirs
+    gate.add("loss", abs(loss - their_loss) / max(abs(loss), abs(their_loss), 1e-3), limits.loss)
+    errors = gradient_errors(gradients, their_gradients)
+    worst = max(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+    gate.add(f"gradient of {worst}", errors[worst], limits.gradient)
+
+
+def loss_and_gradients(trainer: GRPOTrainer, batch: FixedBatch) -> tuple[float, float, dict[str, Tensor]]:
+    """Loss, mean log-prob mismatch and every gradient of the policy on a batch; clears the gradients."""
+    trainer.policy.model = trainer.accelerator.prepare_model(trainer.model)
+    result = trainer.policy.accumulate(batch.groups)
+    gradients = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad(set_to_none=True)
+    mismatch = result.mismatch.difference_sum / result.mismatch.token_count.clamp(min=1)
+    return result.loss.item(), mismatch.item(), gradients
+
+
+def gradient_errors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Parameter → ‖g − g'‖ / ‖g'‖; a gradient that one side lacks is zero."""
+    norm: Callable[[Tensor], float] = lambda gradient: torch.linalg.vector_norm(gradient).item()  # noqa: E731
+    floor = NEGLIGIBLE * math.sqrt(sum(norm(gradient) ** 2 for gradient in theirs.values()))
+    errors = {}
+    for name in ours.keys() | theirs.keys():
+        a, b = ours.get(name), theirs.get(name)
+        difference = norm(a - b) if a is not None and b is not None else norm(a if a is not None else theirs[name])
+        errors[name] = difference / max(norm(b) if b is not None else 0.0, floor, 1e-30)
+    return errors

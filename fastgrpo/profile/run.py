@@ -1,0 +1,222 @@
+"""`fastgrpo profile`: gate, ceilings, alternating steps, then the table, the trace and the page."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from fastgrpo_profiling import span
+from fastgrpo_profiling.compare import Comparison, StepRecord, alternate
+from fastgrpo_profiling.phases import in_step_order
+from fastgrpo_profiling.report import Cost, ProfileReport, profile_report
+from fastgrpo_profiling.roofline import ModelShape, measure_ceilings
+from fastgrpo_profiling.trace import write_trace
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo.arguments import ScriptArguments, parse
+from fastgrpo.checkpoint import write_aside
+from fastgrpo.config import GRPOConfig
+from fastgrpo.data.synthetic import write_sat_parquet
+from fastgrpo.demo.base_model import BASE_MODEL_PATH
+from fastgrpo.demo.documents import DEMO_KINDS
+from fastgrpo.launch import require_writable
+from fastgrpo.profile import gate, sides
+from fastgrpo.profile.page import write_page
+from fastgrpo.profile.trl import compare_with_trl
+from fastgrpo.trainer import GRPOTrainer
+
+console = Console(stderr=True)
+
+QUIET = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "disable_tqdm": "true",
+    "log_multimodal": "false",
+}
+"""Settings of every profiled run: what is timed is training, not its reporting."""
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What `fastgrpo profile` was asked for."""
+
+    config: Path
+    against: str
+    steps: int
+    warmup: int
+    output_dir: Path
+    trl_python: Path
+    flags: Sequence[str] = ()
+    """Further training flags, which override the config's."""
+
+
+def run_profile(options: ProfileOptions) -> ProfileReport:
+    """Profiles as asked; prints the table, writes profile.json, trace.json and profile.html.
+
+    Raises:
+        ValueError: a setting that cannot work, or sides that do not do the same thing (`gate.GateError`).
+    """
+    require_writable(options.output_dir)
+    if options.against == sides.TRL:
+        sides.require_trl(options.trl_python)
+    settings = training_flags(options)
+    config, script = parse([*settings, "--output_dir", str(options.output_dir / "gate")])
+    ours = sides.build_trainer(sides.OURS, config, script)
+    shape = _shape_of(ours.model.config)
+    device = ours.accelerator.device.type
+    checked = _pass_gate(options, settings, config, script, ours)
+    del ours
+    ceilings = measure_ceilings(device, _compute_dtype(config, script))
+    console.print(f"checked: both sides agree; timing {options.steps} steps of each", highlight=False)
+    with ExitStack() as stack:
+        started = [
+            sides.start_side(name, settings, options.output_dir, trl_python=options.trl_python)
+            for name in (sides.OURS, options.against)
+        ]
+        for side in started:
+            stack.callback(side.close)
+        introduced = {side.name: side.ready() for side in started}
+        comparison = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
+    bytes_per_value = _compute_dtype(config, script).itemsize
+    cost = None if shape is None else Cost(shape, ceilings, bytes_per_value, config.beta > 0)
+    report = profile_report(
+        comparison,
+        {name: facts["held_bytes"] for name, facts in introduced.items()},
+        cost,
+        ceilings,
+        checked,
+        span_off_seconds(),
+        _facts(config, script, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
+    )
+    _write(report, comparison, options.output_dir)
+    print_report(report)
+    console.print(f"page: {options.output_dir / 'profile.html'}", highlight=False, soft_wrap=True)
+    return report
+
+
+def training_flags(options: ProfileOptions) -> list[str]:
+    """The flags that every side trains with. A config without a model and data gets the demo's."""
+    try:
+        named = yaml.safe_load(options.config.read_text()) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        named = {}  # `parse` says what is wrong with the file
+    given = {token.split("=", 1)[0] for token in options.flags} | {f"--{name}" for name in named}
+    flags = ["--config", str(options.config)]
+    rollouts = options.warmup + options.steps + 2
+    if "--model_name_or_path" not in given:
+        flags += ["--model_name_or_path", str(BASE_MODEL_PATH)]
+    flags += options.flags
+    for name, value in QUIET.items():
+        flags += [f"--{name}", value]
+    # One with a trace, and one that is not taken: a side answers for a step where the next one begins.
+    flags += ["--max_steps", str(rollouts)]
+    if "--dataset_name" not in given:
+        data = options.output_dir / "data" / "sat.parquet"
+        data.parent.mkdir(parents=True, exist_ok=True)
+        config, _ = parse([*flags, "--dataset_name", str(data), "--output_dir", str(options.output_dir)])
+        write_sat_parquet(data, config.prompts_per_rollout * min(rollouts, 50), config.seed, kinds=DEMO_KINDS)
+        flags += ["--dataset_name", str(data)]
+    return flags
+
+
+def _pass_gate(
+    options: ProfileOptions,
+    settings: Sequence[str],
+    config: GRPOConfig,
+    script: ScriptArguments,
+    ours: GRPOTrainer,
+) -> dict[str, float]:
+    limits = gate.tolerances(config, script.dtype)
+    if options.against == sides.TRL:
+        checked = compare_with_trl(ours, limits, settings, options.output_dir, options.trl_python)
+    else:
+        checked = gate.compare(ours, sides.build_trainer(options.against, config, script), limits)
+    checked.require()
+    return checked.figures
+
+
+def _say(side: str, index: int, step: StepRecord) -> None:
+    console.print(f"step {index + 1}  {side}: {step.seconds:.2f} s, {step.tokens} tokens", highlight=False)
+
+
+def _compute_dtype(config: GRPOConfig, script: ScriptArguments) -> torch.dtype:
+    if config.bf16 or script.dtype == "bfloat16":
+        return torch.bfloat16
+    return torch.float16 if config.fp16 or script.dtype == "float16" else torch.float32
+
+
+def _shape_of(config: object) -> ModelShape | None:
+    try:
+        return ModelShape.from_config(config)
+    except AttributeError:
+        return None  # a family whose sizes have other names
+
+
+def span_off_seconds(count: int = 20_000) -> float:
+    """What a span costs while nobody records."""
+    start = time.perf_counter()
+    for _ in range(count):
+        with span("off"):
+            pass
+    return (time.perf_counter() - start) / count
+
+
+def _facts(
+    config: GRPOConfig, script: ScriptArguments, device: str, threads: int, steps: Sequence[StepRecord]
+) -> dict[str, str]:
+    work = steps[-1].work
+    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+    return {
+        "model": Path(script.model_name_or_path).name,
+        "device": place,
+        "dtype": str(_compute_dtype(config, script)).removeprefix("torch."),
+        "step": f"{config.prompts_per_rollout} prompts × {config.num_generations}",
+        "prompt": f"{round(sum(work.prompts) / len(work.prompts))} tokens" if work else "–",
+        "completion limit": f"{config.max_completion_length} tokens",
+        "beta": f"{config.beta:g}",
+        "steps timed": str(len(steps)),
+        "torch": torch.__version__,
+    }
+
+
+def print_report(report: ProfileReport) -> None:
+    """The table for people."""
+    names = list(report.sides)
+    table = Table("", *names, title="a training step", title_justify="left")
+    figures = report.sides.values()
+    table.add_row("step time, s", *(f"{s.step_seconds.median:.3f}" for s in figures))
+    table.add_row("  fastest … slowest", *(f"{s.step_seconds.low:.3f} … {s.step_seconds.high:.3f}" for s in figures))
+    table.add_row("completion tokens", *(f"{s.tokens:,.0f}" for s in figures))
+    table.add_row("tokens / s", *(f"{s.tokens_per_s.median:,.0f}" for s in figures))
+    table.add_row("peak memory, MiB", *(f"{s.peak_bytes / 2**20:,.0f}" for s in figures))
+    table.add_row("MFU", *(f"{s.utilisation.mfu:.1%}" if s.utilisation else "–" for s in figures), end_section=True)
+    for phase in in_step_order(name for side in figures for name in side.phases):
+        seconds = [side.phases.get(phase) for side in figures]
+        table.add_row(phase, *("–" if s is None else f"{1e3 * s:,.1f} ms" for s in seconds))
+    output = Console(soft_wrap=True)
+    output.print(table)
+    ratio = report.speedup
+    output.print(
+        f"{report.ours} is {ratio.median:.2f}× as fast as {report.theirs} ({ratio.low:.2f} … {ratio.high:.2f} turn by "
+        f"turn)\nceilings measured: {report.ceilings.told}; spans that nobody records cost {report.span_off_share:.3%}",
+        highlight=False,
+    )
+
+
+def _write(report: ProfileReport, comparison: Comparison, output_dir: Path) -> None:
+    events = {name: step.events for name, step in comparison.traced.items()}
+    write_trace(output_dir / "trace.json", events)
+    steps = {
+        name: [{key: value for key, value in asdict(step).items() if key != "events"} for step in one]
+        for name, one in comparison.steps.items()
+    }
+    record = {**asdict(report), "steps": steps}
+    write_aside(output_dir / "profile.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    seconds = {name: [step.seconds for step in one] for name, one in comparison.steps.items()}
+    write_page(output_dir / "profile.html", report, events, seconds)

@@ -1,0 +1,113 @@
+"""The sides of a comparison: the same settings, model and data; another engine and policy."""
+
+import copy
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastgrpo_profiling.worker import WorkerSide
+
+from fastgrpo.arguments import ScriptArguments
+from fastgrpo.config import GRPOConfig
+from fastgrpo.data.loading import load_rows
+from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.profile.paper import paper_parts
+from fastgrpo.reference import ReferenceEngine, ReferencePolicy
+from fastgrpo.trainer import GRPOTrainer
+
+OURS, PLAIN, PAPER, TRL = "ours", "plain", "paper", "trl"
+OPPONENTS = {
+    PLAIN: "HF generate and one padded batch (fastgrpo.reference)",
+    PAPER: "the published code's way (fastgrpo.profile.paper)",
+    TRL: "TRL's GRPOTrainer, as installed in its own environment",
+}
+"""What `--against` takes."""
+
+TRL_WORKER = Path(__file__).parents[2] / "bench" / "trl_worker.py"
+
+
+def build_trainer(
+    side: str, config: GRPOConfig, script: ScriptArguments, trainer_class: type[GRPOTrainer] = GRPOTrainer
+) -> GRPOTrainer:
+    """A trainer of one side (`ours`, `plain` or `paper`), its model freshly loaded."""
+    if side != OURS:
+        config = copy.copy(config)
+        config.engine = "reference"
+    trainer = trainer_class(
+        model=load_policy(
+            script.model_name_or_path,
+            dtype=script.dtype,
+            attn_implementation=script.attn_implementation,
+            freeze_vision=script.freeze_vision,
+            freeze_llm=script.freeze_llm,
+            trust_remote_code=config.trust_remote_code,
+            model_init_kwargs=config.model_kwargs,
+        ),
+        reward_funcs=script.reward_funcs,
+        args=config,
+        train_dataset=load_rows(
+            script.dataset_name,
+            split=script.dataset_train_split,
+            config_name=script.dataset_config,
+            max_samples=script.max_samples,
+            seed=config.seed,
+            single_image_only=script.single_image_only,
+        ),
+        processing_class=load_processing(
+            script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
+        ),
+    )
+    if side == PAPER:
+        assert isinstance(trainer.engine, ReferenceEngine)
+        assert isinstance(trainer.policy, ReferencePolicy)
+        reference_model = trainer.policy.reference_model
+        if reference_model is None:
+            reference_model = trainer.accelerator.prepare_model(
+                copy.deepcopy(trainer.model).eval().requires_grad_(False), evaluation_mode=True
+            )
+        trainer.engine, trainer.policy = paper_parts(trainer.model, trainer.engine, trainer.policy, reference_model)
+    return trainer
+
+
+def start_side(
+    side: str,
+    settings: Sequence[str],
+    output_dir: Path,
+    *,
+    trl_python: Path,
+    environment: Mapping[str, str] | None = None,
+) -> WorkerSide:
+    """Starts the process of one side.
+
+    Args:
+        settings: flags of `fastgrpo train`.
+        output_dir: gets a folder for each side's own logs.
+        trl_python: the interpreter of the environment that holds TRL.
+        environment: variables set for the process.
+
+    Raises:
+        ValueError: TRL's side cannot be started here.
+    """
+    flags = [*settings, "--output_dir", str(output_dir / side)]
+    if side == TRL:
+        require_trl(trl_python)
+        return WorkerSide(
+            side, [str(trl_python), str(TRL_WORKER), *flags], {**trl_environment(), **(environment or {})}
+        )
+    return WorkerSide(side, [sys.executable, "-m", "fastgrpo.profile.worker", side, *flags], environment)
+
+
+def require_trl(trl_python: Path) -> None:
+    """Raises ValueError unless TRL's side can be started."""
+    if not TRL_WORKER.is_file():
+        raise ValueError(f"--against trl needs a checkout of this project: {TRL_WORKER} is not installed with it.")
+    if not trl_python.is_file():
+        raise ValueError(f"--trl_python {trl_python} is missing: run `make install-bench`, or name another.")
+
+
+def trl_environment() -> dict[str, str]:
+    """Variables of TRL's process: it reads settings and data with this very code."""
+    root = TRL_WORKER.parents[1]
+    folders = [*(str(root / folder) for folder in (".", "kernels", "profiling")), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, folders))}

@@ -1,0 +1,89 @@
+"""The process of one of our sides: the real trainer, taking a step when asked.
+
+usage: python -m fastgrpo.profile.worker ours|plain|paper TRAINING-FLAGS…
+"""
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from fastgrpo_profiling.memory import MemoryProbe
+from fastgrpo_profiling.roofline import StepWork
+from fastgrpo_profiling.watch import watch_forward
+from fastgrpo_profiling.worker import TurnTaker, claim_stdout
+from torch import nn
+from transformers.utils import logging
+
+from fastgrpo.advantages import Advantages
+from fastgrpo.arguments import parse
+from fastgrpo.profile.sides import build_trainer
+from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.types import PromptBatch, RolloutGroup
+
+
+class TurnTakingTrainer(GRPOTrainer):
+    """Waits for its turn where a step begins."""
+
+    turns: TurnTaker
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.turns.next_step()
+        return super().get_batch_samples(*args, **kwargs)
+
+    def note_rollout(self, batch: PromptBatch, groups: Sequence[RolloutGroup], advantages: Advantages) -> None:
+        super().note_rollout(batch, groups, advantages)
+        work = work_of(groups)
+        self.turns.note(tokens=work.completion_tokens, reward=advantages.rewards.nanmean().item(), work=work)
+
+
+def work_of(groups: Sequence[RolloutGroup]) -> StepWork:
+    """What a rollout's lengths ask of a step."""
+    grids = [g.prompt.image_grid_thw for g in groups if g.prompt.image_grid_thw is not None]
+    return StepWork(
+        prompts=[len(group.prompt.input_ids) for group in groups],
+        pictures=[int(picture.prod()) for grid in grids for picture in grid],
+        completions=[[len(completion.token_ids) for completion in group.completions] for group in groups],
+    )
+
+
+def watch_generation(model: nn.Module, stack: ExitStack) -> None:
+    """Splits HF `generate` into vision, prefill and decode, by what its forward calls are given.
+
+    A rollout runs in evaluation mode and without gradients; the update has spans of its own.
+    """
+
+    def of_rollout(name: str) -> Any:
+        return lambda module, args, kwargs: None if torch.is_grad_enabled() or model.training else name
+
+    def pass_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if torch.is_grad_enabled() or model.training:
+            return None
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        return "rollout/prefill" if tokens is not None and tokens.shape[1] > 1 else "rollout/decode"
+
+    stack.enter_context(watch_forward(model, pass_of))
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] == "visual":
+            stack.enter_context(watch_forward(module, of_rollout("rollout/vision")))
+
+
+def main(argv: Sequence[str]) -> None:
+    """Takes turns until nobody asks any more."""
+    answers = claim_stdout()
+    logging.disable_progress_bar()
+    config, script = parse(argv[1:])
+    trainer = build_trainer(argv[0], config, script, TurnTakingTrainer)
+    assert isinstance(trainer, TurnTakingTrainer)
+    device = trainer.accelerator.device.type
+    trainer.turns = TurnTaker(sys.stdin, answers, device)
+    held = MemoryProbe(device).now()
+    trainer.turns.introduce(held_bytes=held, threads=torch.get_num_threads(), version=torch.__version__)
+    with ExitStack() as stack:
+        watch_generation(trainer.model, stack)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

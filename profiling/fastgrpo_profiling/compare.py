@@ -1,0 +1,108 @@
+"""Two programs that do the same steps, taking turns, so that a noisy machine disturbs both alike."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastgrpo_profiling.phases import UNATTRIBUTED, phase_seconds
+from fastgrpo_profiling.roofline import StepWork
+from fastgrpo_profiling.span import SpanEvent
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of one side."""
+
+    seconds: float
+    tokens: int
+    """Completion tokens drawn."""
+    reward: float
+    """Mean over the step's completions."""
+    peak_bytes: int
+    """Most memory the side's process has held since its start."""
+    own_seconds: dict[str, float] = field(default_factory=dict)
+    """Span → its time without the spans nested in it."""
+    span_count: int = 0
+    events: list[SpanEvent] = field(default_factory=list)
+    work: StepWork | None = None
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "StepRecord":
+        """The inverse of `dataclasses.asdict`."""
+        events = [SpanEvent(**event) for event in record.get("events", ())]
+        work = StepWork(**record["work"]) if record.get("work") else None
+        return cls(**{**record, "events": events, "work": work})
+
+
+class Side(Protocol):
+    """A program that trains step by step when told to."""
+
+    name: str
+
+    def step(self, trace: bool) -> StepRecord:
+        """Takes the next step; with `trace` the record holds every span."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several steps."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Median, least and greatest of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+@dataclass
+class Comparison:
+    """What two sides did, by side; steps of one index were taken in turn."""
+
+    steps: dict[str, list[StepRecord]]
+    traced: dict[str, StepRecord]
+    """One step more of each, untimed: keeping a trace and reading memory costs time."""
+
+
+def alternate(
+    sides: Sequence[Side],
+    *,
+    warmup: int,
+    steps: int,
+    progress: Callable[[str, int, StepRecord], None] | None = None,
+) -> Comparison:
+    """`warmup` untimed steps of each side, `steps` timed ones, taking turns, and one with a trace.
+
+    Who goes first changes each round. `progress` hears of each timed step: side, index, record.
+    """
+    taken: dict[str, list[StepRecord]] = {side.name: [] for side in sides}
+    for _ in range(warmup):
+        for side in sides:
+            side.step(False)
+    for i in range(steps):
+        for side in sides if i % 2 == 0 else reversed(sides):
+            taken[side.name].append(side.step(False))
+            if progress:
+                progress(side.name, i, taken[side.name][-1])
+    return Comparison(taken, {side.name: side.step(True) for side in sides})
+
+
+def paired_ratio(theirs: Sequence[StepRecord], ours: Sequence[StepRecord]) -> Spread:
+    """Of step times, turn by turn: how many times faster we are."""
+    return Spread.of([t.seconds / o.seconds for t, o in zip(theirs, ours, strict=True)])
+
+
+def median_phases(steps: Sequence[StepRecord]) -> dict[str, float]:
+    """Seconds by phase of the step whose time is the median (the lower of two), so that they add up to it."""
+    step = sorted(steps, key=lambda step: step.seconds)[(len(steps) - 1) // 2]
+    return phase_seconds(step.own_seconds, step.seconds)
+
+
+def unattributed_share(steps: Sequence[StepRecord]) -> float:
+    """The median share of a step that no leaf span covers."""
+    shares = (phase_seconds(step.own_seconds, step.seconds)[UNATTRIBUTED] / step.seconds for step in steps)
+    return statistics.median(shares)

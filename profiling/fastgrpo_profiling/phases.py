@@ -1,0 +1,67 @@
+"""The fixed list of leaf spans: what counts as attributed time, and the phase of a step each belongs to."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step that has a bar of its own in tables and charts."""
+
+    name: str
+    description: str
+    spans: tuple[str, ...]
+    """The leaf spans that make it up."""
+
+
+PHASES: tuple[Phase, ...] = (
+    Phase("data", "rows read and decoded, prompts rendered and tokenized", ("data",)),
+    Phase("images", "pictures resized and cut into patches", ("data/images",)),
+    Phase("vision", "the vision tower, for rollouts", ("rollout/vision",)),
+    Phase("prefill", "prompts through the decoder, for rollouts", ("rollout/prefill",)),
+    Phase("decode", "completion tokens through the decoder, one at a time", ("rollout/decode",)),
+    Phase("sampling", "logits to tokens and their log-probs", ("rollout/sample",)),
+    Phase(
+        "generation", "what surrounds the model in generation", ("rollout/generate", "rollout/arrange", "rollout/check")
+    ),
+    Phase("sync", "weights from the policy to the sampler", ("rollout/sync",)),
+    Phase("rewards", "reward functions", ("reward",)),
+    Phase("advantages", "rewards to advantages to token weights", ("advantages", "update/plan")),
+    Phase("packing", "sequences laid out in micro-batches", ("update/pack",)),
+    Phase("old log-probs", "log-probs before the first update on a rollout", ("update/old_logprobs",)),
+    Phase("reference", "log-probs of the frozen model", ("update/reference_model",)),
+    Phase("forward", "the policy on prompts and completions", ("update/forward", "update/vision")),
+    Phase("head", "hidden states to log-probs and the loss", ("update/head",)),
+    Phase("backward", "gradients", ("update/backward",)),
+    Phase("optimizer", "clipping, the optimizer and its schedule", ("update/clip", "update/optimizer")),
+    Phase("metrics", "figures read back, logs and checkpoints", ("update/metrics", "log")),
+    Phase("idle", "waiting for other ranks", ("idle",)),
+)
+"""In the order of a step. A new leaf span needs a place here, or its time shows as unattributed."""
+
+UNATTRIBUTED = "unattributed"
+"""The time of a step that no leaf span covers; a parent's own time is part of it."""
+
+PHASE_OF: dict[str, str] = {name: phase.name for phase in PHASES for name in phase.spans}
+"""Leaf span → phase."""
+
+
+def in_step_order(names: Iterable[str]) -> list[str]:
+    """Phases in the order of a step, the unattributed last."""
+    given = set(names)
+    return [name for name in (*(phase.name for phase in PHASES), UNATTRIBUTED) if name in given]
+
+
+def phase_seconds(own_seconds: Mapping[str, float], step_seconds: float) -> dict[str, float]:
+    """Seconds by phase, in the order of `PHASES`, and last what is unattributed.
+
+    Args:
+        own_seconds: a step's spans by name, each without the spans nested in it.
+        step_seconds: the whole step.
+    """
+    found = dict.fromkeys((phase.name for phase in PHASES), 0.0)
+    for name, seconds in own_seconds.items():
+        if name in PHASE_OF:
+            found[PHASE_OF[name]] += seconds
+    rest = max(step_seconds - sum(found.values()), 0.0)
+    return {name: seconds for name, seconds in found.items() if seconds > 0} | {UNATTRIBUTED: rest}

@@ -1,0 +1,138 @@
+"""A comparison's figures in one record: what profile.json holds, and what tables and pages are drawn from."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastgrpo_profiling.compare import Comparison, Spread, StepRecord, median_phases, paired_ratio, unattributed_share
+from fastgrpo_profiling.roofline import (
+    Ceilings,
+    ModelShape,
+    StepWork,
+    Utilisation,
+    decode_bytes,
+    step_flops,
+    utilisation,
+)
+
+
+@dataclass(frozen=True)
+class SideFigures:
+    """One side's steps in figures; medians unless said otherwise."""
+
+    step_seconds: Spread
+    tokens_per_s: Spread
+    tokens: float
+    reward: float
+    """Mean over all steps."""
+    peak_bytes: int
+    """At the end."""
+    peak_bytes_above_start: int
+    """Beyond what the process held when its model was loaded."""
+    phases: dict[str, float]
+    """Seconds by phase of the median step, the unattributed last."""
+    unattributed: float
+    """Share of a step, the median over all."""
+    spans_per_step: float
+    utilisation: Utilisation | None
+    """None where the model's cost formula is not known."""
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """What `fastgrpo profile` found."""
+
+    ours: str
+    theirs: str
+    sides: dict[str, SideFigures]
+    speedup: Spread
+    """Step time of theirs / ours, turn by turn."""
+    ceilings: Ceilings
+    gate: dict[str, float]
+    """What was compared before timing → how far it was apart."""
+    span_off_share: float
+    """Spans of a step × the cost of one while nobody records ÷ the step."""
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What turns lengths into FLOPs and bytes."""
+
+    shape: ModelShape
+    ceilings: Ceilings
+    bytes_per_value: int
+    reference_pass: bool
+
+
+def side_figures(
+    steps: Sequence[StepRecord], held_at_start: int, cost: Cost | None, work: StepWork | None
+) -> SideFigures:
+    """Sums up one side.
+
+    Args:
+        held_at_start: bytes its process held when its model was loaded.
+        cost: None where the model's sizes could not be read.
+        work: the lengths of a typical step.
+    """
+    phases = median_phases(steps)
+    used = None
+    if cost is not None and work is not None:
+        used = utilisation(
+            step_flops(cost.shape, work, reference_pass=cost.reference_pass),
+            decode_bytes(cost.shape, work, bytes_per_value=cost.bytes_per_value),
+            [step.seconds for step in steps],
+            phases,
+            cost.ceilings,
+        )
+    peak = max(step.peak_bytes for step in steps)
+    return SideFigures(
+        step_seconds=Spread.of([step.seconds for step in steps]),
+        tokens_per_s=Spread.of([step.tokens / step.seconds for step in steps]),
+        tokens=statistics.median(step.tokens for step in steps),
+        reward=statistics.fmean(step.reward for step in steps),
+        peak_bytes=peak,
+        peak_bytes_above_start=peak - held_at_start,
+        phases=phases,
+        unattributed=unattributed_share(steps),
+        spans_per_step=statistics.median(step.span_count for step in steps),
+        utilisation=used,
+    )
+
+
+def profile_report(
+    comparison: Comparison,
+    held_at_start: dict[str, int],
+    cost: Cost | None,
+    ceilings: Ceilings,
+    gate: dict[str, float],
+    span_off_seconds: float,
+    facts: dict[str, str],
+) -> ProfileReport:
+    """The figures of two sides, the first of them ours.
+
+    A side that does not say what its lengths were is held to have done our work, scaled to its tokens.
+    """
+    ours, theirs = comparison.steps
+    typical = comparison.steps[ours][-1].work
+    sides = {}
+    for name, steps in comparison.steps.items():
+        work = steps[-1].work or (typical and _scaled(typical, steps[-1].tokens))
+        sides[name] = side_figures(steps, held_at_start[name], cost, work)
+    step = sides[ours].step_seconds.median
+    return ProfileReport(
+        ours,
+        theirs,
+        sides,
+        paired_ratio(comparison.steps[theirs], comparison.steps[ours]),
+        ceilings,
+        gate,
+        sides[ours].spans_per_step * span_off_seconds / step,
+        facts,
+    )
+
+
+def _scaled(work: StepWork, tokens: int) -> StepWork:
+    """The same prompts, with `tokens` shared evenly by all completions."""
+    each = round(tokens / max(sum(map(len, work.completions)), 1))
+    return StepWork(work.prompts, work.pictures, [[each] * len(group) for group in work.completions])

@@ -1,0 +1,220 @@
+"""What a step must compute and move, against what the machine was measured to do in the same run.
+
+FLOPs are those of the model, counted once for work that need be done once: a group's picture and prompt are encoded
+once, not for each of its completions, and logits are taken of completion tokens only. So the MFU of two
+implementations of one step differs by their time alone, and work done twice counts for neither.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits of a device."""
+
+    flops_per_s: float
+    """Of a large matrix product."""
+    bytes_per_s: float
+    """Read and written by a large copy."""
+    dtype: str
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        giga = self.flops_per_s / 1e9
+        flops = f"{giga / 1e3:,.0f} TFLOP/s" if giga > 1e4 else f"{giga:,.0f} GFLOP/s"
+        return f"{flops} ({self.dtype}), {self.bytes_per_s / 1e9:,.1f} GB/s"
+
+
+def measure_ceilings(device: str, dtype: torch.dtype, *, repeats: int = 5) -> Ceilings:
+    """Times a square matrix product (8192 on a GPU, 1024 on a CPU) and a copy (1 GiB, 128 MiB); the best of a few."""
+    size, copied = (8192, 2**30) if device == "cuda" else (1024, 2**27)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.ones(copied // 4, device=device)
+    target = torch.empty_like(source)
+    return Ceilings(
+        flops_per_s=2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=product), device, repeats),
+        bytes_per_s=2 * copied / _best_seconds(lambda: target.copy_(source), device, repeats),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _best_seconds(work: Callable[[], Any], device: str, repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that decide a decoder's cost, and its vision tower's where it has one."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    vision_layers: int = 0
+    vision_hidden: int = 0
+    vision_mlp_weights: int = 0
+    """Weights of one block's MLP."""
+    patch_dim: int = 0
+    merged_patches: int = 1
+    """Patches that become one token."""
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelShape":
+        """Reads a transformers config of the Llama or Qwen kind, with or without a Qwen2-VL-like vision tower."""
+        text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
+        seeing = {}
+        if vision is not None:
+            width: int = getattr(vision, "embed_dim", None) or vision.hidden_size
+            gated: int = getattr(vision, "intermediate_size", None) or 0
+            channels: int = vision.in_channels if hasattr(vision, "in_channels") else vision.in_chans
+            seeing = {
+                "vision_layers": vision.depth,
+                "vision_hidden": width,
+                "vision_mlp_weights": 3 * width * gated if gated else 2 * width * int(width * vision.mlp_ratio),
+                "patch_dim": channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2,
+                "merged_patches": vision.spatial_merge_size**2,
+            }
+        return cls(
+            hidden=text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            intermediate=text.intermediate_size,
+            vocab=text.vocab_size,
+            **seeing,
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Matrix entries of one decoder layer."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    def text_flops(self, tokens: float, pairs: float) -> float:
+        """Forward pass of the decoder layers over `tokens`, of which `pairs` (query, key) attend."""
+        return self.layers * (2 * self.layer_weights * tokens + 4 * self.heads * self.head_dim * pairs)
+
+    def head_flops(self, tokens: float) -> float:
+        """Logits of `tokens`."""
+        return 2 * self.hidden * self.vocab * tokens
+
+    def vision_flops(self, patches: int) -> float:
+        """Forward pass of the vision tower over one picture."""
+        width = self.vision_hidden
+        block = 2 * (4 * width**2 + self.vision_mlp_weights) * patches + 4 * width * patches**2
+        merged = width * self.merged_patches
+        merger = 2 * merged * (merged + self.hidden) * (patches / self.merged_patches)
+        return 2 * self.patch_dim * width * patches + self.vision_layers * block + merger
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one step was asked to do, in tokens."""
+
+    prompts: Sequence[int]
+    """Tokens of each distinct prompt, image tokens included."""
+    pictures: Sequence[int]
+    """Patches of each distinct picture."""
+    completions: Sequence[Sequence[int]]
+    """Tokens of each completion, by prompt."""
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(map(sum, self.completions))
+
+
+def step_flops(shape: ModelShape, work: StepWork, *, reference_pass: bool) -> dict[str, float]:
+    """Model FLOPs of a GRPO step by phase; a backward pass counts twice its forward pass.
+
+    Args:
+        reference_pass: whether the objective needs a frozen model's log-probs (beta above 0).
+    """
+    prompt_tokens, drawn = sum(work.prompts), work.completion_tokens
+    prompt_pairs = sum(p * (p + 1) / 2 for p in work.prompts)
+    drawn_pairs = sum(
+        c * p + c * (c + 1) / 2 for p, group in zip(work.prompts, work.completions, strict=True) for c in group
+    )
+    vision = sum(map(shape.vision_flops, work.pictures))
+    prefill = shape.text_flops(prompt_tokens, prompt_pairs)
+    decode = shape.text_flops(drawn, drawn_pairs)
+    head = shape.head_flops(drawn)
+    forward = vision + prefill + decode
+    return {
+        "vision": vision,
+        "prefill": prefill + shape.head_flops(len(work.prompts)),
+        "decode": decode + head,
+        "reference": (forward + head) * reference_pass,
+        "forward": forward,
+        "head": head,
+        "backward": 2 * (forward + head),
+    }
+
+
+def decode_bytes(shape: ModelShape, work: StepWork, *, bytes_per_value: int) -> float:
+    """Least memory traffic of decoding all completions at once: weights once a token, each key and value once.
+
+    A prompt's keys and values are read once for its whole group.
+    """
+    longest = max((c for group in work.completions for c in group), default=0)
+    weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
+    kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
+    read = sum(
+        p * max(group, default=0) + sum(c * (c + 1) / 2 for c in group)
+        for p, group in zip(work.prompts, work.completions, strict=True)
+    )
+    return bytes_per_value * (weights * longest + kv * read)
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """How much of the machine a step used."""
+
+    mfu: float
+    """Model FLOPs of the step ÷ (its seconds × the measured ceiling)."""
+    by_phase: Mapping[str, float]
+    """The same for each phase whose time was attributed."""
+    decode_bandwidth: float | None
+    """Least traffic of decode ÷ (its seconds × the measured ceiling)."""
+
+
+def utilisation(
+    flops: Mapping[str, float],
+    decode_traffic: float,
+    step_seconds: Sequence[float],
+    phases: Mapping[str, float],
+    ceilings: Ceilings,
+) -> Utilisation:
+    """Of the median step; `phases` are its seconds by phase (`phases.phase_seconds`).
+
+    Where the head has no time of its own, it ran inside the forward pass.
+    """
+    spent = {name: seconds for name, seconds in phases.items() if seconds > 0}
+    if "head" not in spent and "head" in flops:
+        flops = {**flops, "forward": flops["forward"] + flops["head"], "head": 0.0}
+    known = [name for name in flops if name in spent and flops[name] > 0]
+    by_phase = {name: flops[name] / (spent[name] * ceilings.flops_per_s) for name in known}
+    decode = spent.get("decode")
+    return Utilisation(
+        mfu=sum(flops.values()) / (statistics.median(step_seconds) * ceilings.flops_per_s),
+        by_phase=by_phase,
+        decode_bandwidth=decode_traffic / (decode * ceilings.bytes_per_s) if decode else None,
+    )

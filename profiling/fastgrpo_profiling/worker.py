@@ -1,0 +1,171 @@
+"""A side of a comparison in a process of its own: one line of JSON asks for a step, one line answers.
+
+A process each keeps memory apart, lets both sides run their own training loop, and a side may have another
+environment. The first line a worker writes says what it is.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import IO, Any
+
+import torch
+
+from fastgrpo_profiling.compare import StepRecord
+from fastgrpo_profiling.memory import MemoryProbe
+from fastgrpo_profiling.roofline import StepWork
+from fastgrpo_profiling.span import SpanRecorder, record, span
+
+
+class WorkerError(RuntimeError):
+    """A worker ended before it was told to; the message holds the end of what it printed."""
+
+
+class WorkerSide:
+    """The asking end: starts `command` and takes steps with it.
+
+    Args:
+        name: of the side.
+        command: the worker's command line.
+        environment: variables set for it beside this process's own.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - open as long as the worker runs
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+
+    def ready(self) -> dict[str, Any]:
+        """Waits until the worker can take a step; returns what it says of itself."""
+        return self._read()
+
+    def step(self, trace: bool) -> StepRecord:
+        """Takes the next step."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps({"trace": trace}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the read says why
+        return StepRecord.from_json(self._read())
+
+    def close(self) -> None:
+        """Ends the worker."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise WorkerError(f"the {self.name} side ended early:\n{self._log.read()[-3000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class TurnTaker:
+    """The answering end, inside a training loop that calls `next_step` wherever a step begins.
+
+    Args:
+        asks: the lines that ask.
+        answers: where the answers go.
+        device: whose memory and time are measured.
+    """
+
+    def __init__(self, asks: IO[str], answers: IO[str], device: str) -> None:
+        self.asks, self.answers = asks, answers
+        self.device = device
+        self.probe = MemoryProbe(device)
+        self.tokens, self.reward = 0, math.nan
+        self.work: StepWork | None = None
+        self._block: ExitStack | None = None
+        self._recorder = SpanRecorder()
+        self._start = 0.0
+
+    def introduce(self, **facts: Any) -> None:
+        """Says what this side is; the first line."""
+        self._answer(facts)
+
+    def note(self, *, tokens: int, reward: float, work: StepWork | None = None) -> None:
+        """What the step under way drew, and earned."""
+        self.tokens, self.reward, self.work = tokens, reward, work
+
+    def next_step(self) -> None:
+        """Answers for the step that ends here and waits to be asked for the next.
+
+        Raises:
+            SystemExit: nobody asks any more.
+        """
+        if self._block is not None:
+            self._finish()
+        line = self.asks.readline()
+        if not line:
+            raise SystemExit(0)
+        trace = bool(json.loads(line)["trace"])
+        self.tokens, self.reward, self.work = 0, math.nan, None
+        self._recorder = SpanRecorder(
+            on_device=self.device == "cuda", trace=trace, memory=self.probe if trace else None
+        )
+        self._block = ExitStack()
+        self._synchronize()
+        self._start = time.perf_counter()
+        self._block.enter_context(record(self._recorder))
+        self._block.enter_context(span("step"))
+
+    def _finish(self) -> None:
+        assert self._block is not None
+        self._synchronize()
+        seconds = time.perf_counter() - self._start
+        self._block.close()
+        self._block = None
+        totals = self._recorder.totals
+        step = StepRecord(
+            seconds=seconds,
+            tokens=self.tokens,
+            reward=self.reward,
+            peak_bytes=self.probe.peak(),
+            own_seconds={name: total.self_seconds for name, total in totals.items()},
+            span_count=sum(total.count for total in totals.values()),
+            events=self._recorder.events,
+            work=self.work,
+        )
+        self._answer(asdict(step))
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def _answer(self, fields: Mapping[str, Any]) -> None:
+        self.answers.write(json.dumps(fields) + "\n")
+        self.answers.flush()
+
+
+def claim_stdout() -> IO[str]:
+    """The process's standard output for answers alone; whatever else is printed goes to standard error from now on."""
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers

@@ -1,0 +1,99 @@
+"""FLOPs against a count of torch's own, and by hand."""
+
+import pytest
+import torch
+from fastgrpo_profiling.roofline import (
+    Ceilings,
+    ModelShape,
+    StepWork,
+    decode_bytes,
+    measure_ceilings,
+    step_flops,
+    utilisation,
+)
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig
+
+from fastgrpo.demo.base_model import tiny_model
+
+DECODER = ModelShape(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=3, intermediate=5, vocab=7)
+TWO_GROUPS = StepWork(prompts=[3, 2], pictures=[], completions=[[1, 2], [2, 2]])
+
+
+def test_a_decoder_layer_counts_its_matrices():
+    # q and o: 4 × 6 each, k and v: 4 × 3 each, three MLP matrices of 4 × 5.
+    assert DECODER.layer_weights == 2 * 24 + 2 * 12 + 60
+    assert DECODER.text_flops(tokens=10, pairs=0) == 2 * 2 * 132 * 10
+    assert DECODER.text_flops(tokens=0, pairs=1) == 2 * 4 * 6
+    assert DECODER.head_flops(3) == 2 * 4 * 7 * 3
+
+
+def test_a_step_encodes_each_prompt_once_and_asks_logits_of_completions_only():
+    flops = step_flops(DECODER, TWO_GROUPS, reference_pass=True)
+    assert flops["vision"] == 0
+    assert flops["prefill"] == DECODER.text_flops(5, 6 + 3) + DECODER.head_flops(2)
+    pairs = (1 * 3 + 1) + (2 * 3 + 3) + 2 * (2 * 2 + 3)
+    assert flops["decode"] == DECODER.text_flops(7, pairs) + DECODER.head_flops(7)
+    assert flops["forward"] == DECODER.text_flops(12, 9 + pairs)
+    assert flops["backward"] == 2 * (flops["forward"] + flops["head"])
+    assert flops["reference"] == flops["forward"] + flops["head"]
+    assert step_flops(DECODER, TWO_GROUPS, reference_pass=False)["reference"] == 0
+
+
+def test_decode_reads_weights_once_a_token_and_a_shared_prompt_once_a_group():
+    weights = 2 * 132 + 4 * 7
+    kv = 2 * 2 * 1 * 3
+    read = 3 * 2 + (1 + 3) + 2 * 2 + (3 + 3)
+    assert decode_bytes(DECODER, TWO_GROUPS, bytes_per_value=2) == 2 * (2 * weights + kv * read)
+    assert decode_bytes(DECODER, StepWork([3], [], [[]]), bytes_per_value=2) == 0
+
+
+def test_forward_flops_agree_with_what_torch_counts():
+    model = tiny_model()
+    model.set_attn_implementation("eager")  # its products are counted, and over the whole square
+    shape = ModelShape.from_config(model.config)
+    patches, tokens = 4 * 6, 11
+    grid = torch.tensor([[1, 4, 6]])
+    with torch.no_grad(), FlopCounterMode(display=False) as vision:
+        model.model.visual(torch.randn(patches, shape.patch_dim), grid_thw=grid)
+    with torch.no_grad(), FlopCounterMode(display=False) as text:
+        model(input_ids=torch.ones(1, tokens, dtype=torch.int64), use_cache=False)
+    assert shape.vision_flops(patches) == pytest.approx(vision.get_total_flops(), rel=0.01)
+    assert shape.text_flops(tokens, tokens**2) + shape.head_flops(tokens) == pytest.approx(
+        text.get_total_flops(), rel=0.01
+    )
+
+
+def test_a_gated_vision_tower_is_read_too():
+    shape = ModelShape.from_config(Qwen2_5_VLConfig())
+    vision = Qwen2_5_VLConfig().vision_config
+    assert shape.vision_hidden == vision.hidden_size
+    assert shape.vision_mlp_weights == 3 * vision.hidden_size * vision.intermediate_size
+
+
+def test_utilisation_divides_by_what_was_measured():
+    ceilings = Ceilings(flops_per_s=100.0, bytes_per_s=10.0, dtype="float32")
+    flops = {"decode": 20.0, "backward": 60.0, "reference": 0.0}
+    used = utilisation(flops, 5.0, [1.0, 2.0, 30.0], {"decode": 0.5, "backward": 1.0, "reference": 0.1}, ceilings)
+    assert used.mfu == 80 / (2.0 * 100)
+    assert used.by_phase == {"decode": 0.4, "backward": 0.6}
+    assert used.decode_bandwidth == 1.0
+    assert utilisation(flops, 5.0, [1.0], {"backward": 1.0}, ceilings).decode_bandwidth is None
+
+
+def test_a_head_without_a_time_of_its_own_ran_inside_the_forward_pass():
+    ceilings = Ceilings(flops_per_s=100.0, bytes_per_s=10.0, dtype="float32")
+    flops = {"forward": 20.0, "head": 30.0}
+    inside = utilisation(flops, 0.0, [1.0], {"forward": 1.0}, ceilings)
+    apart = utilisation(flops, 0.0, [1.0], {"forward": 0.5, "head": 0.5}, ceilings)
+    assert inside.by_phase == {"forward": 0.5}
+    assert apart.by_phase == {"forward": 0.4, "head": 0.6}
+    assert inside.mfu == apart.mfu == 0.5
+
+
+def test_ceilings_are_measured():
+    found = measure_ceilings("cpu", torch.float32, repeats=1)
+    assert found.flops_per_s > 0
+    assert found.bytes_per_s > 0
+    assert Ceilings(7.9e14, 4.3e12, "bfloat16").told == "790 TFLOP/s (bfloat16), 4,300.0 GB/s"
+    assert Ceilings(3.2e10, 1.26e10, "float32").told == "32 GFLOP/s (float32), 12.6 GB/s"
