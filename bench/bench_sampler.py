@@ -9,7 +9,9 @@ model is of Qwen2-VL-2B's shape with random weights.
 """
 
 import sys
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import median
@@ -219,6 +221,21 @@ def cache_bytes(engine: SamplerEngine, workload: Workload) -> dict[str, float]:
     }
 
 
+class ProcessorTimes:
+    """Processor seconds of each call: what a busy machine distorts less than the time on the clock."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def of(self, side: str, function: Callable[[], Any]) -> Callable[[], None]:
+        def timed() -> None:
+            start = time.process_time()
+            function()
+            self.seconds.setdefault(side, []).append(time.process_time() - start)
+
+        return timed
+
+
 def measure(name: str, workload: Workload, device: str, result: Result) -> list[Any]:
     """Paired times of whole rollouts and of one token; a row of the table."""
     model = build_model(workload.model, device)
@@ -228,19 +245,20 @@ def measure(name: str, workload: Workload, device: str, result: Result) -> list[
         checks = check_greedy(model, engine, replace(workload, new_tokens=64))
         checks["logprobs_within_1e-4_of_hf"] = distance["max_logprob_distance"] < 1e-4
         result.checks |= {f"{name}: {key}": value for key, value in checks.items()}
-    tokens = workload.new_tokens
-    whole = paired_seconds(
-        {"hf": lambda: hf_rollout(model, workload, tokens), "ours": lambda: our_rollout(engine, workload, tokens)},
+    tokens, engine_for_one, cpu = workload.new_tokens, build_engine(model), ProcessorTimes()
+    times = paired_seconds(
+        {
+            "hf": cpu.of("hf", lambda: hf_rollout(model, workload, tokens)),
+            "ours": cpu.of("ours", lambda: our_rollout(engine, workload, tokens)),
+            "hf, one token": lambda: hf_rollout(model, workload, 1),
+            "ours, one token": lambda: our_rollout(engine_for_one, workload, 1),
+        },
         rounds=workload.rounds,
         device=device,
     )
-    engine_for_one = build_engine(model)
-    one = paired_seconds(
-        {"hf": lambda: hf_rollout(model, workload, 1), "ours": lambda: our_rollout(engine_for_one, workload, 1)},
-        rounds=workload.rounds,
-        device=device,
-    )
-    decode = {side: [w - median(one[side]) for w in whole[side]] for side in whole}
+    whole = {side: times[side] for side in ("hf", "ours")}
+    one = {side: times[f"{side}, one token"] for side in whole}
+    decode = {side: [w - o for w, o in zip(whole[side], one[side], strict=True)] for side in whole}
     drawn = workload.rows * tokens
     ratio = paired_ratio(whole["hf"], whole["ours"])
     decode_ratio = paired_ratio(decode["hf"], decode["ours"])
@@ -253,6 +271,7 @@ def measure(name: str, workload: Workload, device: str, result: Result) -> list[
         "spread": {side: spread(seconds) for side, seconds in whole.items()},
         "one_token_seconds": {side: median(seconds) for side, seconds in one.items()},
         "decode_ms_per_step": {side: 1e3 * median(d) / (tokens - 1) for side, d in decode.items()},
+        "processor_seconds": {side: median(seconds) for side, seconds in cpu.seconds.items()},
         **cache_bytes(engine, workload),
         **distance,
     }

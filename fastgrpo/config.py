@@ -123,6 +123,10 @@ class GRPOConfig(TrainingArguments):
     log_multimodal: bool = _option(True, "Keep a thumbnail of each prompt's pictures in that log.")
     num_completions_to_print: int | None = _option(None, "Completions to print at each log; none if unset.")
 
+    profile_steps: str | None = _option(
+        None, "FIRST:LAST, both included: write a Perfetto trace of these optimizer steps to output_dir/trace.json."
+    )
+
     # TRL's settings that are not supported yet: refused unless left at their defaults
     sync_ref_model: bool = _not_yet(False)
     ref_model_mixup_alpha: float = _not_yet(0.6)
@@ -185,6 +189,16 @@ class GRPOConfig(TrainingArguments):
     def template_kwargs(self) -> dict[str, Any]:
         """`chat_template_kwargs` as parsed."""
         return _parsed("chat_template_kwargs", self.chat_template_kwargs)
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """`profile_steps` as numbers."""
+        if self.profile_steps is None:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        valid = first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
+        _check("profile_steps", self.profile_steps, valid, "FIRST:LAST, such as 3:6, counted from 1")
+        return int(first), int(last)
 
     @property
     def completions_per_micro_batch(self) -> int:
@@ -307,6 +321,7 @@ class GRPOConfig(TrainingArguments):
         _check("num_iterations", self.num_iterations, self.num_iterations > 0, "1 or more")
         _check("beta", self.beta, self.beta >= 0, "0 or more")
         _check("epsilon", self.epsilon, self.epsilon >= 0, "0 or more")
+        _ = self.profiled_steps  # raises when it cannot be read
         for name in ("model_init_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
             _check(name, value, value is None or isinstance(value, dict), 'a JSON object such as {"a": 1}')

@@ -78,7 +78,7 @@ class ReferenceEngine:
         for start in range(0, len(prompts), per_call):
             chunk = prompts[start : start + per_call]
             # Never around a `yield`: whoever takes the groups may draw random numbers of their own in between.
-            with torch.random.fork_rng(devices=devices):
+            with span("rollout/generate"), torch.random.fork_rng(devices=devices):
                 torch.manual_seed(rollout_seed(params.seed, step, self.rank) + start)
                 completions = self._generate([p for p in chunk for _ in range(num_generations)], params)
             for i, prompt in enumerate(chunk):
@@ -102,7 +102,7 @@ class ReferenceEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with span("rollout/generate"), own_defaults_off(self.model), self.autocast():
+            with own_defaults_off(self.model), self.autocast():
                 sequences = self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -212,8 +212,9 @@ class ReferencePolicy:
                     )
                 with span("update/backward"):
                     self._backward(output.loss)
-            drawn = torch.cat([completion.sampling_logprobs for _, completion in batch]).to(self._device)
-            outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
+            with span("update/metrics"):
+                drawn = torch.cat([completion.sampling_logprobs for _, completion in batch]).to(self._device)
+                outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
         if self._is_deepspeed and outputs:
             self.model.step()  # the caller's optimizer.step() does nothing under DeepSpeed
         if not outputs:
@@ -236,7 +237,7 @@ class ReferencePolicy:
     def _keep_company(self) -> None:
         """A backward pass of zeros: the other ranks have completions and wait for this one's gradients."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        positions = token.expand(3, 1, 1) if _is_multimodal(self.model) else token
+        positions = token.expand(3, 1, 1) if is_multimodal(self.model) else token
         logits = self.model(input_ids=token, position_ids=positions, use_cache=False).logits
         self._backward(logits.sum() * 0.0)
 
@@ -259,7 +260,7 @@ class ReferencePolicy:
         logits = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids if _is_multimodal(model) else position_ids[0],
+            position_ids=position_ids if is_multimodal(model) else position_ids[0],
             **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
             use_cache=False,
             logits_to_keep=kept,
@@ -350,5 +351,5 @@ def _unwrap(model: Any) -> Any:
     return getattr(model, "module", model)
 
 
-def _is_multimodal(model: Any) -> bool:
+def is_multimodal(model: Any) -> bool:
     return hasattr(_unwrap(model).config, "vision_config")

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.backends import build_engine, build_policy
-from fastgrpo.callbacks import ProgressDisplay
+from fastgrpo.callbacks import ProgressDisplay, StepTrace
 from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import as_rows
@@ -41,6 +41,7 @@ from fastgrpo.resolve import (
 )
 from fastgrpo.rewards import RewardFunction, resolve_reward_functions, reward_name, score
 from fastgrpo.run_log import RunLog, completion_rows
+from fastgrpo.timed_steps import TimedSteps
 from fastgrpo.types import Completion, Prompt, PromptBatch, RolloutGroup, UpdateResult, WeightedGroup
 from fastgrpo.update_plan import plan_updates, token_masks
 from fastgrpo.whole_checkpoints import WholeCheckpoints
@@ -51,7 +52,7 @@ LATEST = ("num_tokens", "skipped_rows", "learning_rate", "epoch")
 """Metrics of which a log line shows the latest value rather than the mean."""
 
 
-class GRPOTrainer(WholeCheckpoints):
+class GRPOTrainer(TimedSteps, WholeCheckpoints):
     """Trains a vision-language (or text) model with GRPO. A drop-in for `trl.GRPOTrainer`.
 
     Args:
@@ -120,6 +121,8 @@ class GRPOTrainer(WholeCheckpoints):
             self.remove_callback(shown_by_trainer)
         self.display = ProgressDisplay(self.config)
         self.add_callback(self.display)
+        if self.config.profiled_steps:
+            self.add_callback(StepTrace(Path(self.config.output_dir), self.config.profiled_steps))
         if reference_model is not None:
             # Placed and autocast as the policy is: the two log-probs are compared.
             reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
@@ -142,7 +145,6 @@ class GRPOTrainer(WholeCheckpoints):
         """What reward functions add to the completions log (`log_extra`), a value per completion."""
         self.window: dict[str, list[float]] = defaultdict(list)
         """Each metric since the last log line."""
-        self._step_start = 0.0
         self._drawn_tokens = 0
         self._save_is_due = False
 
@@ -154,10 +156,14 @@ class GRPOTrainer(WholeCheckpoints):
         with record() as spans:
             if not self.updates:
                 groups = self.score(self.generate(inputs))
-                advantages = self.advantages(groups)
-                self.updates = self.plan_updates(groups, advantages)
-                self.note_rollout(inputs, groups, advantages)
+                with span("advantages"):
+                    advantages = self.advantages(groups)
+                with span("update/plan"):
+                    self.updates = self.plan_updates(groups, advantages)
+                with span("log"):
+                    self.note_rollout(inputs, groups, advantages)
             result = self.policy.accumulate(self.updates.pop(0))
+        with span("update/metrics"):
             self.note_update(result, spans)
         return result.loss * self.accelerator.num_processes  # transformers logs the mean over ranks
 
@@ -245,6 +251,7 @@ class GRPOTrainer(WholeCheckpoints):
         self.step_metrics |= {
             "num_tokens": float(self.state.num_input_tokens_seen),
             "skipped_rows": float(self.skipped_rows),
+            "time/data": self.data_seconds,
             **{f"time/{name}": total.seconds for name, total in spans.totals.items()},
         }
 
@@ -255,7 +262,7 @@ class GRPOTrainer(WholeCheckpoints):
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
         if "loss" in self.step_metrics:
             self.policy.version += 1
-            seconds = time.perf_counter() - self._step_start
+            seconds = time.perf_counter() - self.step_start
             metrics = {
                 "epoch": self.state.epoch,
                 **self.step_metrics,
@@ -267,9 +274,10 @@ class GRPOTrainer(WholeCheckpoints):
             self.step_metrics, self._drawn_tokens = {}, 0
             for name, value in metrics.items():
                 self.window[name].append(value)
-            self.display.show(self.state, metrics)
-            if self.run_log:
-                self.run_log.metrics(self.state.global_step, metrics)
+            with span("log"):
+                self.display.show(self.state, metrics)
+                if self.run_log:
+                    self.run_log.metrics(self.state.global_step, metrics)
         # A checkpoint amid a rollout would have to hold its completions: wait for the rollout's last step.
         last = self.state.global_step >= self.state.max_steps
         self._save_is_due |= self.control.should_save
@@ -342,13 +350,6 @@ class GRPOTrainer(WholeCheckpoints):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
         )
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[PromptBatch], None]:
-        """Where a step begins: the loader may decode pictures in this process."""
-        self._step_start = time.perf_counter()
-        samples, _ = super().get_batch_samples(*args, **kwargs)
-        self.step_metrics["time/data"] = time.perf_counter() - self._step_start
-        return samples, None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         return None  # a `PromptBatch` has no labels to count

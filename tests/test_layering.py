@@ -37,11 +37,12 @@ LAYERS = [
     ["fastgrpo.reference", "fastgrpo.policy", "fastgrpo.resolve", "fastgrpo.weight_sync"],
     ["fastgrpo.sampler"],
     ["fastgrpo.backends"],
-    ["fastgrpo.trainer", "fastgrpo.whole_checkpoints"],
+    ["fastgrpo.trainer", "fastgrpo.whole_checkpoints", "fastgrpo.timed_steps"],
     ["fastgrpo"],
     ["fastgrpo.evaluation", "fastgrpo.report"],
     ["fastgrpo.arguments", "fastgrpo.launch"],
     ["fastgrpo.demo", "fastgrpo.doctor"],
+    ["fastgrpo.profile"],
     ["fastgrpo.cli", "fastgrpo.__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from fastgrpo_profiling import span
 from torch import Tensor
 
 from fastgrpo.data.loading import RowDataset
@@ -195,7 +196,8 @@ class PromptBuilder:
             return None, None
         assert self.image_processor is not None
         try:
-            features = self.image_processor(images=row.images, return_tensors="pt")
+            with span("data/images"):
+                features = self.image_processor(images=row.images, return_tensors="pt")
         except ValueError as error:
             raise RowError(f"image cannot be cut into patches: {error}") from error
         return features["pixel_values"], features["image_grid_thw"]

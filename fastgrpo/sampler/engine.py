@@ -141,10 +141,10 @@ class SamplerEngine:
         """
         if self._is_busy:
             raise RuntimeError("generate: another call has not ended; exhaust its iterator or close() it first.")
+        if self.synced_version != self.version():
+            self.sync()  # even without prompts: other ranks may wait
         if not prompts:
             return
-        if self.synced_version != self.version():
-            self.sync()
         groups = [PromptGroup.of(p, num_generations, seed=params.seed, step=step) for p in prompts]
         runner = self._runner_for(groups, params)
         scheduler = Scheduler(

@@ -197,3 +197,9 @@ def test_trl_settings_without_meaning_are_named_in_one_warning(make: Any, caplog
         make(use_vllm=True, vllm_gpu_memory_utilization=0.5, vllm_mode="colocate")
     [warning] = warnings_of(caplog)
     assert warning.endswith("use_vllm, vllm_gpu_memory_utilization.")
+
+
+@pytest.mark.parametrize("value", ["3", "6:3", "0:2", "a:b", ":"])
+def test_profile_steps_is_a_range_counted_from_1(value, tmp_path):
+    with pytest.raises(ValueError, match="FIRST:LAST"):
+        GRPOConfig(output_dir=str(tmp_path), report_to="none", profile_steps=value)
