@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastgrpo.arguments import parse
+from fastgrpo.policy import PackedPolicy
 from fastgrpo.profile import gate
 from fastgrpo.profile.sides import OURS, PAPER, PLAIN, build_trainer
-from fastgrpo.reference import ReferencePolicy
 
 
 @pytest.fixture
@@ -44,19 +44,19 @@ def test_sides_that_do_the_same_pass(build, side, beta):
     assert len(found.figures) == 4
 
 
-class FlippedPolicy(ReferencePolicy):
+class FlippedPolicy(PackedPolicy):
     """A log-prob with the wrong sign."""
 
-    def _forward(self, model, batch):
-        logprobs, entropy = super()._forward(model, batch)
-        return -logprobs, entropy
+    def _forward(self, model, batch, *, entropy):
+        output = super()._forward(model, batch, entropy=entropy)
+        return output._replace(logprobs=-output.logprobs)
 
 
 def test_a_flipped_sign_is_refused_a_timing(build):
     ours, theirs = build(OURS), build(PLAIN)
     right = ours.policy
     ours.policy = FlippedPolicy(
-        right.model, right.loss_params, micro_batch_size=right.micro_batch_size, accelerator=right.accelerator
+        right.model, right.loss_params, token_budget=right.token_budget, accelerator=right.accelerator
     )
     found = gate.compare(ours, theirs, gate.FP32)
     assert any(line.startswith("gradient of") for line in found.failures)

@@ -19,6 +19,7 @@ def test_the_steps_asked_for_are_traced(steps, traced, tiny_model_dir, sat_file,
         num_generations=2,
         max_completion_length=4,
         max_steps=3,
+        beta=0.04,  # so that completions of equal rewards are trained on, too
         report_to="none",
         save_strategy="no",
         use_cpu=True,
