@@ -37,6 +37,7 @@ def build_engine(
             tokenizer,
             version=version,
             options=SamplerOptions(max_rows=config.sampler_max_rows, max_cache_tokens=config.sampler_max_cache_tokens),
+            device=accelerator.device,  # the model itself may be moved there later
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             autocast=accelerator.autocast,
         )

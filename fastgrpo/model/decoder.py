@@ -195,6 +195,9 @@ class Decoder:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, H]."""
         hidden = F.rms_norm(hidden, (self.shape.hidden,), self.final_norm, self.shape.norm_eps)
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # In half precision a logit of 32 would be off by 0.06, and its log-prob with it.
+            return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
         return F.linear(hidden, self.head_weight)
 
     def _layer(
@@ -270,7 +273,7 @@ def unsupported(model: Any) -> str | None:
         return f"its rotary embedding is of type {rope}"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "it is tuned by a learnt prompt"
-    for module in text_model(model).modules():
+    for module in (*text_model(model).modules(), *base_model(model).lm_head.modules()):
         if hasattr(module, "get_base_layer") and not _is_plain_lora(module):
             return "its adapters are not plain LoRA"
         weight = getattr(module, "weight", None)

@@ -22,7 +22,8 @@ def is_partitioned(tower: Any) -> bool:
 
 def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:
     """A tower like this one, for inference, with weights yet to be filled in."""
-    copy = type(tower)._from_config(tower.config).to(device).eval().requires_grad_(False)
+    # Not `_from_config`, which under ZeRO-3 hands out pieces.
+    copy = type(tower)(tower.config).to(device).eval().requires_grad_(False)
     for parameter in copy.parameters():
         parameter.data = parameter.data.to(dtype)  # parameters alone: rotary frequencies stay in float32
     return copy

@@ -113,6 +113,8 @@ class SamplerEngine:
         image_token = getattr(policy.config, "image_token_id", None)
         self.prefill = Prefill(self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast)
         self.runner: Runner | None = None
+        self.served: Limits | None = None
+        """What the runner was asked to be, before memory cut its cache."""
         self.synced_version: int | None = None
         self._is_busy = False
 
@@ -214,9 +216,11 @@ class SamplerEngine:
         """The runner of the last call where its buffers and settings serve, otherwise a new one."""
         sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty)
         needed = self._limits(groups, params.max_new_tokens)
-        if self.runner is not None and self.runner.params == sampling and self.runner.limits.cover(needed):
+        serves = self.served is not None and self.served.cover(needed)
+        if self.runner is not None and self.runner.params == sampling and serves:
             return self.runner
         self.runner = None  # its memory goes before the next one's is taken
+        self.served = needed
         self.runner = Runner(
             self.decoder,
             self._within_memory(needed),
@@ -241,13 +245,15 @@ class SamplerEngine:
         return Limits(rows, together, prefix_pages, suffix_pages, max_new_tokens, pages)
 
     def _within_memory(self, limits: Limits) -> Limits:
-        """On a GPU, a cache of at most 0.8 of the memory that is free."""
+        """On a GPU, a cache of at most 0.8 of the memory that is free and will not be the optimizer's."""
         if self.decoder.device.type != "cuda":
             return limits
+        # The first rollout comes before gradients and Adam's two moments, in float32, are there.
+        coming = sum(12 * p.numel() for p in self.model.parameters() if p.requires_grad and p.grad is None)
         free, _ = torch.cuda.mem_get_info(self.decoder.device)
         unused = torch.cuda.memory_reserved(self.decoder.device) - torch.cuda.memory_allocated(self.decoder.device)
         page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)
-        return replace(limits, pages=min(limits.pages, int(0.8 * (free + unused)) // page))
+        return replace(limits, pages=min(limits.pages, int(0.8 * max(0, free + unused - coming)) // page))
 
 
 class ProgressMeter:

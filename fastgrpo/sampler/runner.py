@@ -153,7 +153,7 @@ class Runner:
         self.suppressed = torch.zeros(vocabulary, dtype=torch.bool, device=device) if suppressed else None
         if self.suppressed is not None:
             self.suppressed.index_fill_(0, torch.tensor(list(suppressed), device=device), True)
-        self.graphs = StepGraphs(self.step, self.state.finished) if cuda_graphs else None
+        self.graphs = StepGraphs(self.state.finished) if cuda_graphs else None
         self.rows: list[Sequence] = []
         """Which sequence each row holds, ended ones included until the next `arrange`."""
 
@@ -167,7 +167,7 @@ class Runner:
             if self.graphs is None:
                 self.step(count)
             else:
-                self.graphs.replay(count)
+                self.graphs.replay(count, self.step)
 
     def step(self, rows: int) -> None:
         """One token for each of the first `rows` rows. No value is read on the host, no shape depends on one."""

@@ -180,7 +180,8 @@ def launch_grpo_loss(
     Inputs are those of `grpo_loss`, checked by it. One program for each of the N sequences, on grid axis x.
     """
     sequences = len(advantages)
-    gradient = torch.empty_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)  # [T]
+    # [T]; tokens that no sequence holds have none
+    gradient = torch.zeros_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
     partials = gradient.new_empty(len(_COLUMNS), sequences)
     totals = gradient.new_empty(len(_COLUMNS))
     flags = None if mask is None else mask.contiguous().view(torch.uint8)

@@ -60,7 +60,8 @@ def linear_logprob(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a bad temperature; and, on CPU tensors only, targets
-            outside 0..V−1 or rows outside 0..T−1. On CUDA tensors these give NaN for that target.
+            outside 0..V−1 or rows outside 0..T−1. On CUDA tensors such a target's log-prob is
+            NaN, and it has no gradient.
     """
     hidden, rows = check_linear_inputs(hidden, weight, targets, rows, temperature)
     chosen = pick_backend(hidden, backend)
@@ -168,17 +169,22 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, rows, *ctx.options = inputs
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the exponentials
     # The parameter itself, not a view or copy: under ZeRO-3 its storage is freed after the forward pass, and the hook
     # that gathers it again before the module's backward pass fills this same tensor.
     ctx.save_for_backward(hidden, weight, targets, rows, *(output[2:] if ctx.options[4] else output[2:4]))
 
 
-def _backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors
+    none = saved[4].new_zeros(len(saved[2]))  # [N]
+    upstream = (none if grad is None else grad for grad in (grad_logprobs, grad_entropy))
     # Only what was kept is overwritten backward: else a second backward pass works.
     kept = () if len(saved) == 8 else _nothing_kept(saved[0])
-    gradients = _backward_op(grad_logprobs, grad_entropy, *saved, *kept, *ctx.options, *needs)
+    gradients = _backward_op(*upstream, *saved, *kept, *ctx.options, *needs)
     return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8
 
 
@@ -233,7 +239,10 @@ def triton_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """`linear_backward` by Triton. What was kept becomes the gradient of the logits; else a chunk is made again."""
     x, w = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
-    counted = (targets != ignore_index) & (statistics.lse[rows] != -float("inf"))
+    safe = rows.clamp(0, max(0, len(x) - 1))
+    exists = (rows == safe) & (targets >= 0) & (targets < len(w))
+    alive = statistics.lse[safe] != -float("inf") if len(x) else exists
+    counted = exists & alive & (targets != ignore_index)
     grads = [g.masked_fill(~counted, 0.0) for g in (grad_logprobs, grad_entropy)]
     moved = _rows_where((grads[0] != 0) | (grads[1] != 0), rows, len(x))
     by_row = rows.argsort(stable=True)
@@ -281,8 +290,10 @@ def _partition(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunk_rows(hidden: Tensor, vocabulary: int, byte_budget: int) -> int:
     """Rows of exponentials that fit the budget; one at least."""
-    columns = gemm_config(hidden.dtype).block_n
-    return max(1, byte_budget // (triton.cdiv(vocabulary, columns) * columns * hidden.element_size()))
+    config = gemm_config(hidden.dtype)
+    fitting = byte_budget // (triton.cdiv(vocabulary, config.block_n) * config.block_n * hidden.element_size())
+    # Whole tiles; and slices of the rows' statistics stay aligned, as the kernels were compiled for.
+    return max(1, fitting // config.block_m * config.block_m or fitting)
 
 
 def _chunks(count: int, size: int) -> list[slice]:

@@ -199,9 +199,9 @@ def _launch(
         logits.stride(0),
         vocabulary,
         *scaling,
+        splits,
         PENALISE=penalise,
         DIFFERENT=penalise or suppressed is not None or truncate,
-        SPLITS=splits,
         BLOCK_S=triton.next_power_of_2(splits),
         num_warps=1,
     )

@@ -229,18 +229,18 @@ def merge_kernel(
     vocabulary: tl.tensor,
     inverse_temperature: tl.tensor,
     penalty: tl.tensor,
+    splits: tl.tensor,
     PENALISE: tl.constexpr,
     DIFFERENT: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
     """One row: the winner of its splits, and both of its log-probs. DIFFERENT: the two distributions differ."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
-    inside = s < SPLITS
-    sums += row * (SPLITS * 5) + s * 5
+    inside = s < splits
+    sums += row * (splits * 5) + s * 5
     best = tl.load(sums + 4, mask=inside, other=float("-inf"))
-    candidates = tl.load(best_tokens + row * SPLITS + s, mask=inside, other=0x7FFFFFFF)
+    candidates = tl.load(best_tokens + row * splits + s, mask=inside, other=0x7FFFFFFF)
     token = tl.min(tl.where(best == tl.max(best, 0), candidates, 0x7FFFFFFF), 0)
     tl.store(tokens + row, token.to(tl.int64))
     raw = tl.load(logits + row * logits_stride + token).to(tl.float32)

@@ -237,6 +237,7 @@ def linear_backward(
         lse.new_zeros(len(used)).index_add_(0, local, g[moved]) for g in (grad_logprobs, grad_entropy)
     )
     constant = by_row + entropy_by_row * statistics.entropy[used]
+    entropy = entropy and bool(entropy_by_row.any())  # asked for as a metric alone: no gradient
 
     grad_x = torch.zeros_like(x, dtype=lse.dtype)
     grad_weight = torch.empty_like(weight) if need_weight else None
@@ -295,5 +296,5 @@ def _softmax_statistics(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         return shift + total.log(), torch.zeros_like(total)
     exponentials = shifted.exp()
     total = exponentials.sum(dim=1)
-    mean = exponentials.mul_(shifted.clamp_(min=-1e4)).sum(dim=1) / total
+    mean = torch.linalg.vecdot(exponentials, shifted.clamp_(min=-1e4)) / total
     return shift + total.log(), (total.log() - mean).masked_fill(total == 0, 0.0)

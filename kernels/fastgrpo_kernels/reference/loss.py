@@ -212,6 +212,8 @@ def check_loss_inputs(logprobs: Tensor, params: LossParams, arguments: Mapping[s
     if cu_seqlens.shape != (sequences + 1,):
         raise ValueError(f"cu_seqlens has shape {shape_of(cu_seqlens)}: pass {sequences} + 1, as there are advantages.")
     readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and int(cu_seqlens[0]) != 0:
+        raise ValueError(f"cu_seqlens starts at {int(cu_seqlens[0])}: start it at 0.")
     if readable and int(cu_seqlens[-1]) != len(logprobs):
         raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {len(logprobs)} logprobs.")
     if params.beta != 0 and arguments["ref_logprobs"] is None:
