@@ -58,6 +58,11 @@ def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTraine
     """The policy: loaded when named, wrapped in adapters when asked, dropout off when asked."""
     if isinstance(model, str):
         model = load_policy(model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs)
+    elif config.beta > 0 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"beta={config.beta} needs a frozen copy, but the model is partitioned by ZeRO-3. Pass its name or folder "
+            "as model, or load it before GRPOConfig(deepspeed=…) is made."
+        )
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
     if config.disable_dropout:

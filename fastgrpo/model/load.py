@@ -1,6 +1,8 @@
 """Loads a checkpoint in hub format: the policy, its tokenizer and its image processor."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 
 # Straight from its module: the top-level name is a stub in transformers 5.12 where torchvision is missing.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -139,14 +142,15 @@ def load_policy(
     config = _load_config(name_or_path, trust_remote_code)
     auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
     try:
-        model = auto_class.from_pretrained(
-            name_or_path,
-            dtype=_resolve_dtype(dtype),
-            attn_implementation=_available_attention(attn_implementation),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            **arguments,
-        )
+        with _whole_weights():
+            model = auto_class.from_pretrained(
+                name_or_path,
+                dtype=_resolve_dtype(dtype),
+                attn_implementation=_available_attention(attn_implementation),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **arguments,
+            )
     except OSError as error:
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has no usable safetensors weights: {_one_line(error)} "
@@ -155,6 +159,22 @@ def load_policy(
     logger.info("attention backend: %s", model.config._attn_implementation)
     _freeze(model, freeze_vision, freeze_llm)
     return model
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Keeps transformers from partitioning while it loads under ZeRO-3: `deepspeed.initialize` does so later.
+
+    The frozen reference is copied from whole weights, and every rank's sampler holds whole ones anyway.
+    """
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    settings = None if reference is None else reference()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if settings is not None:
+            hf_deepspeed.set_hf_deepspeed_config(settings)
 
 
 def _load_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
