@@ -13,9 +13,10 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.model.load import load_policy, load_processing
 from fastgrpo.objective import loss_params
-from fastgrpo.reference import ReferenceEngine, ReferencePolicy
+from fastgrpo.policy import PackedPolicy
 from fastgrpo.resolve import sampling_params
 from fastgrpo.rewards import accuracy_reward, format_reward, score
+from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.types import RolloutGroup
 from fastgrpo.update_plan import plan_updates, token_masks
 
@@ -25,8 +26,8 @@ processing = load_processing(path)
 model = load_policy(path)
 rows = load_rows(data)
 collate = PromptCollator(rows, PromptBuilder(processing.tokenizer, processing.image_processor))
-engine = ReferenceEngine(model, processing.tokenizer)
-policy = ReferencePolicy(model, loss_params(config), micro_batch_size=32)
+policy = PackedPolicy(model, loss_params(config), token_budget=config.token_budget)
+engine = SamplerEngine(model, processing.tokenizer, version=lambda: policy.version)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
 for step in range(steps):
@@ -42,4 +43,5 @@ for step in range(steps):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        policy.version += 1  # the sampler then takes over the new weights
     print(f"step {step}: loss {result.loss:.4f} reward {rewards.sum(dim=1).mean():.3f}")

@@ -21,7 +21,7 @@ OPTIONAL = {
     "triton": ("liger-kernel's fused layers on a CUDA device", "no fused layers"),
     "flash-attn": ("flash_attention_2 on a CUDA device", "sdpa attention instead: slower on long sequences"),
     "liger-kernel": ("use_liger_kernel on a CUDA device", "use_liger_kernel is ignored"),
-    "deepspeed": ("ZeRO 1 and 2 on several GPUs", "single device or plain data parallelism only"),
+    "deepspeed": ("ZeRO 1 to 3 on several GPUs", "single device or plain data parallelism only"),
     "torchvision": ("the joint processors of transformers load", "none here: pictures are resized by PIL either way"),
     "nvtx": ("named ranges in Nsight Systems", "no ranges in Nsight Systems; times are recorded all the same"),
     "tensorboard": ("TensorBoard curves", "curves in metrics.jsonl and report.html only"),
