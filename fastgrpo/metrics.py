@@ -44,14 +44,16 @@ def combine(parts: Sequence[Sums]) -> Sums:
 
 
 def update_metrics(result: UpdateResult, beta: float, accelerator: Accelerator) -> dict[str, float]:
-    """The metrics of an update over all ranks. The one host read of an optimizer step."""
+    """The metrics of an update over all ranks; of one that trained on nothing, the loss alone."""
     local = torch.stack([value.float() for value in (result.loss, *result.metrics, *result.mismatch)])
     ranks = accelerator.gather(local[None]).cpu()  # [ranks, fields]
     loss = ranks[:, 0].sum().item()
     split = 1 + len(LossMetrics._fields)
     sums = combine([LossMetrics(*row[1:split]) for row in ranks])
     mismatch = combine([SamplingMismatch(*row[split:]) for row in ranks])
-    tokens = max(sums.token_count.item(), 1.0)
+    if sums.token_count == 0:
+        return {"loss": loss}
+    tokens = sums.token_count.item()
     clipped = max(sums.clip_count.item(), 1.0)
     metrics = {
         "loss": loss,
@@ -69,7 +71,8 @@ def update_metrics(result: UpdateResult, beta: float, accelerator: Accelerator) 
     }
     if beta > 0:
         metrics["kl"] = sums.kl_sum.item() / tokens
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    # A loss that is not finite is told, not hidden.
+    return {name: value for name, value in metrics.items() if name == "loss" or math.isfinite(value)}
 
 
 def rollout_metrics(rows: Sequence[dict[str, Any]], reward_names: Sequence[str]) -> dict[str, float]:

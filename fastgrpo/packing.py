@@ -40,8 +40,8 @@ class Segments:
 
     @property
     def max_q(self) -> int:
-        """The longest query sequence."""
-        return max(self.q_lengths, default=0)
+        """The longest query sequence; 2 at least: flash attention takes 1 for a decode step, with no empty ones."""
+        return max((2, *self.q_lengths))
 
     @property
     def max_k(self) -> int:

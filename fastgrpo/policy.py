@@ -91,7 +91,8 @@ class PackedPolicy:
     def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
         """See `Policy.accumulate`. With several processes, all of them must call it, with groups or without.
 
-        One number is agreed on between processes beforehand, that of micro-batches; no other value is read.
+        One number is agreed on between processes beforehand, that of micro-batches; no other value is read here (but
+        transformers' vision tower reads its grids).
         """
         batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
         outputs = []

@@ -31,6 +31,7 @@ from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.sampler import RolloutLoader, RolloutSampler
 from fastgrpo.metrics import rollout_metrics, update_metrics
+from fastgrpo.model.load import cast_parameters
 from fastgrpo.resolve import (
     one_step_per_batch,
     require_a_good_row,
@@ -124,7 +125,9 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         if self.config.profiled_steps:
             self.add_callback(StepTrace(Path(self.config.output_dir), self.config.profiled_steps))
         if reference_model is not None:
-            # Placed and autocast as the policy is: the two log-probs are compared.
+            # Placed, autocast and, under DeepSpeed, cast as the policy is: the two log-probs are compared.
+            if self.is_deepspeed_enabled and (self.config.bf16 or self.config.fp16):
+                cast_parameters(reference_model, torch.bfloat16 if self.config.bf16 else torch.float16)
             reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
         self.policy = build_policy(self.model, reference_model, self.config, self.accelerator)
         self.engine = build_engine(
@@ -153,6 +156,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
     def training_step(self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Any = None) -> Tensor:
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
         self.policy.model = model
+        model.train()  # checkpointing and dropout ask for it; a loaded model starts in eval mode
         with record() as spans:
             if not self.updates:
                 groups = self.score(self.generate(inputs))
@@ -374,6 +378,9 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         names = [reward_name(function) for function in self.reward_functions]
         records: list[dict[str, Any]] = []
+        list(
+            self.engine.generate([], group_size, sampling_params(self.config), step=0)
+        )  # a rank without rows syncs too
         for start in range(0, len(mine), self.args.per_device_eval_batch_size):
             chunk = mine[start : start + self.args.per_device_eval_batch_size]
             prompts = collate([rows[i] for i in chunk]).prompts

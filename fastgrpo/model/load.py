@@ -161,6 +161,12 @@ def load_policy(
     return model
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: buffers, such as rotary frequencies, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 @contextmanager
 def _whole_weights() -> Iterator[None]:
     """Keeps transformers from partitioning while it loads under ZeRO-3: `deepspeed.initialize` does so later.

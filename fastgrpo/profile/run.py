@@ -1,5 +1,6 @@
 """`fastgrpo profile`: gate, ceilings, alternating steps, then the table, the trace and the page."""
 
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -72,6 +73,9 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
     device = ours.accelerator.device.type
     checked = _pass_gate(options, settings, config, script, ours)
     del ours
+    gc.collect()  # trainer and engine know each other
+    if device == "cuda":
+        torch.cuda.empty_cache()
     ceilings = measure_ceilings(device, _compute_dtype(config, script))
     console.print(f"checked: both sides agree; timing {options.steps} steps of each", highlight=False)
     with ExitStack() as stack:
