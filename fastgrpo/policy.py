@@ -24,6 +24,7 @@ from fastgrpo.model.packed_forward import (
     unwrap,
 )
 from fastgrpo.model.shared_prefix import shared_prefix_layers
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.packing import PackedBatch, idle_batch, pack
 from fastgrpo.types import SamplingMismatch, UpdateResult, WeightedGroup
 
@@ -49,12 +50,14 @@ class PackedPolicy:
         accelerator: Accelerator | None = None,
         attn_backend: str = "auto",
         logprob_bytes: int = 1 << 30,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
             token_budget: input tokens of a micro-batch, prompts counted once.
             attn_backend: see `fastgrpo.model.attention_backends`.
             logprob_bytes: scratch of the LM head, see `linear_logprob`.
+            vision_cache: where to keep what the model's frozen vision tower sees; the sampler may share it.
 
         Raises:
             ValueError: a model family whose attention or head cannot be replaced; the message says what it is. Train
@@ -70,6 +73,7 @@ class PackedPolicy:
         self.accelerator = accelerator
         self.attn_backend = attn_backend
         self.logprob_bytes = logprob_bytes
+        self.vision_cache = vision_cache
         self.version = 0
         self._ranks = 1 if accelerator is None else accelerator.num_processes
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
@@ -149,6 +153,7 @@ class PackedPolicy:
             entropy=entropy,
             attn_backend=self.attn_backend,
             logprob_bytes=self.logprob_bytes,
+            vision_cache=self.vision_cache,
         )
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
-from fastgrpo.backends import build_engine, build_policy
+from fastgrpo.backends import build_engine, build_policy, build_vision_cache
 from fastgrpo.callbacks import ProgressDisplay, StepTrace
 from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
@@ -129,13 +129,15 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             if self.is_deepspeed_enabled and (self.config.bf16 or self.config.fp16):
                 cast_parameters(reference_model, torch.bfloat16 if self.config.bf16 else torch.float16)
             reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
-        self.policy = build_policy(self.model, reference_model, self.config, self.accelerator)
+        self.vision_cache = build_vision_cache(self.model, self.config)
+        self.policy = build_policy(self.model, reference_model, self.config, self.accelerator, self.vision_cache)
         self.engine = build_engine(
             self.model,
             self.processing.tokenizer,
             self.config,
             self.accelerator,
             version=lambda: self.policy.version,
+            vision_cache=self.vision_cache,
         )
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
         self.updates: list[list[WeightedGroup]] = []

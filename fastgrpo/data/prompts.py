@@ -1,5 +1,6 @@
 """Rows into prompts: the one place where text is rendered, tokenized, and pictures become patches."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -73,6 +74,18 @@ def mrope_position_ids(
         positions[:, start:end] = grid.view(-1, 3).T + first
         start = end
     return positions
+
+
+def image_digests(pixel_values: Tensor | None, image_grid_thw: Tensor | None) -> tuple[bytes, ...]:
+    """A SHA-256 of each image's patches and grid: the same for the same picture in another prompt."""
+    if pixel_values is None or image_grid_thw is None:
+        return ()
+    digests = []
+    for image, grid in zip(pixel_values.split(image_grid_thw.prod(dim=1).tolist()), image_grid_thw, strict=True):
+        digest = hashlib.sha256(image.numpy())
+        digest.update(grid.numpy())
+        digests.append(digest.digest())
+    return tuple(digests)
 
 
 class PromptBuilder:
@@ -149,6 +162,7 @@ class PromptBuilder:
             text=text,
             messages=messages,
             columns=row.columns,
+            image_digests=image_digests(pixel_values, image_grid_thw),
             thumbnail=make_thumbnail(row.images) if row.images else None,
         )
 

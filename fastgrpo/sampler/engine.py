@@ -14,6 +14,7 @@ from fastgrpo_profiling import span
 
 from fastgrpo.model.decoder import Decoder, DecoderShape, KVCache, base_model, unsupported
 from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
 from fastgrpo.sampler.prefill import Prefill
 from fastgrpo.sampler.runner import Limits, Runner
@@ -81,6 +82,7 @@ class SamplerEngine:
         device: torch.device | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         on_progress: Callable[[Progress], None] | None = None,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +94,7 @@ class SamplerEngine:
             device: of weights and cache; None: where the model is now.
             autocast: the context that the vision tower runs in.
             on_progress: called after every look at the decode.
+            vision_cache: where to keep what a frozen vision tower sees; the policy may share it.
 
         Raises:
             ValueError: a model that the decoder cannot compute.
@@ -111,7 +114,9 @@ class SamplerEngine:
         self.suppressed = [t for name in names if (t := getattr(policy.config, name, None)) is not None]
         self.decoder = Decoder(DecoderShape.of(model), dtype or policy.dtype, device or policy.device)
         image_token = getattr(policy.config, "image_token_id", None)
-        self.prefill = Prefill(self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast)
+        self.prefill = Prefill(
+            self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast, vision_cache
+        )
         self.runner: Runner | None = None
         self.served: Limits | None = None
         """What the runner was asked to be, before memory cut its cache."""
@@ -250,6 +255,8 @@ class SamplerEngine:
             return limits
         # The first rollout comes before gradients and Adam's two moments, in float32, are there.
         coming = sum(12 * p.numel() for p in self.model.parameters() if p.requires_grad and p.grad is None)
+        if self.prefill.vision_cache is not None:
+            coming += self.prefill.vision_cache.room
         free, _ = torch.cuda.mem_get_info(self.decoder.device)
         unused = torch.cuda.memory_reserved(self.decoder.device) - torch.cuda.memory_allocated(self.decoder.device)
         page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)
