@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrpo_profiling import record, span
 
 from fastgrpo.reference import ReferenceEngine
 from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
@@ -186,6 +187,18 @@ def test_an_iterator_left_early_frees_everything(qwen2_exact: Any) -> None:
     for prompt in prompts:
         for mine, other in zip(groups[prompt.row_id], expected[prompt.row_id], strict=True):
             assert_equal(mine, other)
+
+
+def test_decode_and_sampling_share_a_rollouts_time(qwen2: Any) -> None:
+    """Each token's draw is timed, the first ones' beside the decode, and no time counts twice."""
+    with record() as recorder, span("rollout"):
+        generate(qwen2.engine(stops=False), list(qwen2.prompts.values()), replace(DRAWN, max_new_tokens=9))
+    totals = recorder.totals
+    assert totals["rollout/sample"].count == 9
+    assert totals["rollout/decode"].count == 8
+    assert 0 < totals["rollout/decode"].self_seconds < totals["rollout/decode"].seconds
+    own = sum(total.self_seconds for total in totals.values())
+    assert own == pytest.approx(totals["rollout"].seconds, rel=1e-6)
 
 
 def test_no_prompts_give_no_groups(qwen2: Any) -> None:
