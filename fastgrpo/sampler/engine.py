@@ -154,11 +154,13 @@ class SamplerEngine:
             return
         groups = [PromptGroup.of(p, num_generations, seed=params.seed, step=step) for p in prompts]
         runner = self._runner_for(groups, params)
+        assert self.served is not None
         scheduler = Scheduler(
             BlockManager(runner.limits.pages, self.options.page_size),
             max_rows=runner.limits.rows,
             max_groups=runner.limits.groups,
             max_new_tokens=params.max_new_tokens,
+            short_of_memory=runner.limits.pages < self.served.pages,
         )
         for group in groups:
             scheduler.add(group)

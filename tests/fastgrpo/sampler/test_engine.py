@@ -222,6 +222,19 @@ def test_a_prompt_that_cannot_fit_names_the_setting(qwen2: Any) -> None:
     assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
 
 
+def test_a_prompt_that_memory_has_no_room_for_names_no_setting_that_was_left_alone(
+    qwen2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = qwen2.engine()
+    monkeypatch.setattr(engine, "_within_memory", lambda limits: replace(limits, pages=3))
+    with pytest.raises(
+        ValueError, match=r"memory for a KV cache of 48 tokens: row 3 .* Lower max_completion"
+    ) as raised:
+        generate(engine, list(qwen2.prompts.values()), DRAWN)
+    assert "max_cache_tokens" not in str(raised.value)
+    assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("max_rows", 0), ("page_size", 24), ("prefill_tokens", 0), ("max_cache_tokens", -1)]
 )
