@@ -281,6 +281,11 @@ class Runner:
         logits = [_first_logits(sequence.group) for sequence in sequences]
         self._draw(torch.cat(logits), state, state.finished.logical_not())
 
+    def stop(self, rows: list[int]) -> None:
+        """These rows count as ended, with the tokens they have."""
+        if rows:
+            self.state.finished[self._to_device(rows, torch.int64)] = True
+
     def ended(self) -> list["Ended"]:
         """Looks which rows have ended since the last look. Waits for the device."""
         state = self.state.part(0, len(self.rows))

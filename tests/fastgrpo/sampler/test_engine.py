@@ -124,10 +124,11 @@ def test_completions_differ_by_seed_step_row_and_index(qwen2: Any) -> None:
 
 @pytest.mark.parametrize("trials", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, trials: int) -> None:
-    """Random prompts, group sizes, lengths, row and page budgets; completions end early at random."""
+    """Random prompts, group sizes, lengths, row and page budgets; completions end early, prompts are aborted."""
     rng = random.Random(0)
     sampler, alone = qwen2_exact.engine(), qwen2_exact.engine()
     ends = [5, 77, 130, 211, 300]
+    occupancy: list[float] = []
     for trial in range(trials):
         size = rng.choice([4, 8, 16])
         new_tokens, group = rng.choice([1, 2, 9, 17]), rng.choice([1, 2, 5])
@@ -147,13 +148,27 @@ def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, tr
             engine.runner, engine.eos_ids = None, ends
             engine.prefill.max_tokens = engine.options.prefill_tokens
         params = SamplingParams(new_tokens, temperature=1.5, seed=trial)
+        unwanted = {p.row_id for p in prompts if rng.random() < 0.15}
+
+        def abort_some(progress: Progress) -> None:
+            occupancy.append(progress.cache_occupancy)
+            for row in unwanted:  # noqa: B023
+                sampler.abort(row)
+
+        sampler.on_progress = abort_some
         together = generate(sampler, prompts, params, group)
+        assert occupancy[-1] == 0.0
         assert together.keys() == {prompt.row_id for prompt in prompts}
         for prompt in prompts:
             for mine, single in zip(
                 together[prompt.row_id], generate(alone, [prompt], params, group)[prompt.row_id], strict=True
             ):
-                assert_equal(mine, single)
+                if mine.finish_reason == "abort":
+                    assert prompt.row_id in unwanted
+                    assert mine.token_ids.tolist() == single.token_ids[: len(mine.token_ids)].tolist()
+                    assert len(mine.token_ids) == len(mine.logprobs) < len(single.token_ids)
+                else:
+                    assert_equal(mine, single)
 
 
 # The interface
@@ -187,6 +202,31 @@ def test_an_iterator_left_early_frees_everything(qwen2_exact: Any) -> None:
     for prompt in prompts:
         for mine, other in zip(groups[prompt.row_id], expected[prompt.row_id], strict=True):
             assert_equal(mine, other)
+
+
+def test_an_aborted_prompt_gives_what_it_has_and_makes_room(qwen2_exact: Any) -> None:
+    """One aborted while it waits, one when the first group comes; the others are what they are without them."""
+    engine, prompts = qwen2_exact.engine(max_rows=3, stops=False), list(qwen2_exact.prompts.values())
+    params = replace(DRAWN, max_new_tokens=8)
+    expected = generate(qwen2_exact.engine(stops=False), prompts, params)
+    engine.on_progress = lambda _: engine.abort(2)
+    found = {}
+    for prompt, completions in engine.generate(prompts, 2, params, step=3):
+        found[prompt.row_id] = completions
+        if prompt.row_id == 0:
+            engine.abort(1)
+    lengths = {row: [len(c.token_ids) for c in completions] for row, completions in found.items()}
+    assert lengths[0] == lengths[3] == [8, 8]
+    assert [c.finish_reason for row in (1, 2) for c in found[row]] == ["length", "abort", "abort", "abort"]
+    assert lengths[1][0] == 8
+    assert 0 < lengths[1][1] < 8
+    assert lengths[2] == [0, 0]
+    for row in (0, 3):
+        for mine, other in zip(found[row], expected[row], strict=True):
+            assert_equal(mine, other)
+    engine.on_progress = None
+    again = generate(engine, prompts, params)
+    assert [c.finish_reason for row in again for c in again[row]] == ["length"] * 8
 
 
 def test_decode_and_sampling_share_a_rollouts_time(qwen2: Any) -> None:
