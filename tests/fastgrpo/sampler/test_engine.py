@@ -1,3 +1,4 @@
+import copy
 import itertools
 import random
 from dataclasses import replace
@@ -7,8 +8,12 @@ import pytest
 import torch
 from fastgrpo_profiling import record, span
 
+from fastgrpo.model.decoder import KVCache
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.reference import ReferenceEngine
 from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
+from fastgrpo.sampler.runner import Limits
 from fastgrpo.sampler.sequence import completion_seed
 from fastgrpo.types import Completion, Prompt, SamplingParams
 
@@ -273,6 +278,25 @@ def test_a_prompt_that_memory_has_no_room_for_names_no_setting_that_was_left_alo
         generate(engine, list(qwen2.prompts.values()), DRAWN)
     assert "max_cache_tokens" not in str(raised.value)
     assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
+
+
+def test_the_cache_leaves_memory_to_what_is_still_to_come(qwen2_vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and moments of what trains, and features of pictures; on a pretended GPU."""
+    model = copy.deepcopy(qwen2_vl.model)
+    frozen = {name for name, _ in model.named_parameters() if ".visual." in name and ".merger." not in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    cache = VisionCache(vision_tower(model), 2**20)
+    engine = SamplerEngine(model, qwen2_vl.processing.tokenizer, vision_cache=cache)
+    engine.decoder.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**24, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    page = KVCache.page_bytes(engine.decoder.shape, 16, torch.float32)
+    limits = Limits(8, 3, 4, 3, 33, pages=10**6)
+    assert engine._within_memory(limits).pages == int(0.8 * (2**24 + 2000 - 12 * trained - 2**20)) // page
+    assert engine._within_memory(replace(limits, pages=5)).pages == 5
 
 
 @pytest.mark.parametrize(
