@@ -62,10 +62,10 @@ class Prompt:
     """The conversation a chat prompt was rendered from; None for a plain-text (base mode) prompt."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The row's other columns, handed to reward functions by name."""
-    image_digests: tuple[bytes, ...] = ()
-    """Of each image, a hash of its pixels and grid, by which features of a frozen vision tower are kept; or empty."""
     thumbnail: bytes | None = None
     """The row's pictures side by side, JPEG, at most 224 px high: for logs and reports only."""
+    image_digests: tuple[bytes, ...] = ()
+    """Of each image, a hash of its pixels and grid, by which features of a frozen vision tower are kept; or empty."""
 
 
 @dataclass(frozen=True)
