@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from fastgrpo.model.decoder import base_model
+from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.types import Prompt
 
 
 def vision_tower(model: Any) -> Any | None:
     """The policy's vision tower; None for a text model."""
-    return getattr(base_model(model).model, "visual", None)
+    return getattr(getattr(base_model(model), "model", None), "visual", None)
 
 
 def is_partitioned(tower: Any) -> bool:
@@ -39,7 +40,8 @@ def image_features(tower: Any, prompts: Sequence[Prompt]) -> list[Tensor | None]
     was_training = tower.training
     tower.eval()
     try:
-        features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
+        with patches_by_matmul(tower):
+            features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
     finally:
         tower.train(was_training)
     merged = tower.spatial_merge_size**2
