@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fastgrpo_profiling import SpanRecorder, record
+from fastgrpo_profiling.phases import OTHER, PARTS
 from fastgrpo_profiling.trace import write_trace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,8 +23,10 @@ SHOWN = {
     "kl": "kl {:.4f}",
     "entropy": "entropy {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.0%}",
 }
-"""Metric → how the progress line says it."""
+"""Metric → how the progress line says it; the shares of a step's time follow."""
+SMALLEST_SHARE = 0.01
 
 
 class ProgressDisplay(TrainerCallback):
@@ -124,4 +127,6 @@ class StepTrace(TrainerCallback):
 
 
 def _figures(metrics: dict[str, float]) -> str:
-    return "  ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
+    told = [text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics]
+    shares = {part: metrics.get(f"share/{part}", 0.0) for part in (*PARTS, OTHER)}
+    return "  ".join([*told, *(f"{part} {share:.0%}" for part, share in shares.items() if share >= SMALLEST_SHARE)])

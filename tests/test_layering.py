@@ -32,7 +32,7 @@ LAYERS = [
         "fastgrpo.run_log",
         "fastgrpo.callbacks",
     ],
-    ["fastgrpo.model"],
+    ["fastgrpo.model", "fastgrpo.live_figures"],
     ["fastgrpo.hf_generation"],
     ["fastgrpo.reference", "fastgrpo.policy", "fastgrpo.resolve", "fastgrpo.weight_sync"],
     ["fastgrpo.sampler"],

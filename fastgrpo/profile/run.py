@@ -26,6 +26,7 @@ from fastgrpo.data.synthetic import write_sat_parquet
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.launch import require_writable
+from fastgrpo.live_figures import compute_dtype, update_of
 from fastgrpo.profile import gate, sides
 from fastgrpo.profile.page import write_page
 from fastgrpo.profile.trl import compare_with_trl
@@ -69,14 +70,15 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
     settings = training_flags(options)
     config, script = parse([*settings, "--output_dir", str(options.output_dir / "gate")])
     ours = sides.build_trainer(sides.OURS, config, script)
-    shape = _shape_of(ours.model.config)
+    shape = ModelShape.known(ours.model.config)
+    update, dtype = update_of(ours.model, config), compute_dtype(ours.model, config)
     device = ours.accelerator.device.type
     checked = _pass_gate(options, settings, config, script, ours)
     del ours
     gc.collect()  # trainer and engine know each other
     if device == "cuda":
         torch.cuda.empty_cache()
-    ceilings = measure_ceilings(device, _compute_dtype(config, script))
+    ceilings = measure_ceilings(device, dtype)
     console.print(f"checked: both sides agree; timing {options.steps} steps of each", highlight=False)
     with ExitStack() as stack:
         started = [
@@ -87,8 +89,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
             stack.callback(side.close)
         introduced = {side.name: side.ready() for side in started}
         comparison = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
-    bytes_per_value = _compute_dtype(config, script).itemsize
-    cost = None if shape is None else Cost(shape, ceilings, bytes_per_value, config.beta > 0)
+    cost = None if shape is None else Cost(shape, ceilings, dtype.itemsize, update)
     report = profile_report(
         comparison,
         {name: facts["held_bytes"] for name, facts in introduced.items()},
@@ -96,7 +97,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         ceilings,
         checked,
         span_off_seconds(),
-        _facts(config, script, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
+        _facts(config, script, dtype, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
     )
     _write(report, comparison, options.output_dir)
     print_report(report)
@@ -149,19 +150,6 @@ def _say(side: str, index: int, step: StepRecord) -> None:
     console.print(f"step {index + 1}  {side}: {step.seconds:.2f} s, {step.tokens} tokens", highlight=False)
 
 
-def _compute_dtype(config: GRPOConfig, script: ScriptArguments) -> torch.dtype:
-    if config.bf16 or script.dtype == "bfloat16":
-        return torch.bfloat16
-    return torch.float16 if config.fp16 or script.dtype == "float16" else torch.float32
-
-
-def _shape_of(config: object) -> ModelShape | None:
-    try:
-        return ModelShape.from_config(config)
-    except AttributeError:
-        return None  # a family whose sizes have other names
-
-
 def span_off_seconds(count: int = 20_000) -> float:
     """What a span costs while nobody records."""
     start = time.perf_counter()
@@ -172,14 +160,19 @@ def span_off_seconds(count: int = 20_000) -> float:
 
 
 def _facts(
-    config: GRPOConfig, script: ScriptArguments, device: str, threads: int, steps: Sequence[StepRecord]
+    config: GRPOConfig,
+    script: ScriptArguments,
+    dtype: torch.dtype,
+    device: str,
+    threads: int,
+    steps: Sequence[StepRecord],
 ) -> dict[str, str]:
     work = steps[-1].work
     place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
     return {
         "model": Path(script.model_name_or_path).name,
         "device": place,
-        "dtype": str(_compute_dtype(config, script)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "step": f"{config.prompts_per_rollout} prompts × {config.num_generations}",
         "prompt": f"{round(sum(work.prompts) / len(work.prompts))} tokens" if work else "–",
         "completion limit": f"{config.max_completion_length} tokens",

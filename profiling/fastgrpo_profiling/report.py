@@ -9,6 +9,7 @@ from fastgrpo_profiling.roofline import (
     Ceilings,
     ModelShape,
     StepWork,
+    Update,
     Utilisation,
     decode_bytes,
     step_flops,
@@ -62,25 +63,30 @@ class Cost:
     shape: ModelShape
     ceilings: Ceilings
     bytes_per_value: int
-    reference_pass: bool
+    update: Update
 
 
 def side_figures(
-    steps: Sequence[StepRecord], held_at_start: int, cost: Cost | None, work: StepWork | None
+    steps: Sequence[StepRecord],
+    held_at_start: int,
+    cost: Cost | None,
+    works: Sequence[tuple[StepWork, StepWork | None]],
 ) -> SideFigures:
     """Sums up one side.
 
     Args:
         held_at_start: bytes its process held when its model was loaded.
         cost: None where the model's sizes could not be read.
-        work: the lengths of a typical step.
+        works: of each step what it drew, and the part of it that had a gradient; empty where that is not known.
     """
     phases = median_phases(steps)
     used = None
-    if cost is not None and work is not None:
+    if cost is not None and works:
+        flops = [step_flops(cost.shape, drawn, cost.update, trained) for drawn, trained in works]
+        traffic = [decode_bytes(cost.shape, drawn, bytes_per_value=cost.bytes_per_value) for drawn, _ in works]
         used = utilisation(
-            step_flops(cost.shape, work, reference_pass=cost.reference_pass),
-            decode_bytes(cost.shape, work, bytes_per_value=cost.bytes_per_value),
+            {phase: statistics.fmean(one[phase] for one in flops) for phase in flops[0]},
+            statistics.fmean(traffic),
             [step.seconds for step in steps],
             phases,
             cost.ceilings,
@@ -114,11 +120,11 @@ def profile_report(
     A side that does not say what its lengths were is held to have done our work, scaled to its tokens.
     """
     ours, theirs = comparison.steps
-    typical = comparison.steps[ours][-1].work
     sides = {}
     for name, steps in comparison.steps.items():
-        work = steps[-1].work or (typical and _scaled(typical, steps[-1].tokens))
-        sides[name] = side_figures(steps, held_at_start[name], cost, work)
+        turns = zip(steps, comparison.steps[ours], strict=True)
+        works = [_work_of(step, our_step) for step, our_step in turns if our_step.work is not None]
+        sides[name] = side_figures(steps, held_at_start[name], cost, works)
     step = sides[ours].step_seconds.median
     return ProfileReport(
         ours,
@@ -132,7 +138,14 @@ def profile_report(
     )
 
 
-def _scaled(work: StepWork, tokens: int) -> StepWork:
-    """The same prompts, with `tokens` shared evenly by all completions."""
-    each = round(tokens / max(sum(map(len, work.completions)), 1))
+def _work_of(step: StepRecord, ours: StepRecord) -> tuple[StepWork, StepWork | None]:
+    if step.work is not None:
+        return step.work, step.trained
+    assert ours.work is not None
+    each = round(step.tokens / max(sum(map(len, ours.work.completions)), 1))
+    return _of_length(ours.work, each), None if ours.trained is None else _of_length(ours.trained, each)
+
+
+def _of_length(work: StepWork, each: int) -> StepWork:
+    """The same prompts, with completions of `each` tokens."""
     return StepWork(work.prompts, work.pictures, [[each] * len(group) for group in work.completions])

@@ -215,14 +215,14 @@ def span(name: str) -> AbstractContextManager[None]:
 def record(recorder: SpanRecorder | None = None) -> Iterator[SpanRecorder]:
     """Collects every span of the block into `recorder`, by default a new one that times the current device.
 
-    Blocks nest: every open block sees the span. Totals are complete when the block has ended.
+    Every open block sees the span, and blocks may end in any order. Totals are complete when the block has ended.
     """
     global _recorders
     recorder = recorder or SpanRecorder(on_device=torch.cuda.is_available())
-    outer, _recorders = _recorders, (*_recorders, recorder)
+    _recorders = (*_recorders, recorder)
     recorder.begin()
     try:
         yield recorder
     finally:
-        _recorders = outer
+        _recorders = tuple(other for other in _recorders if other is not recorder)
         recorder.end()

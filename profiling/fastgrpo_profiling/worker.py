@@ -101,6 +101,7 @@ class TurnTaker:
         self.probe = MemoryProbe(device)
         self.tokens, self.reward = 0, math.nan
         self.work: StepWork | None = None
+        self.trained: StepWork | None = None
         self._block: ExitStack | None = None
         self._recorder = SpanRecorder()
         self._start = 0.0
@@ -109,9 +110,11 @@ class TurnTaker:
         """Says what this side is; the first line."""
         self._answer(facts)
 
-    def note(self, *, tokens: int, reward: float, work: StepWork | None = None) -> None:
-        """What the step under way drew, and earned."""
-        self.tokens, self.reward, self.work = tokens, reward, work
+    def note(
+        self, *, tokens: int, reward: float, work: StepWork | None = None, trained: StepWork | None = None
+    ) -> None:
+        """What the step under way drew, and earned; and which part of its work had a gradient (None: all)."""
+        self.tokens, self.reward, self.work, self.trained = tokens, reward, work, trained
 
     def next_step(self) -> None:
         """Answers for the step that ends here and waits to be asked for the next.
@@ -125,7 +128,7 @@ class TurnTaker:
         if not line:
             raise SystemExit(0)
         trace = bool(json.loads(line)["trace"])
-        self.tokens, self.reward, self.work = 0, math.nan, None
+        self.tokens, self.reward, self.work, self.trained = 0, math.nan, None, None
         self._recorder = SpanRecorder(
             on_device=self.device == "cuda", trace=trace, memory=self.probe if trace else None
         )
@@ -151,6 +154,7 @@ class TurnTaker:
             span_count=sum(total.count for total in totals.values()),
             events=self._recorder.events,
             work=self.work,
+            trained=self.trained,
         )
         self._answer(asdict(step))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fastgrpo_profiling.compare import Comparison, StepRecord
 from fastgrpo_profiling.report import Cost, profile_report
-from fastgrpo_profiling.roofline import Ceilings, ModelShape, StepWork
+from fastgrpo_profiling.roofline import Ceilings, ModelShape, StepWork, Update
 from fastgrpo_profiling.span import SpanEvent
 from fastgrpo_profiling.trace import problems
 
@@ -117,7 +117,7 @@ def test_the_page_shows_both_sides_and_loads_nothing(known):
     report = profile_report(
         comparison,
         {OURS: 1 << 30, "plain": 1 << 30},
-        Cost(shape, ceilings, 4, True) if known else None,
+        Cost(shape, ceilings, 4, Update(reference_pass=True)) if known else None,
         ceilings,
         {"loss": 1e-7},
         1e-7,
