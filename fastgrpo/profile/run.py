@@ -13,9 +13,10 @@ import yaml
 from fastgrpo_profiling import span
 from fastgrpo_profiling.compare import Comparison, StepRecord, alternate
 from fastgrpo_profiling.phases import in_step_order
-from fastgrpo_profiling.report import Cost, ProfileReport, profile_report
+from fastgrpo_profiling.report import Cost, InsideDecode, ProfileReport, profile_report
 from fastgrpo_profiling.roofline import ModelShape, measure_ceilings
 from fastgrpo_profiling.trace import write_trace
+from fastgrpo_profiling.worker import WorkerSide
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +43,10 @@ QUIET = {
     "log_multimodal": "false",
 }
 """Settings of every profiled run: what is timed is training, not its reporting."""
+
+
+DECODE, DECODES_WATCHED = "rollout/decode", 4
+"""The span that is looked into, and in about how many places of a step, spread over its length."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
             stack.callback(side.close)
         introduced = {side.name: side.ready() for side in started}
         comparison = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
+        inside = {side.name: _inside_decode(side, comparison.traced[side.name]) for side in started}
     cost = None if shape is None else Cost(shape, ceilings, dtype.itemsize, update)
     report = profile_report(
         comparison,
@@ -98,6 +104,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         checked,
         span_off_seconds(),
         _facts(config, script, dtype, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
+        InsideDecode.of(inside, device),
     )
     _write(report, comparison, options.output_dir)
     print_report(report)
@@ -113,13 +120,14 @@ def training_flags(options: ProfileOptions) -> list[str]:
         named = {}  # `parse` says what is wrong with the file
     given = {token.split("=", 1)[0] for token in options.flags} | {f"--{name}" for name in named}
     flags = ["--config", str(options.config)]
-    rollouts = options.warmup + options.steps + 2
+    rollouts = options.warmup + options.steps + 3
     if "--model_name_or_path" not in given:
         flags += ["--model_name_or_path", str(BASE_MODEL_PATH)]
     flags += options.flags
     for name, value in QUIET.items():
         flags += [f"--{name}", value]
-    # One with a trace, and one that is not taken: a side answers for a step where the next one begins.
+    # One with a trace, one that looks inside decode, and one that is not taken: a side answers for a step where the
+    # next one begins.
     flags += ["--max_steps", str(rollouts)]
     if "--dataset_name" not in given:
         data = options.output_dir / "data" / "sat.parquet"
@@ -144,6 +152,11 @@ def _pass_gate(
         checked = gate.compare(ours, sides.build_trainer(options.against, config, script), limits)
     checked.require()
     return checked.figures
+
+
+def _inside_decode(side: WorkerSide, traced: StepRecord) -> dict[str, float]:
+    spans = sum(event.name == DECODE for event in traced.events)
+    return side.step_inside(DECODE, every=max(spans // DECODES_WATCHED, 1)).inside
 
 
 def _say(side: str, index: int, step: StepRecord) -> None:
@@ -201,7 +214,9 @@ def print_report(report: ProfileReport) -> None:
     ratio = report.speedup
     output.print(
         f"{report.ours} is {ratio.median:.2f}× as fast as {report.theirs} ({ratio.low:.2f} … {ratio.high:.2f} turn by "
-        f"turn)\nceilings measured: {report.ceilings.told}; spans that nobody records cost {report.span_off_share:.3%}",
+        f"turn)\nceilings measured: {report.ceilings.told}\nspans that nobody records: "
+        f"{report.sides[report.ours].spans_per_step:.0f} a step × {1e9 * report.span_off_seconds:.0f} ns = "
+        f"{report.span_off_share:.3%} of a step",
         highlight=False,
     )
 

@@ -28,6 +28,8 @@ class StepRecord:
     work: StepWork | None = None
     trained: StepWork | None = None
     """The part of it that had a gradient; None: all."""
+    inside: dict[str, float] = field(default_factory=dict)
+    """Of a step that looked inside a span: kind of kernel (`kernels.KINDS`) → seconds."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "StepRecord":

@@ -1,7 +1,7 @@
 """A comparison's figures in one record: what profile.json holds, and what tables and pages are drawn from."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastgrpo_profiling.compare import Comparison, Spread, StepRecord, median_phases, paired_ratio, unattributed_share
@@ -40,6 +40,24 @@ class SideFigures:
 
 
 @dataclass(frozen=True)
+class InsideDecode:
+    """What ran inside some decode spans of a further step, which no span saw."""
+
+    told_apart_by: str
+    shares: dict[str, dict[str, float]]
+    """Side → kind of kernel (`kernels.KINDS`) → share of the time."""
+
+    @classmethod
+    def of(cls, seconds: Mapping[str, Mapping[str, float]], device: str) -> "InsideDecode":
+        """Args: seconds: side → kind → seconds (`StepRecord.inside`)."""
+        shares = {
+            side: {kind: one / sum(kinds.values()) for kind, one in kinds.items()} for side, kinds in seconds.items()
+        }
+        names = "names of the GPU's kernels" if device == "cuda" else "names of PyTorch's operators"
+        return cls(f"{names}, from torch.profiler", shares)
+
+
+@dataclass(frozen=True)
 class ProfileReport:
     """What `fastgrpo profile` found."""
 
@@ -51,9 +69,12 @@ class ProfileReport:
     ceilings: Ceilings
     gate: dict[str, float]
     """What was compared before timing → how far it was apart."""
+    span_off_seconds: float
+    """What a span costs while nobody records."""
     span_off_share: float
-    """Spans of a step × the cost of one while nobody records ÷ the step."""
+    """Spans of a step × that ÷ the step."""
     facts: dict[str, str] = field(default_factory=dict)
+    inside_decode: InsideDecode | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,7 @@ def profile_report(
     gate: dict[str, float],
     span_off_seconds: float,
     facts: dict[str, str],
+    inside_decode: InsideDecode | None = None,
 ) -> ProfileReport:
     """The figures of two sides, the first of them ours.
 
@@ -133,8 +155,10 @@ def profile_report(
         paired_ratio(comparison.steps[theirs], comparison.steps[ours]),
         ceilings,
         gate,
+        span_off_seconds,
         sides[ours].spans_per_step * span_off_seconds / step,
         facts,
+        inside_decode,
     )
 
 

@@ -19,9 +19,10 @@ from typing import IO, Any
 import torch
 
 from fastgrpo_profiling.compare import StepRecord
+from fastgrpo_profiling.kernels import KernelWatch
 from fastgrpo_profiling.memory import MemoryProbe
 from fastgrpo_profiling.roofline import StepWork
-from fastgrpo_profiling.span import SpanRecorder, record, span
+from fastgrpo_profiling.span import SpanRecorder, listen, record, span
 
 
 class WorkerError(RuntimeError):
@@ -55,9 +56,16 @@ class WorkerSide:
 
     def step(self, trace: bool) -> StepRecord:
         """Takes the next step."""
+        return self._ask({"trace": trace})
+
+    def step_inside(self, name: str, every: int) -> StepRecord:
+        """Takes the next step, untimed, and profiles every `every`-th of its spans of this name (`kernels`)."""
+        return self._ask({"trace": False, "inside": name, "every": every})
+
+    def _ask(self, question: Mapping[str, Any]) -> StepRecord:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"trace": trace}) + "\n")
+            self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the read says why
@@ -104,6 +112,7 @@ class TurnTaker:
         self.trained: StepWork | None = None
         self._block: ExitStack | None = None
         self._recorder = SpanRecorder()
+        self._watch: KernelWatch | None = None
         self._start = 0.0
 
     def introduce(self, **facts: Any) -> None:
@@ -127,7 +136,8 @@ class TurnTaker:
         line = self.asks.readline()
         if not line:
             raise SystemExit(0)
-        trace = bool(json.loads(line)["trace"])
+        question = json.loads(line)
+        trace = bool(question["trace"])
         self.tokens, self.reward, self.work, self.trained = 0, math.nan, None, None
         self._recorder = SpanRecorder(
             on_device=self.device == "cuda", trace=trace, memory=self.probe if trace else None
@@ -136,6 +146,10 @@ class TurnTaker:
         self._synchronize()
         self._start = time.perf_counter()
         self._block.enter_context(record(self._recorder))
+        self._watch = None
+        if "inside" in question:
+            self._watch = KernelWatch(question["inside"], self.device, question["every"])
+            self._block.enter_context(listen(self._watch))
         self._block.enter_context(span("step"))
 
     def _finish(self) -> None:
@@ -155,6 +169,7 @@ class TurnTaker:
             events=self._recorder.events,
             work=self.work,
             trained=self.trained,
+            inside=self._watch.seconds if self._watch else {},
         )
         self._answer(asdict(step))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastgrpo_profiling.compare import Comparison, StepRecord
-from fastgrpo_profiling.report import Cost, profile_report
+from fastgrpo_profiling.report import Cost, InsideDecode, profile_report
 from fastgrpo_profiling.roofline import Ceilings, ModelShape, StepWork, Update
 from fastgrpo_profiling.span import SpanEvent
 from fastgrpo_profiling.trace import problems
@@ -48,6 +48,16 @@ def test_profile_against_plain_end_to_end(config_file, tiny_model_dir, sat_file,
         assert side["tokens"] > 0
         assert side["peak_bytes"] > 0
         assert side["utilisation"]["mfu"] > 0
+        inside = record["inside_decode"]["shares"][name]
+        assert sum(inside.values()) == pytest.approx(1)
+        assert {"attention", "matrix products"} <= inside.keys()
+    assert record["inside_decode"]["shares"]["ours"]["sampling"] > 0
+    assert "operators" in record["inside_decode"]["told_apart_by"]
+    assert record["span_off_share"] == pytest.approx(
+        record["sides"]["ours"]["spans_per_step"]
+        * record["span_off_seconds"]
+        / record["sides"]["ours"]["step_seconds"]["median"]
+    )
     assert record["gate"]["prompts that differ"] == 0
 
     trace = json.loads((output_dir / "trace.json").read_text())
@@ -82,7 +92,7 @@ def test_a_config_without_model_and_data_gets_the_demos(config_file, tmp_path):
     config, script = parse([*training_flags(options), "--output_dir", str(tmp_path)])
     assert Path(script.dataset_name).is_file()
     assert Path(script.model_name_or_path).name == "tiny-qwen2-vl-base"
-    assert (config.max_steps, config.learning_rate, config.save_strategy) == (6, 0.5, "no")
+    assert (config.max_steps, config.learning_rate, config.save_strategy) == (7, 0.5, "no")
 
 
 def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
@@ -122,6 +132,7 @@ def test_the_page_shows_both_sides_and_loads_nothing(known):
         {"loss": 1e-7},
         1e-7,
         {"model": "<b>tiny</b>"},
+        InsideDecode.of({OURS: {"attention": 3.0, "other": 1.0}, "plain": {}}, "cuda") if known else None,
     )
     assert report.speedup.median == 4
     assert report.sides[OURS].unattributed == pytest.approx(0.1, abs=0.1)
@@ -131,4 +142,6 @@ def test_the_page_shows_both_sides_and_loads_nothing(known):
     assert "&lt;b&gt;tiny" in page
     assert "<script" not in page
     assert ("Model FLOPs per second" in page) == known
+    assert ("told apart by names of the GPU&#39;s kernels" in page) == known
+    assert ("<td>attention</td><td>75.0 %</td><td>–</td>" in page) == known
     assert len(re.findall("<figure>", page)) == (5 if known else 2)

@@ -20,7 +20,8 @@ from fastgrpo_profiling.roofline import StepWork
 from fastgrpo_profiling.worker import TurnTaker, WorkerError, WorkerSide
 
 WORKER = """
-import sys, json
+import sys, json, torch
+matrix = torch.ones(8, 8)
 from fastgrpo_profiling import span
 from fastgrpo_profiling.roofline import StepWork
 from fastgrpo_profiling.worker import TurnTaker, claim_stdout
@@ -30,7 +31,7 @@ print("this goes to standard error")
 while True:
     turns.next_step()
     with span("reward"):
-        pass
+        matrix @ matrix
     turns.note(tokens=5, reward=0.5, work=StepWork([3], [4], [[5]]), trained=StepWork([], [], []))
 """
 
@@ -96,6 +97,13 @@ def test_a_worker_answers_each_turn(worker):
     assert [event.name for event in traced.events] == ["reward", "step"]
     assert traced.events[0].held_bytes > 0
     assert plain.peak_bytes > 0
+
+
+def test_a_worker_looks_inside_a_span(worker):
+    worker.ready()
+    found = worker.step_inside("reward", every=1)
+    assert found.inside["matrix products"] > 0
+    assert worker.step(False).inside == {}
 
 
 def test_a_worker_that_dies_says_why():
