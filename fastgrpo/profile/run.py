@@ -12,6 +12,7 @@ import torch
 import yaml
 from fastgrpo_profiling import span
 from fastgrpo_profiling.compare import Comparison, StepRecord, alternate
+from fastgrpo_profiling.growth import WHOLE, Growth
 from fastgrpo_profiling.phases import in_step_order
 from fastgrpo_profiling.report import Cost, InsideDecode, ProfileReport, profile_report
 from fastgrpo_profiling.roofline import ModelShape, measure_ceilings
@@ -61,6 +62,8 @@ class ProfileOptions:
     trl_python: Path
     flags: Sequence[str] = ()
     """Further training flags, which override the config's."""
+    scale: bool = False
+    """Also take the steps with half the completions a prompt, and show how each phase grows."""
 
 
 def run_profile(options: ProfileOptions) -> ProfileReport:
@@ -74,6 +77,8 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         sides.require_trl(options.trl_python)
     settings = training_flags(options)
     config, script = parse([*settings, "--output_dir", str(options.output_dir / "gate")])
+    if options.scale:
+        parse([*settings, *_half_group(config), "--output_dir", str(options.output_dir / "gate")])
     ours = sides.build_trainer(sides.OURS, config, script)
     shape = ModelShape.known(ours.model.config)
     update, dtype = update_of(ours.model, config), compute_dtype(ours.model, config)
@@ -86,12 +91,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
     ceilings = measure_ceilings(device, dtype)
     console.print(f"checked: both sides agree; timing {options.steps} steps of each", highlight=False)
     with ExitStack() as stack:
-        started = [
-            sides.start_side(name, settings, options.output_dir, trl_python=options.trl_python)
-            for name in (sides.OURS, options.against)
-        ]
-        for side in started:
-            stack.callback(side.close)
+        started = _start_sides(options, settings, stack)
         introduced = {side.name: side.ready() for side in started}
         comparison = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
         inside = {side.name: _inside_decode(side, comparison.traced[side.name]) for side in started}
@@ -105,6 +105,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         span_off_seconds(),
         _facts(config, script, dtype, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
         InsideDecode.of(inside, device),
+        growth_of(options, settings, config, comparison) if options.scale else None,
     )
     _write(report, comparison, options.output_dir)
     print_report(report)
@@ -152,6 +153,40 @@ def _pass_gate(
         checked = gate.compare(ours, sides.build_trainer(options.against, config, script), limits)
     checked.require()
     return checked.figures
+
+
+def _start_sides(options: ProfileOptions, settings: Sequence[str], stack: ExitStack) -> list[WorkerSide]:
+    """Both sides' processes, which end with `stack`."""
+    started = []
+    for name in (sides.OURS, options.against):
+        started.append(sides.start_side(name, settings, options.output_dir, trl_python=options.trl_python))
+        stack.callback(started[-1].close)
+    return started
+
+
+def _half_group(config: GRPOConfig) -> list[str]:
+    """Flags that draw half the completions for the same prompts."""
+    size = config.num_generations
+    if size % 2 or size < 4:
+        raise ValueError(f"--scale halves num_generations={size}: pass an even --num_generations of 4 or more.")
+    flags = {"num_generations": size}
+    if config.batch_unit == "completions":
+        flags["per_device_train_batch_size"] = config.per_device_train_batch_size
+        if config.generation_batch_size is not None:
+            flags["generation_batch_size"] = config.generation_batch_size
+    return [token for name, value in flags.items() for token in (f"--{name}", str(value // 2))]
+
+
+def growth_of(options: ProfileOptions, settings: Sequence[str], config: GRPOConfig, full: Comparison) -> Growth:
+    """Takes the steps again with half the completions a prompt; `full` are those with all."""
+    console.print(f"and again with {config.num_generations // 2} completions a prompt", highlight=False)
+    with ExitStack() as stack:
+        started = _start_sides(options, [*settings, *_half_group(config)], stack)
+        for side in started:
+            side.ready()
+        half = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
+    size = config.num_generations
+    return Growth.of(f"{size // 2} to {size} completions a prompt", half.steps, full.steps)
 
 
 def _inside_decode(side: WorkerSide, traced: StepRecord) -> dict[str, float]:
@@ -219,6 +254,9 @@ def print_report(report: ProfileReport) -> None:
         f"{report.span_off_share:.3%} of a step",
         highlight=False,
     )
+    if report.growth:
+        told = ", ".join(f"{2 ** one[WHOLE]:.2f}× for {side}" for side, one in report.growth.exponents.items())
+        output.print(f"from {report.growth.doubled} a step takes {told}", highlight=False)
 
 
 def _write(report: ProfileReport, comparison: Comparison, output_dir: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastgrpo_profiling.compare import Comparison, Spread, StepRecord, median_phases, paired_ratio, unattributed_share
+from fastgrpo_profiling.growth import Growth
 from fastgrpo_profiling.roofline import (
     Ceilings,
     ModelShape,
@@ -75,6 +76,7 @@ class ProfileReport:
     """Spans of a step × that ÷ the step."""
     facts: dict[str, str] = field(default_factory=dict)
     inside_decode: InsideDecode | None = None
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def profile_report(
     span_off_seconds: float,
     facts: dict[str, str],
     inside_decode: InsideDecode | None = None,
+    growth: Growth | None = None,
 ) -> ProfileReport:
     """The figures of two sides, the first of them ours.
 
@@ -159,6 +162,7 @@ def profile_report(
         sides[ours].spans_per_step * span_off_seconds / step,
         facts,
         inside_decode,
+        growth,
     )
 
 
