@@ -3,6 +3,8 @@
 The same ops, inputs and sides as `bench_kernels.py`, at one small shape each. `gate.py` reads the roles of the sides.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gate
@@ -30,13 +32,12 @@ def prepared() -> dict[str, tuple[Any, Any, dict[str, float]]]:
 @pytest.mark.parametrize(
     ("op", "side"),
     [
-        pytest.param(op, side, id=f"{name}-{side.name}", marks=pytest.mark.benchmark(group=name))
+        pytest.param(op, side, id=f"{name}-{side.name}", marks=pytest.mark.benchmark(group=name, timer=gate.TIMER))
         for name, op in OPS.items()
         for side in SIDES[name].values()
     ],
 )
-def test_op(benchmark: Any, prepared: dict[str, Any], op: Op, side: Side) -> None:
+def test_op(timed: Callable[..., None], prepared: dict[str, Any], op: Op, side: Side) -> None:
     inputs, exact, torch_errors = prepared[op.name]
     assert not op.fault(side.name, op.errors(side.forward_backward(inputs), exact), torch_errors)
-    benchmark.extra_info["role"] = ROLES.get(side.name, gate.PEER)
-    benchmark.pedantic(side.forward_backward, args=(inputs,), rounds=10, warmup_rounds=1)
+    timed(ROLES.get(side.name, gate.PEER), partial(side.forward_backward, inputs), rounds=20)
