@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
-from fastgrpo_profiling.kernels import KINDS, OTHER_KERNELS
 from fastgrpo_profiling.phases import PHASES, UNATTRIBUTED, in_step_order
 from fastgrpo_profiling.report import ProfileReport
 from fastgrpo_profiling.span import SpanEvent
@@ -55,5 +54,4 @@ def render_page(
         memory=charts.memory_over_time(events),
         steps=charts.step_times(step_seconds),
         phases=[(name, descriptions[name]) for name in phases],
-        kernel_kinds=[*KINDS, OTHER_KERNELS],
     )

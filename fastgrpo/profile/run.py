@@ -216,7 +216,7 @@ def _facts(
     steps: Sequence[StepRecord],
 ) -> dict[str, str]:
     work = steps[-1].work
-    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
     return {
         "model": Path(script.model_name_or_path).name,
         "device": place,

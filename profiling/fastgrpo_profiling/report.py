@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fastgrpo_profiling.compare import Comparison, Spread, StepRecord, median_phases, paired_ratio, unattributed_share
 from fastgrpo_profiling.growth import Growth
+from fastgrpo_profiling.kernels import KINDS, OTHER_KERNELS
 from fastgrpo_profiling.roofline import (
     Ceilings,
     ModelShape,
@@ -56,6 +57,11 @@ class InsideDecode:
         }
         names = "names of the GPU's kernels" if device == "cuda" else "names of PyTorch's operators"
         return cls(f"{names}, from torch.profiler", shares)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those of either side."""
+        return [kind for kind in (*KINDS, OTHER_KERNELS) if any(kind in one for one in self.shares.values())]
 
 
 @dataclass(frozen=True)
