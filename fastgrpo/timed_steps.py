@@ -15,10 +15,8 @@ from transformers import Trainer
 class TimedSteps(Trainer):
     """Puts the spans around what `GRPOTrainer` inherits, and sums up those of each step. Changes nothing else."""
 
-    step_start = 0.0
-    """When the step under way began (`time.perf_counter`)."""
-    _step: tuple[ExitStack, SpanRecorder] | None = None
-    """The open recording of the step under way."""
+    _step: tuple[ExitStack, SpanRecorder, float] | None = None
+    """Of the step under way: its open recording, and when it began."""
     _watched: Optimizer | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -30,19 +28,21 @@ class TimedSteps(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Where a step begins: the loader may decode pictures in this process."""
         self.end_step()
-        self.step_start = time.perf_counter()
-        block = ExitStack()
-        self._step = block, block.enter_context(record())
+        block, start = ExitStack(), time.perf_counter()
+        self._step = block, block.enter_context(record()), start
         with span("data"):
             return super().get_batch_samples(*args, **kwargs)
 
-    def end_step(self) -> Mapping[str, SpanTotal]:
-        """Ends the recording of the step under way; its spans by name. On a GPU this waits for the step's last span."""
+    def end_step(self) -> tuple[Mapping[str, SpanTotal], float]:
+        """Ends the recording of the step under way; its spans by name, and its seconds. Without a step: nothing, 0.
+
+        On a GPU this waits for the step's last span, the optimizer's.
+        """
         if self._step is None:
-            return {}
-        (block, recorder), self._step = self._step, None
+            return {}, 0.0
+        (block, recorder, start), self._step = self._step, None
         block.close()
-        return recorder.totals
+        return recorder.totals, time.perf_counter() - start
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with span("update/clip"):

@@ -5,7 +5,6 @@ accelerate's. What is GRPO stands in `GRPOTrainer.training_step`.
 """
 
 import copy
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -267,7 +266,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
         if "loss" in self.step_metrics:
             self.policy.version += 1
-            seconds = time.perf_counter() - self.step_start
+            spans, seconds = self.end_step()
             metrics = {
                 "epoch": self.state.epoch,
                 **self.step_metrics,
@@ -275,7 +274,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
                 "learning_rate": kwargs.get("learning_rate") or 0.0,
                 "step_time": seconds,
                 "tokens_per_second": self._drawn_tokens / seconds,
-                **self.live_figures.of_step(self.end_step(), seconds),
+                **self.live_figures.of_step(spans, seconds),
             }
             self.step_metrics, self._drawn_tokens = {}, 0
             for name, value in metrics.items():
