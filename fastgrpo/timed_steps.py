@@ -20,6 +20,7 @@ class TimedSteps(Trainer):
     _watched: Optimizer | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; a step that is left half-way is recorded no further."""
         try:
             return super().train(*args, **kwargs)
         finally:

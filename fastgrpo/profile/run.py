@@ -44,8 +44,6 @@ QUIET = {
     "log_multimodal": "false",
 }
 """Settings of every profiled run: what is timed is training, not its reporting."""
-
-
 DECODE, DECODES_WATCHED = "rollout/decode", 4
 """The span that is looked into, and in about how many places of a step, spread over its length."""
 
