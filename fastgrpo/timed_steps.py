@@ -15,7 +15,7 @@ from transformers import Trainer
 class TimedSteps(Trainer):
     """Puts the spans around what `GRPOTrainer` inherits, and sums up those of each step. Changes nothing else."""
 
-    _step: tuple[ExitStack, SpanRecorder, float] | None = None
+    _recording: tuple[ExitStack, SpanRecorder, float] | None = None
     """Of the step under way: its open recording, and when it began."""
     _watched: Optimizer | None = None
 
@@ -30,7 +30,7 @@ class TimedSteps(Trainer):
         """Where a step begins: the loader may decode pictures in this process."""
         self.end_step()
         block, start = ExitStack(), time.perf_counter()
-        self._step = block, block.enter_context(record()), start
+        self._recording = block, block.enter_context(record()), start
         with span("data"):
             return super().get_batch_samples(*args, **kwargs)
 
@@ -39,9 +39,9 @@ class TimedSteps(Trainer):
 
         On a GPU this waits for the step's last span, the optimizer's.
         """
-        if self._step is None:
+        if self._recording is None:
             return {}, 0.0
-        (block, recorder, start), self._step = self._step, None
+        (block, recorder, start), self._recording = self._recording, None
         block.close()
         return recorder.totals, time.perf_counter() - start
 
