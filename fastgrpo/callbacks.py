@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from fastgrpo_profiling import SpanRecorder, record
-from fastgrpo_profiling.phases import OTHER, PARTS
+from fastgrpo_profiling.phases import PARTS
 from fastgrpo_profiling.trace import write_trace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
+from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -44,12 +45,13 @@ class ProgressDisplay(TrainerCallback):
         if not state.is_world_process_zero or not self.console.is_terminal or self.config.disable_tqdm:
             return
         self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            # What a narrow terminal has no room for is cut here, not from the bar.
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self.console,
+            expand=True,
         )
         self.progress.start()
         self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
@@ -128,5 +130,5 @@ class StepTrace(TrainerCallback):
 
 def _figures(metrics: dict[str, float]) -> str:
     told = [text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics]
-    shares = {part: metrics.get(f"share/{part}", 0.0) for part in (*PARTS, OTHER)}
-    return "  ".join([*told, *(f"{part} {share:.0%}" for part, share in shares.items() if share >= SMALLEST_SHARE)])
+    shares = {part: metrics.get(f"share/{part}", 0.0) for part in PARTS}
+    return "  ".join([*told, *(f"{share:.0%} {part}" for part, share in shares.items() if share >= SMALLEST_SHARE)])

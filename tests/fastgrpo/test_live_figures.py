@@ -116,8 +116,21 @@ def test_every_run_logs_them_and_tensorboard_shows_them(trainer, tmp_path, capsy
         assert [s.value for s in scalars] == pytest.approx([step[name] for step in steps], rel=1e-5), name
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert len(lines) == 2
-    for told in ("tok/s", "MFU ", "rollout ", "update ", "ETA "):
+    for told in ("tok/s", "MFU ", "% rollout", "% update", "ETA "):
         assert told in lines[0]
+
+
+def test_a_narrow_terminal_keeps_the_bar(config):
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    display = ProgressDisplay(config, console)
+    state = TrainerState(max_steps=1500, global_step=340, is_world_process_zero=True)
+    display.on_train_begin(None, state, TrainerControl())
+    display.show(state, {"reward": 0.5, "completions/mean_length": 231.0, "entropy": 0.8, "tokens_per_second": 1e4})
+    display.close()
+    last = console.file.getvalue().splitlines()[-2]
+    assert " 340/1500" in last
+    assert "reward 0.500" in last
+    assert "…" in last
 
 
 def test_the_live_line_leaves_out_what_is_next_to_nothing(config):
@@ -129,7 +142,7 @@ def test_the_live_line_leaves_out_what_is_next_to_nothing(config):
     display.show(state, {"reward": 0.5, "tokens_per_second": 1234.0, "mfu": 0.284, **shares})
     display.close()
     shown = console.file.getvalue()
-    assert "reward 0.500  1,234 tok/s  MFU 28%  rollout 60%  update 30%  other 10%" in shown
+    assert "reward 0.500  1,234 tok/s  MFU 28%  60% rollout  30% update" in shown
 
 
 def test_a_run_that_fails_stops_recording(trainer, monkeypatch):
