@@ -19,12 +19,13 @@ SMALL_NAME = "small phases"
 _BLUE, _ORANGE, _GREEN, _VIOLET, _PINK, _GOLD, _CYAN = SERIES
 COLOURS = {
     "data": _CYAN,
-    "images": _CYAN,
+    "images": _GOLD,
     "vision": _VIOLET,
     "prefill": _GREEN,
     "decode": _BLUE,
     "sampling": _GOLD,
     "generation": _CYAN,
+    "advantages": _PINK,
     "reference": _GOLD,
     "forward": _ORANGE,
     "head": _VIOLET,
