@@ -207,8 +207,8 @@ class SamplerEngine:
         """Takes out the sequences that have ended; yields the groups that are complete."""
         with span("rollout/check"):
             ended = [*self._take_aborted(scheduler, runner), *runner.ended()]
+            texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
         complete: list[PromptGroup] = []
-        texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
         for (sequence, tokens, logprobs, sampling_logprobs), text in zip(ended, texts, strict=True):
             scheduler.finish(sequence)
             group = sequence.group

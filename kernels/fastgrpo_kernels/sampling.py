@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgrpo_kernels import reference
 from fastgrpo_kernels.backend import Backend, pick_backend
 from fastgrpo_kernels.reference.checks import shape_of
-from fastgrpo_kernels.sampling_kernels import least_score_kernel, merge_kernel, scan_kernel
+from fastgrpo_kernels.sampling_kernels import least_score_kernel, scan_kernel, winner_kernel
 from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import SampleOutput, SampleParams
 
@@ -186,7 +186,7 @@ def _launch(
         num_warps=4,
     )
     launch(
-        merge_kernel,
+        winner_kernel,
         (rows,),
         logits,
         seen_bytes,

@@ -80,6 +80,21 @@ def test_every_open_block_sees_the_span(clock):
     assert set(inner.totals) == {"a"}
 
 
+def test_blocks_may_end_in_any_order(clock):
+    first, second = record(SpanRecorder(clock)), record(SpanRecorder(clock))
+    outer = first.__enter__()
+    with span("both"):
+        inner = second.__enter__()
+    first.__exit__(None, None, None)
+    with span("later"):
+        clock.now += 1
+    second.__exit__(None, None, None)
+    with span("after"):
+        pass
+    assert set(outer.totals) == {"both"}
+    assert set(inner.totals) == {"later"}
+
+
 class FakeNvtx:
     """Notes the ranges that are open, and every call."""
 
