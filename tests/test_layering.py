@@ -33,7 +33,7 @@ LAYERS = [
         "fastgrpo.callbacks",
     ],
     ["fastgrpo.model"],
-    ["fastgrpo.hf_generation"],
+    ["fastgrpo.hf_generation", "fastgrpo.accumulation"],
     ["fastgrpo.reference", "fastgrpo.policy", "fastgrpo.resolve", "fastgrpo.weight_sync"],
     ["fastgrpo.sampler"],
     ["fastgrpo.backends"],
