@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from fastgrpo.checkpoint import ASIDE, load_weights, publish, save_state
+from fastgrpo.checkpoint import ASIDE, publish, save_state
+from fastgrpo.model.load import load_weights
 
 
 class WholeCheckpoints(Trainer):
@@ -19,6 +20,9 @@ class WholeCheckpoints(Trainer):
     def state_to_save(self) -> dict[str, Any]:
         """What a subclass keeps beside transformers' own state; read back with `checkpoint.load_state`."""
         return {}
+
+    def save_more(self, folder: Path) -> None:
+        """Writes what else a subclass keeps, in files of its own; called on the main process."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self.args.output_dir)
@@ -37,6 +41,7 @@ class WholeCheckpoints(Trainer):
             if self.state.best_model_checkpoint:
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
                 self.state.save_to_json(str(aside / "trainer_state.json"))
+            self.save_more(aside)
             save_state(aside, self.state_to_save())
             publish(aside, output_dir / name)
             shutil.rmtree(output_dir / ASIDE)

@@ -36,7 +36,7 @@ LAYERS = [
     ["fastgrpo.hf_generation", "fastgrpo.accumulation"],
     ["fastgrpo.reference", "fastgrpo.policy", "fastgrpo.resolve", "fastgrpo.weight_sync"],
     ["fastgrpo.sampler"],
-    ["fastgrpo.backends"],
+    ["fastgrpo.backends", "fastgrpo.reference_model"],
     ["fastgrpo.trainer", "fastgrpo.whole_checkpoints", "fastgrpo.timed_steps"],
     ["fastgrpo"],
     ["fastgrpo.evaluation", "fastgrpo.report"],

@@ -106,7 +106,7 @@ def test_batch_arithmetic(
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"epsilon": -0.1}, "epsilon=-0.1"),
-        ({"sync_ref_model": True}, "sync_ref_model=True is not supported yet"),
+        ({"entropy_coef": 0.1}, "entropy_coef=0.1 is not supported yet"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"model_init_kwargs": "abc"}, "model_init_kwargs='abc'.*JSON object"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs=.*JSON object"),
