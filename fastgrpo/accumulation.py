@@ -23,6 +23,8 @@ class GradientAccumulation:
     def __init__(self, accelerator: Accelerator | None) -> None:
         self.accelerator = accelerator
         self.ranks = 1 if accelerator is None else accelerator.num_processes
+        if accelerator is not None and type(accelerator.scaler) is torch.amp.GradScaler:
+            accelerator.scaler = GradScaler.like(accelerator.scaler, accelerator.device)
 
     def most(self, count: int, device: torch.device) -> int:
         """The largest `count` of any process: so many micro-batches must each of them run, since those that a
@@ -59,6 +61,25 @@ class GradientAccumulation:
         """Behind the last micro-batch: DeepSpeed steps here, and the caller's `optimizer.step()` then does nothing."""
         if is_deepspeed(model):
             model.step()
+
+
+class GradScaler(torch.amp.GradScaler):
+    """For fp16: torch's own takes a step without any gradient for a mistake; here it moves nothing, as elsewhere."""
+
+    @classmethod
+    def like(cls, scaler: torch.amp.GradScaler, device: torch.device) -> "GradScaler":
+        """With the settings of `scaler`, ready for a first step that has no gradients."""
+        own = cls(device.type, enabled=scaler.is_enabled())
+        if scaler.is_enabled():
+            own.load_state_dict(scaler.state_dict())
+            own.scale(torch.zeros(1, device=device))  # torch makes its tensors at the first loss
+        return own
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        # By device: whether a gradient was not finite. Without gradients none was.
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16) or {found_inf.device: found_inf}
 
 
 def is_deepspeed(model: Any) -> bool:
