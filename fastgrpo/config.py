@@ -337,6 +337,11 @@ class GRPOConfig(TrainingArguments):
         for f in fields(self):
             if f.metadata.get("help") == NOT_YET and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} is not supported yet: leave it at {f.default!r}.")
+        if self.torch_compile and self.engine == "fast":
+            raise ValueError(
+                "torch_compile=True: no two packed micro-batches have one shape, so each would be compiled anew. Leave "
+                "it off, or set engine to reference."
+            )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
 

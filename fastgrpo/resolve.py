@@ -36,6 +36,10 @@ def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     args = copy.copy(config)
     args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
+    if args.deepspeed_plugin is not None:
+        settings = args.deepspeed_plugin.deepspeed_config
+        settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
+        settings["gradient_accumulation_steps"] = 1
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
         args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces

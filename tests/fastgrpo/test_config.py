@@ -107,6 +107,7 @@ def test_batch_arithmetic(
         ({"beta": -0.1}, "beta=-0.1"),
         ({"epsilon": -0.1}, "epsilon=-0.1"),
         ({"entropy_coef": 0.1}, "entropy_coef=0.1 is not supported yet"),
+        ({"torch_compile": True}, "torch_compile=True: no two packed micro-batches have one shape"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"model_init_kwargs": "abc"}, "model_init_kwargs='abc'.*JSON object"),
         ({"chat_template_kwargs": "[1]"}, "chat_template_kwargs=.*JSON object"),
