@@ -36,8 +36,8 @@ def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     args = copy.copy(config)
     args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
-    if args.deepspeed_plugin is not None:
-        settings = args.deepspeed_plugin.deepspeed_config
+    settings = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
         settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
         settings["gradient_accumulation_steps"] = 1
     if args.n_gpu > 1:
