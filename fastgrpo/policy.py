@@ -3,8 +3,8 @@
 `PackedPolicy` means what `fastgrpo.reference.ReferencePolicy` means and takes the same gradients, faster.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from fastgrpo.model.packed_forward import (
     require_packed_support,
     unwrap,
 )
+from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.shared_prefix import shared_prefix_layers
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.packing import PackedBatch, idle_batch, pack
 from fastgrpo.types import SamplingMismatch, UpdateResult, WeightedGroup
 
@@ -49,12 +52,14 @@ class PackedPolicy:
         accelerator: Accelerator | None = None,
         attn_backend: str = "auto",
         logprob_bytes: int = 1 << 30,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
             token_budget: input tokens of a micro-batch, prompts counted once.
             attn_backend: see `fastgrpo.model.attention_backends`.
             logprob_bytes: scratch of the LM head, see `linear_logprob`.
+            vision_cache: where to keep what the model's frozen vision tower sees; the sampler may share it.
 
         Raises:
             ValueError: a model family whose attention or head cannot be replaced; the message says what it is. Train
@@ -70,6 +75,7 @@ class PackedPolicy:
         self.accumulation = GradientAccumulation(accelerator)
         self.attn_backend = attn_backend
         self.logprob_bytes = logprob_bytes
+        self.vision_cache = vision_cache
         self.version = 0
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
         self._company = company_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
@@ -79,7 +85,7 @@ class PackedPolicy:
         """See `Policy.logprobs`."""
         batches = self._micro_batches(groups, skip_beta=None)
         found: list[dict[int, Tensor]] = [{} for _ in groups]
-        with self._shared_prefix_layers():
+        with self._fast_layers():
             for batch in batches:
                 # Not through DDP, whose forward broadcasts buffers.
                 flat = self._forward(unwrap(self.model), batch.to(self._device), entropy=False).logprobs
@@ -95,7 +101,7 @@ class PackedPolicy:
         """
         batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
         outputs = []
-        with self._shared_prefix_layers():
+        with self._fast_layers():
             for i, batch in enumerate(batches):
                 with self.accumulation.micro_batch(self.model, is_last=i == len(batches) - 1):
                     outputs.append(self._micro_step(batch.to(self._device)))
@@ -139,6 +145,7 @@ class PackedPolicy:
             entropy=entropy,
             attn_backend=self.attn_backend,
             logprob_bytes=self.logprob_bytes,
+            vision_cache=self.vision_cache,
         )
 
     @torch.no_grad()
@@ -148,9 +155,11 @@ class PackedPolicy:
         with frozen_reference(self.model, self.reference_model) as model:
             return self._forward(model, batch, entropy=False).logprobs
 
-    def _shared_prefix_layers(self) -> AbstractContextManager[None]:
-        models = [self.model, *([self.reference_model] if self.reference_model is not None else [])]
-        return shared_prefix_layers(*map(unwrap, models))
+    @contextmanager
+    def _fast_layers(self) -> Iterator[None]:
+        models = [unwrap(model) for model in (self.model, self.reference_model) if model is not None]
+        with shared_prefix_layers(*models), patches_by_matmul(*map(vision_tower, models)):
+            yield
 
     @property
     def _device(self) -> torch.device:

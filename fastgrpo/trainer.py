@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
-from fastgrpo.backends import build_engine, build_policy
+from fastgrpo.backends import build_engine, build_policy, build_vision_cache
 from fastgrpo.callbacks import ProgressDisplay, StepTrace
 from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
@@ -126,13 +126,15 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             self.reference_model = place_reference(self.reference_model, self.config, self.accelerator)
             if self.config.sync_ref_model:
                 self.add_callback(ReferenceSync(self.reference_model, self.config))
-        self.policy = build_policy(self.model, self.reference_model, self.config, self.accelerator)
+        self.vision_cache = build_vision_cache(self.model, self.config)
+        self.policy = build_policy(self.model, self.reference_model, self.config, self.accelerator, self.vision_cache)
         self.engine = build_engine(
             self.model,
             self.processing.tokenizer,
             self.config,
             self.accelerator,
             version=lambda: self.policy.version,
+            vision_cache=self.vision_cache,
         )
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
         self.updates: list[list[WeightedGroup]] = []
@@ -372,9 +374,8 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean rewards and lengths on `eval_dataset`, sampled as in training, under TRL's names."""
-        rows = (
-            self.eval_dataset if eval_dataset is None else as_rows(eval_dataset, self.config.seed, name="eval_dataset")
-        )
+        given = eval_dataset is not None
+        rows = as_rows(eval_dataset, self.config.seed, name="eval_dataset") if given else self.eval_dataset
         if rows is None:
             raise ValueError("eval_dataset is missing: pass one to the trainer or to evaluate().")
         group_size = self.config.num_generations_eval or self.config.num_generations

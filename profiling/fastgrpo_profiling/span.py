@@ -226,3 +226,14 @@ def record(recorder: SpanRecorder | None = None) -> Iterator[SpanRecorder]:
     finally:
         _recorders = outer
         recorder.end()
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Spans opened meanwhile are not recorded: a CUDA graph's capture would take a recorder's events for its own."""
+    global _recorders
+    outer, _recorders = _recorders, ()
+    try:
+        yield
+    finally:
+        _recorders = outer

@@ -48,6 +48,7 @@ def test_profile_against_plain_end_to_end(config_file, tiny_model_dir, sat_file,
         assert side["tokens"] > 0
         assert side["peak_bytes"] > 0
         assert side["utilisation"]["mfu"] > 0
+    assert record["sides"][OURS]["phases"]["sampling"] > 0
     assert record["gate"]["prompts that differ"] == 0
 
     trace = json.loads((output_dir / "trace.json").read_text())

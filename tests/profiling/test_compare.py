@@ -50,8 +50,9 @@ def test_sides_take_turns_and_the_first_changes():
 
 
 def test_time_is_attributed_to_leaves_and_the_rest_is_shown():
-    own = {"reward": 1.0, "rollout/decode": 3.0, "data": 0.5, "rollout": 0.25, "step": 0.25}
-    assert phase_seconds(own, 5.0) == {"data": 0.5, "decode": 3.0, "rewards": 1.0, UNATTRIBUTED: 0.5}
+    own = {"reward": 1.0, "rollout/decode": 2.0, "rollout/sample": 1.0, "data": 0.5, "rollout": 0.25, "step": 0.25}
+    found = {"data": 0.5, "decode": 2.0, "sampling": 1.0, "rewards": 1.0, UNATTRIBUTED: 0.5}
+    assert phase_seconds(own, 5.0) == found
     steps = [StepRecord(5.0, 1, 0.0, 0, own), StepRecord(10.0, 1, 0.0, 0, {"reward": 9.0})]
     assert unattributed_share(steps) == 0.1
     assert median_phases(steps) == phase_seconds(own, 5.0)

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from fastgrpo_profiling import SpanRecorder, record, span
+from fastgrpo_profiling import SpanRecorder, record, span, unrecorded
 from fastgrpo_profiling.memory import MemoryProbe, peak_resident_bytes, resident_bytes
 
 MODULE = sys.modules["fastgrpo_profiling.span"]
@@ -58,6 +58,16 @@ def test_outside_a_record_block_nothing_is_kept(clock):
     with span("late"):
         clock.now += 1
     assert recorder.totals == {}
+
+
+def test_unrecorded_spans_are_their_parents_time(clock):
+    with record(SpanRecorder(clock)) as recorder, span("decode"):
+        with pytest.raises(RuntimeError), unrecorded(), span("sample"):
+            raise_after(2, clock)
+        with span("check"):
+            clock.now += 1
+    assert recorder.totals["decode"].self_seconds == 2
+    assert set(recorder.totals) == {"decode", "check"}
 
 
 def test_every_open_block_sees_the_span(clock):
