@@ -48,8 +48,10 @@ def parameters(model: Any) -> dict[str, Tensor]:
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("step_time", "tokens_per_second")
-    return [{k: v for k, v in line.items() if k not in clocks and not k.startswith("time/")} for line in lines]
+    clocks = ("step_time", "tokens_per_second", "mfu")
+    return [
+        {k: v for k, v in line.items() if k not in clocks and not k.startswith(("time/", "share/"))} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
