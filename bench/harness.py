@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Result:
         record = {
             "bench": self.bench,
             "device": device_name(self.device),
+            "date": now(),
             "commit": commit(),
             "command": command(),
             "versions": versions(),
@@ -168,6 +170,11 @@ def versions() -> dict[str, str]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return found
+
+
+def now() -> str:
+    """The date and time in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def command() -> str:

@@ -21,13 +21,12 @@ import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from fastgrpo_profiling.worker import claim_stdout
-from harness import Result, command, commit, device_name, parser, print_table, versions
+from harness import Result, command, commit, device_name, now, parser, print_table, versions
 from stages import STAGES, NotHereError, Stage
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,7 +88,7 @@ class ResultsFile:
         faults = [name for name, one in ran.items() if one["status"] not in ("passed", "skipped")]
         whole = {
             **self.header,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": now(),
             "commit": record.commit,
             "command": record.command,
             "checks_passed": not faults,
@@ -155,7 +154,7 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
 def default_path(device: str) -> Path:
     """bench/results/<device>-<date>.json"""
     name = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return RESULTS / f"{name.removeprefix('nvidia-')}-{datetime.now(UTC):%Y-%m-%d}.json"
+    return RESULTS / f"{name.removeprefix('nvidia-')}-{now()[:10]}.json"
 
 
 def run_stage(stage: Stage, options: argparse.Namespace, deadline: float, results: ResultsFile) -> Record:
