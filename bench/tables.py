@@ -202,7 +202,6 @@ def gpu(results: Results, page: str) -> str:
         steps = stages[f"step_{side}"]
         return f"{steps[side]['step_seconds']['median'] / steps['ours']['step_seconds']['median']:.1f} times faster"
 
-    peaks = "peak_bytes"
     rows = [
         [
             "the paper's step, 8 prompts × 8 × 700 tokens",
@@ -264,7 +263,6 @@ def kernels(results: Results, page: str) -> str:
         digits = 2 if unit == "s" else 1
         return f"{mark}{ratios[ratio]:.2f}{mark} ({torch:.{digits}f} {unit} : {ours:.{digits}f} {unit})"
 
-    peaks = "peak_bytes"
     rows = [
         [
             "one H200: head, forward + backward, T = 16,384, H = 1536",
