@@ -44,14 +44,14 @@ class Stage:
 
 
 STAGES = (
-    Stage("environment", "machine and versions", 10, 4),
-    Stage("ceilings", "a large matrix product and a large copy, here and now", 15, 5),
+    Stage("environment", "machine and versions", 8, 4),
+    Stage("ceilings", "a large matrix product and a large copy, here and now", 8, 5),
     Stage("kernels", "every op against float64, no timing", 60, 10),
-    Stage("head", "LM head and loss, forward and backward", 50, 12),
-    Stage("decode_ops", "attention, rotation and sampling of a decode step", 45, 8),
-    Stage("rollout", "rollouts against HF generate, by batch size", 110, 15),
-    Stage("update", "forward and backward against the padded batch", 60, 20),
-    Stage("sync", "weights from the policy to the sampler", 25, 12),
+    Stage("head", "LM head and loss, forward and backward", 30, 12),
+    Stage("decode_ops", "attention, rotation and sampling of a decode step", 30, 8),
+    Stage("rollout", "rollouts against HF generate, by batch size", 100, 15),
+    Stage("update", "forward and backward against the padded batch", 55, 20),
+    Stage("sync", "weights from the policy to the sampler", 20, 12),
     Stage("step", "the paper's step, ours", 100, 25),
     Stage("step_plain", "the same, against plain torch", 220, 40, "step:against_plain"),
     Stage("step_trl", "the same, against TRL", 260, 60, "step:against_trl"),

@@ -27,8 +27,8 @@ def run(root: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
 
 def write_suite(root: Path, name: str, date: str, milliseconds: float, status: str = "passed") -> None:
     stages = {
-        "step": {"status": "passed", "figures": STEP},
-        "sync": {"status": status, "figures": {"ms": milliseconds}},
+        "step": {"status": "passed", "figures": STEP, "ratios": {}},
+        "sync": {"status": status, "figures": {"ms": milliseconds}, "ratios": {}},
     }
     record = {
         "bench": "suite",
@@ -74,6 +74,18 @@ def test_figures_of_a_stage_that_failed_are_not_told(root, monkeypatch):
     write_suite(root, "h200.json", "2026-11-21T10:00:00", 4.0, status="failed")
     run(root, monkeypatch)
     assert "| weight sync | ≤ 5 ms | not measured yet |" in (root / "README.md").read_text()
+
+
+def test_a_row_takes_the_newest_record_that_holds_its_figure(root, monkeypatch):
+    (root / "README.md").write_text("<!-- bench:cpu -->\n<!-- /bench -->\n")
+    for date, ratios in (("2026-11-20", {"step_time_vs_trl": 4.5}), ("2026-11-21", {"step_time_vs_plain": 6.0})):
+        record = {"bench": "bench_step", "device": "cpu: some", "date": date, "ratios": ratios, "figures": {}}
+        (root / "results" / f"step-{date}.json").write_text(json.dumps(record))
+    (root / "results" / "baseline.json").write_text('{"ratios": {}}')
+    run(root, monkeypatch)
+    text = (root / "README.md").read_text()
+    assert "beta 0.04 ([record](bench/results/step-2026-11-20.json)) | TRL 1.16 | **4.50** | |" in text
+    assert "| rollout, the same sizes | HF `generate` | not measured yet | |" in text
 
 
 def test_an_unknown_table_is_told(root, monkeypatch):
