@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ def main() -> int:
     for stage in chosen:
         ran[stage.name] = run_stage(stage, options, deadline, results)
         record = ran[stage.name]
-        print(f"{stage.name}: {record.status}, {record.seconds:.0f} s {record.note}".strip(), flush=True)
+        note = record.note.splitlines()[-1][:200] if record.note else ""
+        print(f"{stage.name}: {record.status}, {record.seconds:.0f} s {note}".strip(), flush=True)
     ratios = {f"{name}: {ratio}": round(x, 3) for name, one in ran.items() for ratio, x in one.ratios.items()}
     if ratios:
         rows = [[name, ratio] for name, ratio in ratios.items()]
@@ -168,32 +170,39 @@ def run_stage(stage: Stage, options: argparse.Namespace, deadline: float, result
             results.put(stage.name, record)
         return record
     results.put(stage.name, record)
-    start = time.monotonic()
-    limit = min(left, max(LEAST_LIMIT, SLACK * expected))
+    start, limit = time.monotonic(), min(left, max(LEAST_LIMIT, SLACK * expected))
     with results.log.open("a+", errors="replace") as log:
         began = log.tell()
-        process = start_stage(stage.name, options, log)
-        timer = threading.Timer(limit, end, [process])
-        timer.start()
-        try:
-            for line in process.stdout or ():
-                answer = json.loads(line)
-                if "skipped" in answer:
-                    record.status, record.note = "skipped", answer["skipped"]
-                else:
-                    record.take(answer)
-                    results.put(stage.name, record)
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        finally:
-            timer.cancel()
-            end(process)  # also what it left running
-        code = process.wait()
+        with start_stage(stage.name, options, log) as process:
+            timer = threading.Timer(limit, end, [process])
+            timer.start()
+            try:
+                listen(process, record, lambda: results.put(stage.name, record))
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            finally:
+                timer.cancel()
+                end(process)  # also what it left running
         record.seconds = time.monotonic() - start
-        log.seek(began)
         if record.status == "running":
-            record.status, record.note = verdict(record, code, record.seconds >= limit, log.read())
+            log.seek(began)
+            is_late = record.seconds >= limit
+            record.status, record.note = verdict(record, process.returncode, is_late, log.read())
     results.put(stage.name, record)
     return record
+
+
+def listen(process: "subprocess.Popen[str]", record: Record, found_more: Callable[[], None]) -> None:
+    """Takes down what a stage's process says, until it ends."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if not line.endswith("\n"):
+            break  # killed while it spoke
+        answer = json.loads(line)
+        if "skipped" in answer:
+            record.status, record.note = "skipped", answer["skipped"]
+        else:
+            record.take(answer)
+            found_more()
 
 
 def verdict(record: Record, code: int, is_late: bool, said: str) -> tuple[str, str]:
@@ -228,7 +237,8 @@ def end(process: "subprocess.Popen[str]") -> None:
 def be_stage(name: str, scale: str, device: str) -> int:
     """In the stage's process: a line of JSON for each yield; all else that is printed goes to standard error."""
     answers = claim_stdout()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if os.getpgrp() == os.getpid():  # as `start_stage` starts it
+        threading.Thread(target=_end_with_suite, daemon=True).start()
     stage = next(stage for stage in STAGES if stage.name == name)
 
     def answer(found: dict[str, Any]) -> None:
@@ -246,7 +256,7 @@ def be_stage(name: str, scale: str, device: str) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def _end_with_suite() -> None:
     """The suite holds the other end of standard input: when it is gone, nobody wants the answer."""
     os.read(0, 1)
     os.killpg(0, signal.SIGKILL)

@@ -18,6 +18,7 @@ CHILDREN = {
     "passes": SAY,
     "raises": SAY + "sys.exit('no luck')",
     "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "dies_speaking": SAY + "print('{\"checks', end='', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
     "hangs": SAY + "signal.pause()",
     "is_wrong": SAY.replace("true", "false"),
     "lacks_something": 'print(\'{"skipped": "nothing to run it with"}\')',
@@ -58,6 +59,7 @@ def test_each_stage_ends_in_its_own_way(monkeypatch, tmp_path, capsys):
         "passes": "passed",
         "raises": "error",
         "crashes": "error",
+        "dies_speaking": "error",
         "hangs": "cut off",
         "is_wrong": "failed",
         "lacks_something": "skipped",
@@ -65,7 +67,7 @@ def test_each_stage_ends_in_its_own_way(monkeypatch, tmp_path, capsys):
     assert "no luck" in stages["raises"]["note"]
     assert stages["is_wrong"]["note"] == "wrong: right"
     assert stages["lacks_something"]["note"] == "nothing to run it with"
-    for name in ("passes", "raises", "hangs"):
+    for name in ("passes", "raises", "dies_speaking", "hangs"):
         assert stages[name]["figures"] == {"ms": 1.0}, "what it found before is kept"
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["checks_passed"] is False
@@ -77,7 +79,7 @@ def test_a_later_run_replaces_what_it_runs_and_keeps_the_rest(monkeypatch, tmp_p
     out = tmp_path / "cpu.json"
     assert run(monkeypatch, out, "--only", "passes")[0] == 0
     monkeypatch.setitem(CHILDREN, "raises", SAY)
-    code, stages = run(monkeypatch, out, "--skip", "crashes", "hangs", "is_wrong", "passes")
+    code, stages = run(monkeypatch, out, "--skip", "crashes", "dies_speaking", "hangs", "is_wrong", "passes")
     assert code == 0
     assert {name: stage["status"] for name, stage in stages.items()} == {
         "passes": "passed",
