@@ -10,12 +10,14 @@ import pytest
 import rope_sides
 import sample_sides
 from harness import Result
-from stages import STAGES
+from kernel_ops import decode_ops
+from stages import STAGES, kernels, rollout
 
 import fastgrpo.model.decoder
 import fastgrpo.policy
 import fastgrpo.weight_sync
 
+DECODE_OPS = ("attention", "rope", "sample")
 QUICK = ("environment", "ceilings", "kernels", "head", "decode_ops", "rollout", "update", "sync", "memory")
 
 
@@ -103,3 +105,22 @@ def test_a_sync_that_forgets_a_weight_is_not_timed(monkeypatch: pytest.MonkeyPat
     result = last_of("sync")
     assert result.checks == {"weights are the policy's": False}
     assert result.figures == {}
+
+
+def test_what_a_gpu_will_run_can_be_listed_without_one() -> None:
+    attention, rope, sample = ({op.shape for op in decode_ops("cuda", "full") if op.name == n} for n in DECODE_OPS)
+    assert "B=256 G=8 prefix=700 own=324 12/2x128 bfloat16" in attention
+    assert rope
+    assert "B=256 V=151936 filtered" in sample
+    assert {op.name for op in kernels.shapes_of("full", "cuda")} == {"head", "loss", *DECODE_OPS}
+    assert list(rollout.workloads_of("full")) == ["B=8", "B=64", "B=256", "B=512"]
+    assert rollout.WITHOUT_GRAPHS in rollout.workloads_of("full")
+    for workload in rollout.workloads_of("full").values():
+        prompt = workload.text_tokens[0] + (workload.patches // 2) ** 2
+        assert (workload.group, prompt, workload.new_tokens) == (8, 700, 324)
+
+
+def test_our_own_step_fits_into_eight_minutes() -> None:
+    names = [stage.name for stage in STAGES]
+    before = STAGES[: names.index("step") + 1]
+    assert sum(stage.full_seconds for stage in before) <= 8 * 60

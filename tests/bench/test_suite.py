@@ -40,8 +40,8 @@ def children(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(suite, "start_stage", start)
-    monkeypatch.setattr(suite, "STAGES", [Stage(name, "", 0, 0) for name in CHILDREN])
-    monkeypatch.setattr(suite, "LEAST_LIMIT", 1.0)
+    monkeypatch.setattr(suite, "STAGES", [Stage(name, "", 0, 0 if name == "hangs" else 30) for name in CHILDREN])
+    monkeypatch.setattr(suite, "LEAST_LIMIT", 2.0)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
@@ -91,7 +91,7 @@ def test_a_later_run_replaces_what_it_runs_and_keeps_the_rest(monkeypatch, tmp_p
 
 @pytest.mark.usefixtures("children")
 def test_a_stage_that_no_longer_fits_is_skipped_with_the_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "STAGES", [Stage("passes", "", 0, 0), Stage("hangs", "", 0, 100)])
+    monkeypatch.setattr(suite, "STAGES", [Stage("passes", "", 0, 20), Stage("hangs", "", 0, 100)])
     code, stages = run(monkeypatch, tmp_path / "cpu.json", "--minutes", "0.5")
     assert code == 0
     assert stages["passes"]["status"] == "passed"
