@@ -47,38 +47,29 @@ def run(scale: str, device: str) -> Iterator[Result]:
         print(f"Not timed: log-probs {errors['ours']:.2g} nats off, HF's own {errors['hf']:.2g}")
         yield result
         return
-    bandwidth = measure_ceilings(device, compute_dtype(device)).bytes_per_s
+    bandwidth, rows = measure_ceilings(device, compute_dtype(device)).bytes_per_s, []
     for name, workload in workloads.items():
         figures = measure(model, engine, workload, device, rounds=3 if scale == "full" else 1)
         figures["floor_ms_per_step"] = floor_ms(engine, workload, bandwidth)
         if name == WITHOUT_GRAPHS and device == "cuda":
             figures |= graphs_off(model, workload)
+        seconds, steps = figures["seconds"], figures["decode_ms_per_step"]
         result.figures[name] = figures
-        result.ratios[f"tokens_per_s_vs_hf, {name}"] = figures["seconds"]["hf"] / figures["seconds"]["ours"]
-        steps = figures["decode_ms_per_step"]
+        result.ratios[f"tokens_per_s_vs_hf, {name}"] = seconds["hf"] / seconds["ours"]
         result.ratios[f"decode_vs_hf, {name}"] = steps["hf"] / steps["ours"]
+        rows.append([name, steps["hf"], steps["ours"], figures["floor_ms_per_step"], seconds["hf"] / seconds["ours"]])
         yield result
-    print_table(
-        "Decode, ms a step",
-        ["workload", "HF", "ours", "floor", "rollout, times faster"],
-        [
-            [name, *(f["decode_ms_per_step"][s] for s in ("hf", "ours")), f["floor_ms_per_step"], ratio]
-            for name, ratio in ((name, result.ratios[f"tokens_per_s_vs_hf, {name}"]) for name in workloads)
-            for f in [result.figures[name]]
-        ],
-    )
+    print_table("Decode, ms a step", ["workload", "HF", "ours", "floor", "rollout, times faster"], rows)
 
 
 def workloads_of(scale: str) -> dict[str, Workload]:
     """Groups of 8; 700-token prompts and 324 new tokens on a GPU."""
     if scale == "full":
         return {name.removeprefix("2B, "): workload for name, workload in CUDA_WORKLOADS.items()}
-    small = replace(TINY, prompts=1, patches=8, new_tokens=6)
-    return (
-        {"B=8": small}
-        if scale == "smoke"
-        else {"B=8": replace(small, new_tokens=24), "B=32": replace(small, prompts=4)}
-    )
+    small = replace(TINY, prompts=1, patches=8)
+    if scale == "smoke":
+        return {"B=8": replace(small, new_tokens=6)}
+    return {"B=8": replace(small, new_tokens=24), "B=32": replace(small, new_tokens=24, prompts=4)}
 
 
 @torch.no_grad()
@@ -87,17 +78,18 @@ def logprob_errors(model: Any, engine: SamplerEngine, workload: Workload) -> dic
 
     Exact is the same weights in float32, or float64 for a float32 model.
     """
-    ((_, (completion,)),) = our_rollout(engine, replace(workload, prompts=1, group=1), CHECKED_TOKENS).items()
-    prompt, tokens = build_prompts(workload)[0], completion.token_ids.to(model.device)
-    ids = torch.cat([prompt.input_ids.to(model.device), tokens])[None]
+    ((_, completions),) = our_rollout(engine, replace(workload, prompts=1), CHECKED_TOKENS).items()
+    prompt = build_prompts(workload)[0]
+    tokens = torch.stack([completion.token_ids for completion in completions]).to(model.device)  # [G, C]
+    ids = torch.cat([prompt.input_ids.to(model.device).expand(len(tokens), -1), tokens], dim=1)
 
     def of(judge: Any) -> Tensor:
-        logits = judge(input_ids=ids, **vision_inputs(judge, [prompt], ids), use_cache=False).logits[0]
-        scores = logits[-len(tokens) - 1 : -1].double()
-        return scores.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        logits = judge(input_ids=ids, **vision_inputs(judge, [prompt] * len(ids), ids), use_cache=False).logits
+        scores = logits[:, -CHECKED_TOKENS - 1 : -1].double().log_softmax(dim=-1)
+        return scores.gather(2, tokens[..., None]).squeeze(2)
 
     exact = of(copy.deepcopy(model).to(torch.float32 if model.dtype == torch.bfloat16 else torch.float64))
-    found = {"ours": completion.logprobs.to(exact), "hf": of(model)}
+    found = {"ours": torch.stack([completion.logprobs for completion in completions]).to(exact), "hf": of(model)}
     return {name: (logprobs - exact).abs().mean().item() for name, logprobs in found.items()}
 
 
