@@ -27,7 +27,7 @@ from fastgrpo_profiling import span
 from fastgrpo_profiling.phases import PHASES, phase_seconds
 from fastgrpo_profiling.span import SpanRecorder, record
 from harness import Result, parser, print_table, synchronize
-from scaling_fit import Axis, exponent, ranks_sentence, sentence
+from scaling_fit import NEGLIGIBLE, Axis, exponent, ranks_sentence, sentence
 
 from fastgrpo.demo.base_model import tiny_model
 from fastgrpo.policy import PackedPolicy
@@ -78,7 +78,7 @@ RANKS = (1, 2)
 def value_of(axis: str, point: Point) -> float:
     """Where a point lies along an axis."""
     if axis == "N":
-        return float(point.layers * (2.5 + 6) * point.hidden**2)  # attention with half as many KV heads, and the MLP
+        return 9.0 * point.layers * point.hidden**2  # 3 of attention with half as many KV heads, 6 of the MLP
     return float({"G": point.group, "P": point.prompt_tokens, "C": point.new_tokens, "pictures": point.pictures}[axis])
 
 
@@ -238,21 +238,32 @@ def scripted(prompt: Prompt, stepper: Stepper) -> WeightedGroup:
 
 def draw(axes: Sequence[Axis], path: Path) -> None:
     """Log-log, an axis a panel, the whole step in black; a dotted line grows in proportion."""
-    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3.4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(axes), figsize=(3.2 * len(axes), 3.6), squeeze=False)
+    spoken = {name for axis in axes for name, s in axis.phases.items() if max(s) >= NEGLIGIBLE * max(axis.seconds)}
+    colours = {name: f"C{i}" for i, name in enumerate(phase.name for phase in PHASES if phase.name in spoken)}
     for panel, axis in zip(panels[0], axes, strict=True):
-        for phase, seconds in axis.phases.items():
-            if max(seconds) >= 0.03 * max(axis.seconds):
-                panel.loglog(axis.values, seconds, marker=".", label=phase)
+        for phase in (phase for phase in colours if phase in axis.phases):
+            panel.loglog(axis.values, axis.phases[phase], color=colours[phase], marker=".", label=phase)
         panel.loglog(axis.values, axis.seconds, color="black", marker="o", label="step")
         guide = [axis.seconds[0] * value / axis.values[0] for value in axis.values]
-        panel.loglog(axis.values, guide, color="grey", linestyle=":")
+        panel.loglog(axis.values, guide, color="grey", linestyle=":", label="in proportion")
+        panel.set_xticks(axis.values, [short(value) for value in axis.values])
+        panel.xaxis.minorticks_off()
         panel.set_xlabel(f"{axis.name}: {axis.what}", fontsize=8)
-        panel.set_ylabel("seconds", fontsize=8)
         panel.tick_params(labelsize=7)
-        panel.legend(fontsize=6)
-    figure.tight_layout()
+    panels[0][0].set_ylabel("seconds", fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def short(value: float) -> str:
+    """2.2M, 139k, 64."""
+    if value >= 1e6:
+        return f"{value / 1e6:.1f}M"
+    return f"{value / 1e3:.0f}k" if value >= 1e4 else f"{value:,.0f}"
 
 
 def main() -> int:
