@@ -6,7 +6,7 @@ SEED ?= 0
 # Installed first, since other packages would pull in another build. Set it to the build that fits your machine.
 TORCH ?= torch==2.13.0
 
-.PHONY: install install-bench demo test test-all lint format bench aot clean
+.PHONY: install install-bench demo test test-all lint format bench bench-gate aot clean
 
 install: $(VENV)/.installed
 
@@ -46,8 +46,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# `make bench BENCH_FLAGS=--benchmark-autosave`, and after a change `make bench BENCH_FLAGS=--benchmark-compare`.
 bench: install
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only $(BENCH_FLAGS)
+
+# Fails where our time against the reference's, both of this run, has grown beyond what bench/gate.py tolerates.
+bench-gate: install
+	mkdir -p runs
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json runs/bench.json $(BENCH_FLAGS)
+	$(BIN)/python bench/gate.py runs/bench.json
 
 # Registers, spills and tensor cores of every kernel, compiled for GPUs that need not be there.
 aot: install

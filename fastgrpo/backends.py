@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.model.decoder import unsupported
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.objective import loss_params
 from fastgrpo.policy import PackedPolicy
 from fastgrpo.reference import ReferenceEngine, ReferencePolicy
@@ -19,12 +21,21 @@ from fastgrpo.types import Engine, Policy
 logger = logging.getLogger(__name__)
 
 
+def build_vision_cache(model: Any, config: GRPOConfig) -> VisionCache | None:
+    """What engine and policy share where the vision tower is frozen; None for text models and where it is off."""
+    if config.engine != "fast" or config.vision_cache_bytes == 0 or unsupported(model) is not None:
+        return None
+    tower = vision_tower(model)
+    return None if tower is None else VisionCache(tower, config.vision_cache_bytes)
+
+
 def build_engine(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: GRPOConfig,
     accelerator: Accelerator,
     version: Callable[[], int],
+    vision_cache: VisionCache | None = None,
 ) -> Engine:
     """The paged sampler; HF `generate` for `engine="reference"`, and with a warning for models it does not know.
 
@@ -40,6 +51,7 @@ def build_engine(
             device=accelerator.device,  # the model itself may be moved there later
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             autocast=accelerator.autocast,
+            vision_cache=vision_cache,
         )
     if config.engine == "fast":
         logger.warning(
@@ -60,7 +72,11 @@ def build_engine(
 
 
 def build_policy(
-    model: Any, reference_model: PreTrainedModel | None, config: GRPOConfig, accelerator: Accelerator
+    model: Any,
+    reference_model: PreTrainedModel | None,
+    config: GRPOConfig,
+    accelerator: Accelerator,
+    vision_cache: VisionCache | None = None,
 ) -> Policy:
     """The packed update; padded batches for `engine="reference"`, and with a warning for models it cannot pack."""
     shared: dict[str, Any] = {
@@ -76,6 +92,7 @@ def build_policy(
                 token_budget=config.token_budget,
                 attn_backend=config.attn_backend,
                 logprob_bytes=config.logprob_bytes,
+                vision_cache=vision_cache,
                 **shared,
             )
         except ValueError as error:

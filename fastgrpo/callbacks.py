@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from fastgrpo_profiling import SpanRecorder, record
+from fastgrpo_profiling.phases import PARTS
 from fastgrpo_profiling.trace import write_trace
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
+from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -22,8 +24,10 @@ SHOWN = {
     "kl": "kl {:.4f}",
     "entropy": "entropy {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "MFU {:.0%}",
 }
-"""Metric → how the progress line says it."""
+"""Metric → how the progress line says it; the shares of a step's time follow."""
+SMALLEST_SHARE = 0.01
 
 
 class ProgressDisplay(TrainerCallback):
@@ -41,12 +45,13 @@ class ProgressDisplay(TrainerCallback):
         if not state.is_world_process_zero or not self.console.is_terminal or self.config.disable_tqdm:
             return
         self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            # What a narrow terminal has no room for is cut here, not from the bar.
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self.console,
+            expand=True,
         )
         self.progress.start()
         self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
@@ -124,4 +129,6 @@ class StepTrace(TrainerCallback):
 
 
 def _figures(metrics: dict[str, float]) -> str:
-    return "  ".join(text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics)
+    told = [text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics]
+    shares = {part: metrics.get(f"share/{part}", 0.0) for part in PARTS}
+    return "  ".join([*told, *(f"{share:.0%} {part}" for part, share in shares.items() if share >= SMALLEST_SHARE)])

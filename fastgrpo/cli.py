@@ -187,6 +187,7 @@ def _profile(argv: Sequence[str]) -> None:
     parser.add_argument("--against", choices=tuple(OPPONENTS), default="plain", help=_listed(OPPONENTS))
     parser.add_argument("--steps", type=_at_least(1), default=5, help="timed steps of each side")
     parser.add_argument("--warmup", type=_at_least(0), default=1, help="steps of each side before them")
+    parser.add_argument("--scale", action="store_true", help="again with half the completions: how each phase grows")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/profile"))
     parser.add_argument("--trl_python", type=Path, default=Path(".venv-bench/bin/python"))
     options, flags = parser.parse_known_args(argv)

@@ -98,6 +98,9 @@ class GRPOConfig(TrainingArguments):
     logprob_bytes: int = _option(
         1 << 30, "Scratch of the LM head's log-probs; with room for tokens × vocabulary × 2 nothing is computed twice."
     )
+    vision_cache_bytes: int = _option(
+        1 << 30, "Features of pictures to keep, where the vision tower is frozen: none goes through it twice; 0 is off."
+    )
     sampler_max_rows: int = _option(256, "Completions that run at a time.")
     sampler_max_cache_tokens: int | None = _option(
         None, "Size of the KV cache; what a rollout needs if unset, on a GPU within its free memory."
@@ -314,6 +317,7 @@ class GRPOConfig(TrainingArguments):
         for name in ("token_budget", "logprob_bytes", "sampler_max_rows", "sampler_max_cache_tokens"):
             value = getattr(self, name)
             _check(name, value, value is None or value > 0, "1 or more")
+        _check("vision_cache_bytes", self.vision_cache_bytes, self.vision_cache_bytes >= 0, "0 (off) or more")
         _check("temperature", self.temperature, self.temperature > 0, "a number above 0")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or a positive number")

@@ -75,6 +75,8 @@ class PackedBatch:
     """[patches, patch_dim], each prompt's pictures once; None without pictures."""
     image_grid_thw: Tensor | None
     """[images, 3] int64."""
+    image_digests: tuple[bytes, ...]
+    """Of each image, `Prompt.image_digests`; of fewer where a prompt has none."""
     layout: SharedPrefixLayout
     rows: Tensor
     """[N] int64, the input token whose hidden state predicts each completion token; first tokens share a row."""
@@ -239,6 +241,7 @@ def _collate(groups: Sequence[WeightedGroup], pieces: Sequence[_Piece], company:
         position_ids=torch.cat(positions, dim=1),
         pixel_values=torch.cat(pixel_values) if pixel_values else None,
         image_grid_thw=torch.cat(grids) if grids else None,
+        image_digests=tuple(digest for p in prompts for digest in p.image_digests),
         layout=layout,
         rows=torch.cat(rows or [none.long()]),
         targets=torch.cat([group.completions[i].token_ids for group, i in sequences] or [none.long()]),

@@ -4,8 +4,8 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from fastgrpo.model.packed_forward import (
     require_packed_support,
     unwrap,
 )
+from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.shared_prefix import shared_prefix_layers
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.packing import PackedBatch, idle_batch, pack
 from fastgrpo.types import SamplingMismatch, UpdateResult, WeightedGroup
 
@@ -49,12 +52,14 @@ class PackedPolicy:
         accelerator: Accelerator | None = None,
         attn_backend: str = "auto",
         logprob_bytes: int = 1 << 30,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
             token_budget: input tokens of a micro-batch, prompts counted once.
             attn_backend: see `fastgrpo.model.attention_backends`.
             logprob_bytes: scratch of the LM head, see `linear_logprob`.
+            vision_cache: where to keep what the model's frozen vision tower sees; the sampler may share it.
 
         Raises:
             ValueError: a model family whose attention or head cannot be replaced; the message says what it is. Train
@@ -70,6 +75,7 @@ class PackedPolicy:
         self.accelerator = accelerator
         self.attn_backend = attn_backend
         self.logprob_bytes = logprob_bytes
+        self.vision_cache = vision_cache
         self.version = 0
         self._ranks = 1 if accelerator is None else accelerator.num_processes
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
@@ -80,7 +86,7 @@ class PackedPolicy:
         """See `Policy.logprobs`."""
         batches = self._micro_batches(groups, skip_beta=None)
         found: list[dict[int, Tensor]] = [{} for _ in groups]
-        with self._shared_prefix_layers():
+        with self._fast_layers():
             for batch in batches:
                 # Not through DDP, whose forward broadcasts buffers.
                 flat = self._forward(unwrap(self.model), batch.to(self._device), entropy=False).logprobs
@@ -96,7 +102,7 @@ class PackedPolicy:
         """
         batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
         outputs = []
-        with self._shared_prefix_layers():
+        with self._fast_layers():
             for i, batch in enumerate(batches):
                 with self._micro_batch(is_last=i == len(batches) - 1):
                     outputs.append(self._micro_step(batch.to(self._device)))
@@ -149,6 +155,7 @@ class PackedPolicy:
             entropy=entropy,
             attn_backend=self.attn_backend,
             logprob_bytes=self.logprob_bytes,
+            vision_cache=self.vision_cache,
         )
 
     @torch.no_grad()
@@ -168,9 +175,11 @@ class PackedPolicy:
         params = dataclasses.replace(self.loss_params, beta=0.0)
         return grpo_loss(none, none, none, lengths, params), sampling_mismatch(none, none, none.bool())
 
-    def _shared_prefix_layers(self) -> AbstractContextManager[None]:
-        models = [self.model, *([self.reference_model] if self.reference_model is not None else [])]
-        return shared_prefix_layers(*map(unwrap, models))
+    @contextmanager
+    def _fast_layers(self) -> Iterator[None]:
+        models = [unwrap(model) for model in (self.model, self.reference_model) if model is not None]
+        with shared_prefix_layers(*models), patches_by_matmul(*map(vision_tower, models)):
+            yield
 
     # What DDP and DeepSpeed want around a micro-batch
 

@@ -5,7 +5,6 @@ accelerate's. What is GRPO stands in `GRPOTrainer.training_step`.
 """
 
 import copy
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from fastgrpo_profiling import SpanRecorder, record, span
+from fastgrpo_profiling import span
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
@@ -23,13 +22,14 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages, group_advantages, nan_std
-from fastgrpo.backends import build_engine, build_policy
+from fastgrpo.backends import build_engine, build_policy, build_vision_cache
 from fastgrpo.callbacks import ProgressDisplay, StepTrace
 from fastgrpo.checkpoint import find_checkpoint, load_state
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.sampler import RolloutLoader, RolloutSampler
+from fastgrpo.live_figures import LiveFigures
 from fastgrpo.metrics import rollout_metrics, update_metrics
 from fastgrpo.model.load import cast_parameters
 from fastgrpo.resolve import (
@@ -129,14 +129,17 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             if self.is_deepspeed_enabled and (self.config.bf16 or self.config.fp16):
                 cast_parameters(reference_model, torch.bfloat16 if self.config.bf16 else torch.float16)
             reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
-        self.policy = build_policy(self.model, reference_model, self.config, self.accelerator)
+        self.vision_cache = build_vision_cache(self.model, self.config)
+        self.policy = build_policy(self.model, reference_model, self.config, self.accelerator, self.vision_cache)
         self.engine = build_engine(
             self.model,
             self.processing.tokenizer,
             self.config,
             self.accelerator,
             version=lambda: self.policy.version,
+            vision_cache=self.vision_cache,
         )
+        self.live_figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
         self.updates: list[list[WeightedGroup]] = []
         """The optimizer steps still to take on the last rollout."""
@@ -157,18 +160,18 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
         self.policy.model = model
         model.train()  # checkpointing and dropout ask for it; a loaded model starts in eval mode
-        with record() as spans:
-            if not self.updates:
-                groups = self.score(self.generate(inputs))
-                with span("advantages"):
-                    advantages = self.advantages(groups)
-                with span("update/plan"):
-                    self.updates = self.plan_updates(groups, advantages)
-                with span("log"):
-                    self.note_rollout(inputs, groups, advantages)
-            result = self.policy.accumulate(self.updates.pop(0))
+        if not self.updates:
+            groups = self.score(self.generate(inputs))
+            with span("advantages"):
+                advantages = self.advantages(groups)
+            with span("update/plan"):
+                self.updates = self.plan_updates(groups, advantages)
+            with span("log"):
+                self.note_rollout(inputs, groups, advantages)
+        self.live_figures.trains_on(self.updates[0])
+        result = self.policy.accumulate(self.updates.pop(0))
         with span("update/metrics"):
-            self.note_update(result, spans)
+            self.note_update(result)
         return result.loss * self.accelerator.num_processes  # transformers logs the mean over ranks
 
     def generate(self, batch: PromptBatch) -> list[tuple[Prompt, tuple[Completion, ...]]]:
@@ -248,15 +251,14 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             if self.config.log_completions:
                 self.run_log.completions(self.state.global_step + 1, rows)
         self._drawn_tokens = sum(row["length"] for row in rows)
+        self.live_figures.drew(groups)
 
-    def note_update(self, result: UpdateResult, spans: SpanRecorder) -> None:
-        """Metrics of an update, and where its time went."""
+    def note_update(self, result: UpdateResult) -> None:
+        """Metrics of an update."""
         self.step_metrics |= update_metrics(result, self.config.beta, self.accelerator)
         self.step_metrics |= {
             "num_tokens": float(self.state.num_input_tokens_seen),
             "skipped_rows": float(self.skipped_rows),
-            "time/data": self.data_seconds,
-            **{f"time/{name}": total.seconds for name, total in spans.totals.items()},
         }
 
     def _log_reward_metric(self, name: str, value: Any) -> None:
@@ -266,7 +268,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
         if "loss" in self.step_metrics:
             self.policy.version += 1
-            seconds = time.perf_counter() - self.step_start
+            spans, seconds = self.end_step()
             metrics = {
                 "epoch": self.state.epoch,
                 **self.step_metrics,
@@ -274,6 +276,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
                 "learning_rate": kwargs.get("learning_rate") or 0.0,
                 "step_time": seconds,
                 "tokens_per_second": self._drawn_tokens / seconds,
+                **self.live_figures.of_step(spans, seconds),
             }
             self.step_metrics, self._drawn_tokens = {}, 0
             for name, value in metrics.items():
@@ -313,6 +316,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         elif self.run_log:
             self.run_log.continue_after(state.get("step", 0))
         self.accelerator.wait_for_everyone()
+        self.live_figures.measure_ceiling()
         try:
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:

@@ -64,6 +64,8 @@ class Prompt:
     """The row's other columns, handed to reward functions by name."""
     thumbnail: bytes | None = None
     """The row's pictures side by side, JPEG, at most 224 px high: for logs and reports only."""
+    image_digests: tuple[bytes, ...] = ()
+    """Of each image, a hash of its pixels and grid, by which features of a frozen vision tower are kept; or empty."""
 
 
 @dataclass(frozen=True)

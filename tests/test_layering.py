@@ -27,6 +27,7 @@ LAYERS = [
     [
         "fastgrpo.packing",
         "fastgrpo.metrics",
+        "fastgrpo.live_figures",
         "fastgrpo.update_plan",
         "fastgrpo.checkpoint",
         "fastgrpo.run_log",

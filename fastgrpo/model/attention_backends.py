@@ -113,13 +113,16 @@ class _Tile(NamedTuple):
 
     def pad(self, flat: Tensor) -> Tensor:
         """[tokens, H, D] to [n, H, L, D]."""
-        rows = flat[None] if len(self.lengths) == 1 else pad_sequence(flat.split(self.lengths), batch_first=True)
-        return rows.transpose(1, 2)
+        if min(self.lengths) == max(self.lengths):
+            return flat.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
+        return pad_sequence(flat.split(self.lengths), batch_first=True).transpose(1, 2)
 
     def flatten(self, padded: Tensor) -> Tensor:
         """The other way round."""
         rows = padded.transpose(1, 2)
-        return torch.cat([row[:n] for row, n in zip(rows, self.lengths, strict=True)]) if len(rows) > 1 else rows[0]
+        if min(self.lengths) == max(self.lengths):
+            return rows.flatten(0, 1)
+        return torch.cat([row[:n] for row, n in zip(rows, self.lengths, strict=True)])
 
 
 def _tiles(segments: Segments, causal: bool) -> Iterator[_Tile]:

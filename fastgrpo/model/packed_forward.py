@@ -5,15 +5,17 @@ see an ordinary forward pass: transformers embeds tokens and pictures and runs t
 through the layout keyword (`shared_prefix`), and the head, for the length of the call, by the fused log-prob.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
 from torch import Tensor, nn
 
+from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.shared_prefix import SharedPrefix, require_support
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.packing import PackedBatch
 from fastgrpo.types import Prompt
 
@@ -52,6 +54,7 @@ def packed_logprobs(
     entropy: bool = True,
     attn_backend: str = "auto",
     logprob_bytes: int = 1 << 30,
+    vision_cache: VisionCache | None = None,
 ) -> LogprobOutput:
     """Log-probs and entropies [N] float32 of a batch's completion tokens, with gradient.
 
@@ -62,10 +65,11 @@ def packed_logprobs(
         batch: on the model's device.
         attn_backend: one of `config.ATTN_BACKENDS`.
         logprob_bytes: scratch of the head, `linear_logprob`'s byte budget.
+        vision_cache: features of pictures, where the tower is frozen.
     """
     pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
     options = {"temperature": temperature, "entropy": entropy}
-    with _logprob_head(unwrap(model), batch, options, logprob_bytes):
+    with _logprob_head(unwrap(model), batch, options, logprob_bytes), _kept_pictures(vision_cache, model, batch):
         found = model(
             input_ids=batch.input_ids[None],
             attention_mask=None,
@@ -78,8 +82,9 @@ def packed_logprobs(
     return LogprobOutput(*found.unbind()) if entropy else LogprobOutput(found[0], None)
 
 
-@contextmanager
-def _logprob_head(model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int) -> Iterator[None]:
+def _logprob_head(
+    model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int
+) -> AbstractContextManager[None]:
     """Meanwhile the model's head answers [1, T, H] with log-probs and entropies [2, N] in the place of logits."""
     head = model.get_output_embeddings()
     own_forward = head.forward
@@ -94,16 +99,14 @@ def _logprob_head(model: Any, batch: PackedBatch, options: dict[str, Any], byte_
             output = logprob_from_logits(logits, batch.targets, **options)
         return torch.stack([part for part in output if part is not None])
 
-    # On the instance: its `__call__`, and so every hook (ZeRO 3 gathers the weight in one), stays.
-    had_own = "forward" in vars(head)
-    head.forward = forward
-    try:
-        yield
-    finally:
-        if had_own:
-            head.forward = own_forward
-        else:
-            del head.forward
+    return replaced_forward(head, forward)
+
+
+def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) -> AbstractContextManager[None]:
+    """Meanwhile the model's vision tower takes from the cache what is there."""
+    if cache is None or batch.pixel_values is None:
+        return nullcontext()
+    return cache.serving(vision_tower(unwrap(model)), batch.image_digests)
 
 
 def company_prompt(model: Any) -> Prompt:
@@ -126,4 +129,5 @@ def company_prompt(model: Any) -> Prompt:
         pixel_values=torch.zeros(merge**2, patch_dim),
         image_grid_thw=torch.tensor([[1, merge, merge]]),
         text="",
+        image_digests=(b"company",),
     )

@@ -1,18 +1,21 @@
 """The pictures of prompts, seen by a vision tower: the policy's own, or a copy where the policy's is in pieces."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgrpo.model.decoder import base_model
+from fastgrpo.model.patch_embed import patches_by_matmul
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
 
 
 def vision_tower(model: Any) -> Any | None:
     """The policy's vision tower; None for a text model."""
-    return getattr(base_model(model).model, "visual", None)
+    return getattr(getattr(base_model(model), "model", None), "visual", None)
 
 
 def is_partitioned(tower: Any) -> bool:
@@ -29,17 +32,22 @@ def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:
     return copy
 
 
-def image_features(tower: Any, prompts: Sequence[Prompt]) -> list[Tensor | None]:
-    """Per prompt, the features [image tokens, H] of its pictures; None without any. One pass of the tower for all."""
+def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | None = None) -> list[Tensor | None]:
+    """Per prompt, the features [image tokens, H] of its pictures; None without any.
+
+    One pass of the tower for all, or for those that are not in the cache.
+    """
     seen = [p for p in prompts if p.pixel_values is not None]
     if not seen:
         return [None] * len(prompts)
     pixels = torch.cat([p.pixel_values for p in seen if p.pixel_values is not None])
     grids = [p.image_grid_thw for p in seen if p.image_grid_thw is not None]
+    digests = [digest for p in seen for digest in p.image_digests]
     was_training = tower.training
     tower.eval()
     try:
-        features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
+        with patches_by_matmul(tower), nullcontext() if cache is None else cache.serving(tower, digests):
+            features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
     finally:
         tower.train(was_training)
     merged = tower.spatial_merge_size**2

@@ -19,12 +19,13 @@ SMALL_NAME = "small phases"
 _BLUE, _ORANGE, _GREEN, _VIOLET, _PINK, _GOLD, _CYAN = SERIES
 COLOURS = {
     "data": _CYAN,
-    "images": _CYAN,
+    "images": _GOLD,
     "vision": _VIOLET,
     "prefill": _GREEN,
     "decode": _BLUE,
     "sampling": _GOLD,
     "generation": _CYAN,
+    "advantages": _PINK,
     "reference": _GOLD,
     "forward": _ORANGE,
     "head": _VIOLET,
@@ -59,7 +60,7 @@ def stacked_steps(report: ProfileReport) -> Chart:
                     axes.annotate(_time(width), above, ha="center", va="center", fontsize=8.5, color=MUTED)
             left = left + seconds
         for place, side, end in zip(places, report.sides.values(), left, strict=True):
-            axes.annotate(f" {_time(side.step_seconds.median)}", (end, place), va="center", fontsize=10, color=INK)
+            _beside(axes, _time(side.step_seconds.median), (end, place), fontsize=10, color=INK)
         _name_rows(axes, places, list(shown))
         axes.set_xlim(0, 1.12 * longest)
         axes.set_ylim(places[-1] - 0.4, 0.6)
@@ -122,7 +123,7 @@ def against_ceilings(report: ProfileReport) -> Chart | None:
             axes.barh(places, [100 * v for v in values], 0.36, color=(SERIES[0], BEFORE)[k % 2], label=name)
             for place, value in zip(places, values, strict=True):
                 if value:
-                    axes.annotate(f" {value:.1%}", (100 * value, place), va="center", fontsize=8.5, color=MUTED)
+                    _beside(axes, f"{value:.1%}", (100 * value, place), fontsize=8.5, color=MUTED)
             said.append(f"{name}: {one.mfu:.1%} of the ceiling over the whole step.")
         _name_rows(axes, [-i for i in range(len(rows))], rows)
         axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -217,6 +218,11 @@ def _name_rows(axes: Any, places: Sequence[float], names: Sequence[str]) -> None
     axes.grid(visible=False)
     axes.grid(visible=True, axis="x")
     axes.spines["left"].set_visible(False)
+
+
+def _beside(axes: Any, text: str, end: tuple[float, float], **style: Any) -> None:
+    """Writes to the right of a bar's end."""
+    axes.annotate(text, end, xytext=(5, 0), textcoords="offset points", va="center", **style)
 
 
 def _time(seconds: float) -> str:

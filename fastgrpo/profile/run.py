@@ -12,10 +12,12 @@ import torch
 import yaml
 from fastgrpo_profiling import span
 from fastgrpo_profiling.compare import Comparison, StepRecord, alternate
+from fastgrpo_profiling.growth import WHOLE, Growth
 from fastgrpo_profiling.phases import in_step_order
-from fastgrpo_profiling.report import Cost, ProfileReport, profile_report
+from fastgrpo_profiling.report import Cost, InsideDecode, ProfileReport, profile_report
 from fastgrpo_profiling.roofline import ModelShape, measure_ceilings
 from fastgrpo_profiling.trace import write_trace
+from fastgrpo_profiling.worker import WorkerSide
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +28,7 @@ from fastgrpo.data.synthetic import write_sat_parquet
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.launch import require_writable
+from fastgrpo.live_figures import compute_dtype, update_of
 from fastgrpo.profile import gate, sides
 from fastgrpo.profile.page import write_page
 from fastgrpo.profile.trl import compare_with_trl
@@ -41,6 +44,8 @@ QUIET = {
     "log_multimodal": "false",
 }
 """Settings of every profiled run: what is timed is training, not its reporting."""
+DECODE, DECODES_WATCHED = "rollout/decode", 4
+"""The span that is looked into, and in about how many places of a step, spread over its length."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class ProfileOptions:
     trl_python: Path
     flags: Sequence[str] = ()
     """Further training flags, which override the config's."""
+    scale: bool = False
+    """Also take the steps with half the completions a prompt, and show how each phase grows."""
 
 
 def run_profile(options: ProfileOptions) -> ProfileReport:
@@ -68,27 +75,25 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         sides.require_trl(options.trl_python)
     settings = training_flags(options)
     config, script = parse([*settings, "--output_dir", str(options.output_dir / "gate")])
+    if options.scale:
+        parse([*settings, *_half_group(config), "--output_dir", str(options.output_dir / "gate")])
     ours = sides.build_trainer(sides.OURS, config, script)
-    shape = _shape_of(ours.model.config)
+    shape = ModelShape.known(ours.model.config)
+    update, dtype = update_of(ours.model, config), compute_dtype(ours.model, config)
     device = ours.accelerator.device.type
     checked = _pass_gate(options, settings, config, script, ours)
     del ours
     gc.collect()  # trainer and engine know each other
     if device == "cuda":
         torch.cuda.empty_cache()
-    ceilings = measure_ceilings(device, _compute_dtype(config, script))
+    ceilings = measure_ceilings(device, dtype)
     console.print(f"checked: both sides agree; timing {options.steps} steps of each", highlight=False)
     with ExitStack() as stack:
-        started = [
-            sides.start_side(name, settings, options.output_dir, trl_python=options.trl_python)
-            for name in (sides.OURS, options.against)
-        ]
-        for side in started:
-            stack.callback(side.close)
+        started = _start_sides(options, settings, stack)
         introduced = {side.name: side.ready() for side in started}
         comparison = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
-    bytes_per_value = _compute_dtype(config, script).itemsize
-    cost = None if shape is None else Cost(shape, ceilings, bytes_per_value, config.beta > 0)
+        inside = {side.name: _inside_decode(side, comparison.traced[side.name]) for side in started}
+    cost = None if shape is None else Cost(shape, ceilings, dtype.itemsize, update)
     report = profile_report(
         comparison,
         {name: facts["held_bytes"] for name, facts in introduced.items()},
@@ -96,7 +101,9 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         ceilings,
         checked,
         span_off_seconds(),
-        _facts(config, script, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
+        _facts(config, script, dtype, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
+        InsideDecode.of(inside, device),
+        growth_of(options, settings, config, comparison) if options.scale else None,
     )
     _write(report, comparison, options.output_dir)
     print_report(report)
@@ -112,13 +119,14 @@ def training_flags(options: ProfileOptions) -> list[str]:
         named = {}  # `parse` says what is wrong with the file
     given = {token.split("=", 1)[0] for token in options.flags} | {f"--{name}" for name in named}
     flags = ["--config", str(options.config)]
-    rollouts = options.warmup + options.steps + 2
+    rollouts = options.warmup + options.steps + 3
     if "--model_name_or_path" not in given:
         flags += ["--model_name_or_path", str(BASE_MODEL_PATH)]
     flags += options.flags
     for name, value in QUIET.items():
         flags += [f"--{name}", value]
-    # One with a trace, and one that is not taken: a side answers for a step where the next one begins.
+    # One with a trace, one that looks inside decode, and one that is not taken: a side answers for a step where the
+    # next one begins.
     flags += ["--max_steps", str(rollouts)]
     if "--dataset_name" not in given:
         data = options.output_dir / "data" / "sat.parquet"
@@ -145,21 +153,47 @@ def _pass_gate(
     return checked.figures
 
 
+def _start_sides(options: ProfileOptions, settings: Sequence[str], stack: ExitStack) -> list[WorkerSide]:
+    """Both sides' processes, which end with `stack`."""
+    started = []
+    for name in (sides.OURS, options.against):
+        started.append(sides.start_side(name, settings, options.output_dir, trl_python=options.trl_python))
+        stack.callback(started[-1].close)
+    return started
+
+
+def _half_group(config: GRPOConfig) -> list[str]:
+    """Flags that draw half the completions for the same prompts."""
+    size = config.num_generations
+    if size % 2 or size < 4:
+        raise ValueError(f"--scale halves num_generations={size}: pass an even --num_generations of 4 or more.")
+    flags = {"num_generations": size}
+    if config.batch_unit == "completions":
+        flags["per_device_train_batch_size"] = config.per_device_train_batch_size
+        if config.generation_batch_size is not None:
+            flags["generation_batch_size"] = config.generation_batch_size
+    return [token for name, value in flags.items() for token in (f"--{name}", str(value // 2))]
+
+
+def growth_of(options: ProfileOptions, settings: Sequence[str], config: GRPOConfig, full: Comparison) -> Growth:
+    """Takes the steps again with half the completions a prompt; `full` are those with all."""
+    console.print(f"and again with {config.num_generations // 2} completions a prompt", highlight=False)
+    with ExitStack() as stack:
+        started = _start_sides(options, [*settings, *_half_group(config)], stack)
+        for side in started:
+            side.ready()
+        half = alternate(started, warmup=options.warmup, steps=options.steps, progress=_say)
+    size = config.num_generations
+    return Growth.of(f"{size // 2} to {size} completions a prompt", half.steps, full.steps)
+
+
+def _inside_decode(side: WorkerSide, traced: StepRecord) -> dict[str, float]:
+    spans = sum(event.name == DECODE for event in traced.events)
+    return side.step_inside(DECODE, every=max(spans // DECODES_WATCHED, 1)).inside
+
+
 def _say(side: str, index: int, step: StepRecord) -> None:
     console.print(f"step {index + 1}  {side}: {step.seconds:.2f} s, {step.tokens} tokens", highlight=False)
-
-
-def _compute_dtype(config: GRPOConfig, script: ScriptArguments) -> torch.dtype:
-    if config.bf16 or script.dtype == "bfloat16":
-        return torch.bfloat16
-    return torch.float16 if config.fp16 or script.dtype == "float16" else torch.float32
-
-
-def _shape_of(config: object) -> ModelShape | None:
-    try:
-        return ModelShape.from_config(config)
-    except AttributeError:
-        return None  # a family whose sizes have other names
 
 
 def span_off_seconds(count: int = 20_000) -> float:
@@ -172,14 +206,19 @@ def span_off_seconds(count: int = 20_000) -> float:
 
 
 def _facts(
-    config: GRPOConfig, script: ScriptArguments, device: str, threads: int, steps: Sequence[StepRecord]
+    config: GRPOConfig,
+    script: ScriptArguments,
+    dtype: torch.dtype,
+    device: str,
+    threads: int,
+    steps: Sequence[StepRecord],
 ) -> dict[str, str]:
     work = steps[-1].work
-    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
     return {
         "model": Path(script.model_name_or_path).name,
         "device": place,
-        "dtype": str(_compute_dtype(config, script)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "step": f"{config.prompts_per_rollout} prompts × {config.num_generations}",
         "prompt": f"{round(sum(work.prompts) / len(work.prompts))} tokens" if work else "–",
         "completion limit": f"{config.max_completion_length} tokens",
@@ -208,9 +247,14 @@ def print_report(report: ProfileReport) -> None:
     ratio = report.speedup
     output.print(
         f"{report.ours} is {ratio.median:.2f}× as fast as {report.theirs} ({ratio.low:.2f} … {ratio.high:.2f} turn by "
-        f"turn)\nceilings measured: {report.ceilings.told}; spans that nobody records cost {report.span_off_share:.3%}",
+        f"turn)\nceilings measured: {report.ceilings.told}\nspans that nobody records: "
+        f"{report.sides[report.ours].spans_per_step:.0f} a step × {1e9 * report.span_off_seconds:.0f} ns = "
+        f"{report.span_off_share:.3%} of a step",
         highlight=False,
     )
+    if report.growth:
+        told = ", ".join(f"{2 ** one[WHOLE]:.2f}× for {side}" for side, one in report.growth.exponents.items())
+        output.print(f"from {report.growth.doubled} a step takes {told}", highlight=False)
 
 
 def _write(report: ProfileReport, comparison: Comparison, output_dir: Path) -> None:

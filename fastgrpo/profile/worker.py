@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from fastgrpo_profiling.memory import MemoryProbe
-from fastgrpo_profiling.roofline import StepWork
 from fastgrpo_profiling.watch import watch_forward
 from fastgrpo_profiling.worker import TurnTaker, claim_stdout
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from fastgrpo.advantages import Advantages
 from fastgrpo.arguments import parse
+from fastgrpo.live_figures import trained_part, work_of
 from fastgrpo.profile.sides import build_trainer
 from fastgrpo.trainer import GRPOTrainer
 from fastgrpo.types import PromptBatch, RolloutGroup
@@ -34,18 +34,9 @@ class TurnTakingTrainer(GRPOTrainer):
 
     def note_rollout(self, batch: PromptBatch, groups: Sequence[RolloutGroup], advantages: Advantages) -> None:
         super().note_rollout(batch, groups, advantages)
-        work = work_of(groups)
-        self.turns.note(tokens=work.completion_tokens, reward=advantages.rewards.nanmean().item(), work=work)
-
-
-def work_of(groups: Sequence[RolloutGroup]) -> StepWork:
-    """What a rollout's lengths ask of a step."""
-    grids = [g.prompt.image_grid_thw for g in groups if g.prompt.image_grid_thw is not None]
-    return StepWork(
-        prompts=[len(group.prompt.input_ids) for group in groups],
-        pictures=[int(picture.prod()) for grid in grids for picture in grid],
-        completions=[[len(completion.token_ids) for completion in group.completions] for group in groups],
-    )
+        work, trained = work_of(groups), trained_part(self.updates[0], self.config.beta)
+        reward = advantages.rewards.nanmean().item()
+        self.turns.note(tokens=work.completion_tokens, reward=reward, work=work, trained=trained)
 
 
 def watch_generation(model: nn.Module, stack: ExitStack) -> None:

@@ -11,6 +11,8 @@ from fastgrpo.report.curves import time_shares
 from fastgrpo.report.plots import BEFORE, GRID, INK, MUTED, SERIES, Chart, Line, Panel, legend, panels, render
 from fastgrpo.report.run import Floats, Run
 
+SMALL_SPAN = 1
+"""Percent of a step's time."""
 _WIDE, _TALL = (5.3, 3.0), (5.3, 3.9)
 """Inches: a chart in one of the page's two columns."""
 
@@ -200,7 +202,9 @@ def time_spent(runs: Sequence[Run]) -> Chart | None:
     if shares is None:
         return None
     total = np.sum(list(shares.seconds.values()), axis=0)
-    fractions = {name: 100 * values / np.where(total > 0, total, 1.0) for name, values in shares.seconds.items()}
+    fractions = _merge_small(
+        {name: 100 * values / np.where(total > 0, total, 1.0) for name, values in shares.seconds.items()}
+    )
 
     def draw(figure: Figure) -> str:
         axes = figure.subplots()
@@ -219,5 +223,18 @@ def time_spent(runs: Sequence[Run]) -> Chart | None:
         said = ", ".join(f"{name} {values.mean():.0f} %" for name, values in fractions.items())
         return f"Share of step time by span, mean over training: {said}."
 
-    caption = "Where each step's time went. \u201cother\u201d is step time that no span covers: it should stay thin."
+    caption = (
+        f"Where each step's time went; spans under {SMALL_SPAN} % are drawn as one. \u201cother\u201d is step time "
+        "that no span covers: it should stay thin."
+    )
     return render("timeshares", _WIDE, draw, caption)
+
+
+def _merge_small(fractions: dict[str, Floats]) -> dict[str, Floats]:
+    """Spans under `SMALL_SPAN` percent on average as one, before what no span covers."""
+    small = [name for name, values in fractions.items() if name != "other" and values.mean() < SMALL_SPAN]
+    if len(small) < 2:
+        return fractions
+    kept = {name: values for name, values in fractions.items() if name not in (*small, "other")}
+    rest = {name: fractions[name] for name in ("other",) if name in fractions}
+    return {**kept, "small spans": np.sum([fractions[name] for name in small], axis=0), **rest}

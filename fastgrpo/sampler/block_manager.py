@@ -1,5 +1,6 @@
 """Which pages of the KV cache are taken, and by how many sequences."""
 
+from collections import deque
 from collections.abc import Sequence
 
 
@@ -10,7 +11,7 @@ class BlockManager:
         self.num_pages = num_pages
         self.page_size = page_size
         self.references = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # popped from the end: low pages first
+        self._free = deque(range(num_pages))
 
     def pages_for(self, tokens: int) -> int:
         """How many pages hold `tokens` tokens."""
@@ -25,11 +26,16 @@ class BlockManager:
     def used(self) -> int:
         return self.num_pages - self.free
 
-    def allocate(self, count: int, references: int = 1) -> list[int]:
-        """Takes `count` free pages, to be released `references` times. The caller has seen that there are as many."""
+    def allocate(self, count: int, references: int = 1, *, last: bool = False) -> list[int]:
+        """Takes `count` free pages, to be released `references` times. The caller has seen that there are as many.
+
+        Pages come in ascending order, the first or the `last` that are free, as long as none was released.
+        """
         assert references > 0
         assert count <= self.free, f"{count} pages wanted, {self.free} are free"
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() if last else self._free.popleft() for _ in range(count)]
+        if last:
+            pages.reverse()
         for page in pages:
             self.references[page] = references
         return pages

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastgrpo_profiling import unrecorded
 from torch import Tensor
 
 
@@ -42,7 +43,7 @@ class StepGraphs:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         # Other threads (a data loader's, say) may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with unrecorded(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             step(rows)
         self.finished.copy_(was_finished)
         return graph

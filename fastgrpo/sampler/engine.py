@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from fastgrpo_kernels import SampleParams
 from fastgrpo_profiling import span
+from torch import Tensor
 
 from fastgrpo.model.decoder import Decoder, DecoderShape, KVCache, base_model, unsupported
 from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
 from fastgrpo.sampler.prefill import Prefill
-from fastgrpo.sampler.runner import Limits, Runner
+from fastgrpo.sampler.runner import Ended, Limits, Runner
 from fastgrpo.sampler.scheduler import Scheduler
 from fastgrpo.sampler.sequence import PromptGroup
-from fastgrpo.types import Completion, Prompt, SamplingParams
+from fastgrpo.types import Completion, FinishReason, Prompt, SamplingParams
 from fastgrpo.weight_sync import sync_tower, sync_weights
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ class SamplerEngine:
         device: torch.device | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         on_progress: Callable[[Progress], None] | None = None,
+        vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +95,7 @@ class SamplerEngine:
             device: of weights and cache; None: where the model is now.
             autocast: the context that the vision tower runs in.
             on_progress: called after every look at the decode.
+            vision_cache: where to keep what a frozen vision tower sees; the policy may share it.
 
         Raises:
             ValueError: a model that the decoder cannot compute.
@@ -111,12 +115,15 @@ class SamplerEngine:
         self.suppressed = [t for name in names if (t := getattr(policy.config, name, None)) is not None]
         self.decoder = Decoder(DecoderShape.of(model), dtype or policy.dtype, device or policy.device)
         image_token = getattr(policy.config, "image_token_id", None)
-        self.prefill = Prefill(self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast)
+        self.prefill = Prefill(
+            self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast, vision_cache
+        )
         self.runner: Runner | None = None
         self.served: Limits | None = None
         """What the runner was asked to be, before memory cut its cache."""
         self.synced_version: int | None = None
         self._is_busy = False
+        self._aborted: set[int] = set()
 
     def sync(self) -> None:
         """Takes over the policy's weights. `generate` calls this when `version()` has changed; others need it only
@@ -149,11 +156,13 @@ class SamplerEngine:
             return
         groups = [PromptGroup.of(p, num_generations, seed=params.seed, step=step) for p in prompts]
         runner = self._runner_for(groups, params)
+        assert self.served is not None
         scheduler = Scheduler(
             BlockManager(runner.limits.pages, self.options.page_size),
             max_rows=runner.limits.rows,
             max_groups=runner.limits.groups,
             max_new_tokens=params.max_new_tokens,
+            short_of_memory=runner.limits.pages < self.served.pages,
         )
         for group in groups:
             scheduler.add(group)
@@ -167,6 +176,14 @@ class SamplerEngine:
         finally:
             runner.arrange([])
             self._is_busy = False
+            self._aborted.clear()
+
+    def abort(self, row_id: int) -> None:
+        """Ends a prompt's completions at the next look at the decode; call it between two groups, or in `on_progress`.
+
+        They come with what was drawn of them, nothing if they had not begun, and with finish reason "abort".
+        """
+        self._aborted.add(row_id)
 
     def _admit(self, scheduler: Scheduler, runner: Runner) -> None:
         """Lets in who fits; where nobody does, closes ranks once that makes a step cheaper."""
@@ -189,9 +206,9 @@ class SamplerEngine:
     ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
         """Takes out the sequences that have ended; yields the groups that are complete."""
         with span("rollout/check"):
-            ended = runner.ended()
+            ended = [*self._take_aborted(scheduler, runner), *runner.ended()]
+            texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
         complete: list[PromptGroup] = []
-        texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
         for (sequence, tokens, logprobs, sampling_logprobs), text in zip(ended, texts, strict=True):
             scheduler.finish(sequence)
             group = sequence.group
@@ -200,7 +217,7 @@ class SamplerEngine:
                 sequence.index,
                 tokens,
                 text,
-                "stop" if int(tokens[-1]) in self.eos_ids else "length",
+                self._finish_reason(tokens, runner.limits.max_new_tokens),
                 logprobs,
                 sampling_logprobs,
             )
@@ -211,6 +228,18 @@ class SamplerEngine:
         progress.report()
         for group in complete:
             yield group.prompt, tuple(group.completions[i] for i in range(len(group.sequences)))
+
+    def _take_aborted(self, scheduler: Scheduler, runner: Runner) -> list[Ended]:
+        """Stops the rows of aborted prompts; returns those of their sequences that have none yet."""
+        aborted = [s for s in (*scheduler.running, *scheduler.waiting) if s.group.prompt.row_id in self._aborted]
+        runner.stop([s.row for s in aborted if s.row is not None])
+        none = torch.zeros(0)
+        return [Ended(s, none.long(), none, none) for s in aborted if s.row is None]
+
+    def _finish_reason(self, tokens: Tensor, max_new_tokens: int) -> FinishReason:
+        if len(tokens) and int(tokens[-1]) in self.eos_ids:
+            return "stop"
+        return "length" if len(tokens) == max_new_tokens else "abort"
 
     def _runner_for(self, groups: Sized[PromptGroup], params: SamplingParams) -> Runner:
         """The runner of the last call where its buffers and settings serve, otherwise a new one."""
@@ -250,6 +279,8 @@ class SamplerEngine:
             return limits
         # The first rollout comes before gradients and Adam's two moments, in float32, are there.
         coming = sum(12 * p.numel() for p in self.model.parameters() if p.requires_grad and p.grad is None)
+        if self.prefill.vision_cache is not None:
+            coming += self.prefill.vision_cache.room
         free, _ = torch.cuda.mem_get_info(self.decoder.device)
         unused = torch.cuda.memory_reserved(self.decoder.device) - torch.cuda.memory_allocated(self.decoder.device)
         page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)

@@ -1,8 +1,4 @@
-"""Prompts into the KV cache, once for all completions of a group, a bounded number of tokens at a time.
-
-Features of a frozen vision tower are not kept for the next epoch: a prompt comes once in each, and the features of ten
-thousand prompts of Qwen2-VL-2B would fill several GB.
-"""
+"""Prompts into the KV cache, once for all completions of a group, a bounded number of tokens at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +11,7 @@ from torch import Tensor
 
 from fastgrpo.model.decoder import Chunk, Decoder, KVCache
 from fastgrpo.model.vision import image_features
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.sequence import PromptGroup
 
 
@@ -54,6 +51,7 @@ class Prefill:
         image_token: Any,
         max_tokens: int,
         autocast: Callable[[], AbstractContextManager[Any]],
+        vision_cache: VisionCache | None,
     ) -> None:
         """`image_token`: a picture's placeholder; `max_tokens` bounds a pass; the tower runs in `autocast`."""
         self.decoder = decoder
@@ -61,6 +59,7 @@ class Prefill:
         self.image_token = image_token
         self.max_tokens = max_tokens
         self.autocast = autocast
+        self.vision_cache = vision_cache
 
     def run(self, groups: Sequence[PromptGroup], cache: KVCache, page_size: int) -> None:
         """Fills the pages of the groups' prompts and sets their `first_logits`."""
@@ -91,7 +90,7 @@ class Prefill:
         if all(p.pixel_values is None for p in prompts):
             return embeddings
         with span("rollout/vision"), self.autocast():
-            features = image_features(self.tower, prompts)
+            features = image_features(self.tower, prompts, self.vision_cache)
         for prompt, rows, seen in zip(prompts, embeddings, features, strict=True):
             if seen is not None:
                 places = (prompt.input_ids == self.image_token).nonzero().squeeze(1)

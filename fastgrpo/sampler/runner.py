@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fastgrpo_kernels import PagedLayout, SampleParams, sample
+from fastgrpo_profiling import span
 from torch import Tensor
 
 from fastgrpo.model.decoder import Decoder, KVCache
@@ -190,25 +191,26 @@ class Runner:
 
     def _draw(self, logits: Tensor, state: RowState, active: Tensor) -> None:
         """Draws from logits [B, V], notes tokens and log-probs, and who has ended."""
-        output = sample(
-            logits,
-            self.params,
-            seeds=state.seeds,
-            counters=state.counters,
-            seen=state.seen,
-            suppressed=self.suppressed,
-        )
-        token = output.tokens.unsqueeze(1)
-        column = torch.where(active, state.counters, self.limits.max_new_tokens).unsqueeze(1)
-        state.drawn.scatter_(1, column, token)
-        state.logprobs.scatter_(1, column, output.logprobs.unsqueeze(1))
-        state.sampling_logprobs.scatter_(1, column, output.sampling_logprobs.unsqueeze(1))
-        torch.where(active, output.tokens, state.tokens, out=state.tokens)
-        if state.seen is not None:
-            state.seen.scatter_(1, token, state.seen.gather(1, token) | active.unsqueeze(1))
-        state.counters.add_(active)
-        is_end = (token == self.eos_ids).any(dim=1) | (state.counters >= self.limits.max_new_tokens)
-        state.finished.logical_or_(is_end)
+        with span("rollout/sample"):  # in a replayed graph, part of `rollout/decode`
+            output = sample(
+                logits,
+                self.params,
+                seeds=state.seeds,
+                counters=state.counters,
+                seen=state.seen,
+                suppressed=self.suppressed,
+            )
+            token = output.tokens.unsqueeze(1)
+            column = torch.where(active, state.counters, self.limits.max_new_tokens).unsqueeze(1)
+            state.drawn.scatter_(1, column, token)
+            state.logprobs.scatter_(1, column, output.logprobs.unsqueeze(1))
+            state.sampling_logprobs.scatter_(1, column, output.sampling_logprobs.unsqueeze(1))
+            torch.where(active, output.tokens, state.tokens, out=state.tokens)
+            if state.seen is not None:
+                state.seen.scatter_(1, token, state.seen.gather(1, token) | active.unsqueeze(1))
+            state.counters.add_(active)
+            is_end = (token == self.eos_ids).any(dim=1) | (state.counters >= self.limits.max_new_tokens)
+            state.finished.logical_or_(is_end)
 
     # Between steps
 
@@ -278,6 +280,11 @@ class Runner:
                 row[sequence.group.prompt.input_ids.to(row.device)] = True
         logits = [_first_logits(sequence.group) for sequence in sequences]
         self._draw(torch.cat(logits), state, state.finished.logical_not())
+
+    def stop(self, rows: list[int]) -> None:
+        """These rows count as ended, with the tokens they have."""
+        if rows:
+            self.state.finished[self._to_device(rows, torch.int64)] = True
 
     def ended(self) -> list["Ended"]:
         """Looks which rows have ended since the last look. Waits for the device."""

@@ -14,9 +14,21 @@ from fastgrpo.sampler.sequence import PromptGroup, Sequence
 class Scheduler:
     """Admits waiting sequences and takes back the pages of those that end."""
 
-    def __init__(self, blocks: BlockManager, *, max_rows: int, max_groups: int, max_new_tokens: int) -> None:
-        """At most `max_rows` sequences of at most `max_groups` prompts run at a time."""
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_rows: int,
+        max_groups: int,
+        max_new_tokens: int,
+        short_of_memory: bool = False,
+    ) -> None:
+        """At most `max_rows` sequences of at most `max_groups` prompts run at a time.
+
+        `short_of_memory`: the cache is as small as it is for want of memory, not because a setting says so.
+        """
         self.blocks = blocks
+        self.short_of_memory = short_of_memory
         self.max_rows = max_rows
         self.max_groups = max_groups
         # The last token drawn is never read back, so it needs no place.
@@ -34,9 +46,19 @@ class Scheduler:
         needed = self.blocks.pages_for(group.length) + self.suffix_pages
         if needed > self.blocks.num_pages:
             size = self.blocks.page_size
+            room = self.blocks.num_pages * size
+            row = (
+                f"row {group.prompt.row_id} has a prompt of {group.length} tokens and needs {needed * size} with its "
+                "completion"
+            )
+            if self.short_of_memory:
+                raise ValueError(
+                    f"the GPU has free memory for a KV cache of {room} tokens: {row}. Lower max_completion_length, "
+                    "max_pixels (smaller pictures) or vision_cache_bytes, or free memory: train fewer parameters, or "
+                    "end other processes on this GPU."
+                )
             raise ValueError(
-                f"max_cache_tokens={self.blocks.num_pages * size} is too small: row {group.prompt.row_id} has a prompt "
-                f"of {group.length} tokens and needs {needed * size} with its completion. Raise max_cache_tokens, or "
+                f"max_cache_tokens={room} is too small: {row}. Raise it (of a run: sampler_max_cache_tokens), or "
                 "lower the prompt or completion length."
             )
         self.waiting.extend(group.sequences)
@@ -53,7 +75,9 @@ class Scheduler:
             sequence = self.waiting.popleft()
             group = sequence.group
             if not group.pages:
-                group.pages = self.blocks.allocate(self.blocks.pages_for(group.length), references=group.unfinished)
+                count = self.blocks.pages_for(group.length)
+                group.pages = self.blocks.allocate(count, references=group.unfinished, last=True)
+            # From the other end: sequences side by side get pages side by side, which a CPU reads in place.
             sequence.pages = self.blocks.allocate(self.suffix_pages)
             groups.add(id(group))
             self.running.append(sequence)

@@ -55,40 +55,21 @@ def rope_and_cache(
             f"cos {shape_of(cos)}, sin {shape_of(sin)}, slots {shape_of(slots)} do not fit query {shape_of(query)}: "
             "pass [T, D], [T, D] and [T]."
         )
-    name = pick_backend(query, backend)
-    return _op(query, key, value, cos, sin, key_cache, value_cache, slots, name)
+    if pick_backend(query, backend) == "torch":
+        return reference.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
+    return _op(query, key, value, cos, sin, key_cache, value_cache, slots)
 
 
 _library = torch.library.Library("fastgrpo_kernels", "FRAGMENT")
 _library.define(
     "rope_and_cache(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
-    "Tensor(b!) value_cache, Tensor slots, str backend) -> Tensor"
+    "Tensor(b!) value_cache, Tensor slots) -> Tensor"
 )
 _op = torch.ops.fastgrpo_kernels.rope_and_cache.default
 
 
-def _rope_and_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    slots: Tensor,
-    backend: str,
-) -> Tensor:
-    if backend == "torch":
-        return reference.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
-    return _launch(query, key, value, cos, sin, key_cache, value_cache, slots)
-
-
-def _fake(query: Tensor, *_: Tensor | str) -> Tensor:
+def _fake(query: Tensor, *_: Tensor) -> Tensor:
     return query.new_empty(query.shape)
-
-
-_library.impl("rope_and_cache", _rope_and_cache, "CompositeExplicitAutograd")
-torch.library.register_fake("fastgrpo_kernels::rope_and_cache", _fake, lib=_library)
 
 
 def _launch(
@@ -129,6 +110,10 @@ def _launch(
             num_warps=1 if heads // kv_heads <= 2 else 4,
         )
     return rotated
+
+
+_library.impl("rope_and_cache", _launch, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgrpo_kernels::rope_and_cache", _fake, lib=_library)
 
 
 @triton.jit

@@ -77,6 +77,8 @@ def paged_attention(
     if grouped is None:
         prefix_room = layout.prefix_tables.shape[1] * key_cache.shape[1]
         grouped = name == "torch" or prefix_room >= GROUPED_FROM_TOKENS
+    if name == "torch":
+        return reference.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped)
     return _op(
         query,
         key_cache,
@@ -89,15 +91,14 @@ def paged_attention(
         layout.cu_prefix_rows,
         scale,
         grouped,
-        name,
     )
 
 
 _library = torch.library.Library("fastgrpo_kernels", "FRAGMENT")
 _library.define(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor suffix_tables, Tensor suffix_lens, "
-    "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped, "
-    "str backend) -> Tensor"
+    "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped) "
+    "-> Tensor"
 )
 _op = torch.ops.fastgrpo_kernels.paged_attention.default
 
@@ -114,15 +115,12 @@ def _paged_attention(
     cu_prefix_rows: Tensor,
     scale: float,
     grouped: bool,
-    backend: str,
 ) -> Tensor:
     layout = PagedLayout(suffix_tables, suffix_lens, prefix_tables, prefix_lens, prefix_ids, cu_prefix_rows)
-    if backend == "torch":
-        return reference.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped)
     return _launch(query, key_cache, value_cache, layout, scale, grouped)
 
 
-def _fake(query: Tensor, *_: Tensor | float | bool | str) -> Tensor:
+def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
     return query.new_empty(query.shape)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgrpo_kernels import reference
 from fastgrpo_kernels.backend import Backend, pick_backend
 from fastgrpo_kernels.reference.checks import shape_of
-from fastgrpo_kernels.sampling_kernels import least_score_kernel, merge_kernel, scan_kernel
+from fastgrpo_kernels.sampling_kernels import least_score_kernel, scan_kernel, winner_kernel
 from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import SampleOutput, SampleParams
 
@@ -63,9 +63,11 @@ def sample(
     name = pick_backend(logits, backend)
     if name == "triton" and logits.dtype == torch.float64:
         raise ValueError("logits are float64, which backend triton does not compute in: cast them, or use torch.")
+    if name == "torch":
+        return reference.sample(logits, params, seeds=seeds, counters=counters, seen=seen, suppressed=suppressed)
     p = params
     output = _op(
-        logits, seeds, counters, seen, suppressed, p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty, name
+        logits, seeds, counters, seen, suppressed, p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty
     )
     return SampleOutput(*output)
 
@@ -73,7 +75,7 @@ def sample(
 _library = torch.library.Library("fastgrpo_kernels", "FRAGMENT")
 _library.define(
     "sample(Tensor logits, Tensor seeds, Tensor counters, Tensor? seen, Tensor? suppressed, float temperature, "
-    "int top_k, float top_p, float min_p, float repetition_penalty, str backend) -> (Tensor, Tensor, Tensor)"
+    "int top_k, float top_p, float min_p, float repetition_penalty) -> (Tensor, Tensor, Tensor)"
 )
 _op = torch.ops.fastgrpo_kernels.sample.default
 
@@ -89,11 +91,8 @@ def _sample(
     top_p: float,
     min_p: float,
     repetition_penalty: float,
-    backend: str,
 ) -> SampleOutput:
     params = SampleParams(temperature, top_k, top_p, min_p, repetition_penalty)
-    if backend == "torch":
-        return reference.sample(logits, params, seeds=seeds, counters=counters, seen=seen, suppressed=suppressed)
     return _launch(logits, params, seeds, counters, seen, suppressed)
 
 
@@ -187,7 +186,7 @@ def _launch(
         num_warps=4,
     )
     launch(
-        merge_kernel,
+        winner_kernel,
         (rows,),
         logits,
         seen_bytes,

@@ -217,7 +217,7 @@ def scan_kernel(
 
 
 @triton.jit
-def merge_kernel(
+def winner_kernel(
     logits: tl.tensor,
     seen: tl.tensor,
     sums: tl.tensor,

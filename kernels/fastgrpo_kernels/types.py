@@ -108,10 +108,11 @@ def check_option(name: str, value: object, valid: bool, wanted: str) -> None:
         raise ValueError(f"{name}={value!r} is not valid: use {wanted}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PagedLayout:
     """Where each decode row's keys and values lie: the pages of a prefix that rows share, then pages of its own.
 
+    The layers of a decode step share one; the next step makes another, rather than change its tensors.
     The rows of prefix p are cu_prefix_rows[p] … cu_prefix_rows[p + 1]. Table entries past a length are never read.
     """
 

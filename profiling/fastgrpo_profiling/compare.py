@@ -26,13 +26,17 @@ class StepRecord:
     span_count: int = 0
     events: list[SpanEvent] = field(default_factory=list)
     work: StepWork | None = None
+    trained: StepWork | None = None
+    """The part of it that had a gradient; None: all."""
+    inside: dict[str, float] = field(default_factory=dict)
+    """Of a step that looked inside a span: kind of kernel (`kernels.KINDS`) → seconds."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "StepRecord":
         """The inverse of `dataclasses.asdict`."""
         events = [SpanEvent(**event) for event in record.get("events", ())]
-        work = StepWork(**record["work"]) if record.get("work") else None
-        return cls(**{**record, "events": events, "work": work})
+        works = {name: StepWork(**record[name]) for name in ("work", "trained") if record.get(name)}
+        return cls(**{**record, "events": events, **works})
 
 
 class Side(Protocol):

@@ -39,6 +39,14 @@ PHASES: tuple[Phase, ...] = (
 )
 """In the order of a step. A new leaf span needs a place here, or its time shows as unattributed."""
 
+PARTS: dict[str, tuple[str, ...]] = {
+    "rollout": ("vision", "prefill", "decode", "sampling", "generation", "sync"),
+    "reward": ("rewards",),
+    "update": ("packing", "old log-probs", "reference", "forward", "head", "backward", "optimizer"),
+}
+"""A step in three parts, for one line; what is in none of them is `OTHER`."""
+OTHER = "other"
+
 UNATTRIBUTED = "unattributed"
 """The time of a step that no leaf span covers; a parent's own time is part of it."""
 
@@ -65,3 +73,14 @@ def phase_seconds(own_seconds: Mapping[str, float], step_seconds: float) -> dict
             found[PHASE_OF[name]] += seconds
     rest = max(step_seconds - sum(found.values()), 0.0)
     return {name: seconds for name, seconds in found.items() if seconds > 0} | {UNATTRIBUTED: rest}
+
+
+def part_shares(own_seconds: Mapping[str, float], step_seconds: float) -> dict[str, float]:
+    """Share of a step by part, the rest as `OTHER`; they add up to 1.
+
+    Args: as of `phase_seconds`.
+    """
+    phases = phase_seconds(own_seconds, step_seconds)
+    whole = sum(phases.values())
+    shares = {part: sum(phases.get(name, 0.0) for name in names) / whole for part, names in PARTS.items()}
+    return shares | {OTHER: 1 - sum(shares.values())}

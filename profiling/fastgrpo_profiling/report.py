@@ -1,14 +1,17 @@
 """A comparison's figures in one record: what profile.json holds, and what tables and pages are drawn from."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastgrpo_profiling.compare import Comparison, Spread, StepRecord, median_phases, paired_ratio, unattributed_share
+from fastgrpo_profiling.growth import Growth
+from fastgrpo_profiling.kernels import KINDS, OTHER_KERNELS
 from fastgrpo_profiling.roofline import (
     Ceilings,
     ModelShape,
     StepWork,
+    Update,
     Utilisation,
     decode_bytes,
     step_flops,
@@ -39,6 +42,29 @@ class SideFigures:
 
 
 @dataclass(frozen=True)
+class InsideDecode:
+    """What ran inside some decode spans of a further step, which no span saw."""
+
+    told_apart_by: str
+    shares: dict[str, dict[str, float]]
+    """Side → kind of kernel (`kernels.KINDS`) → share of the time."""
+
+    @classmethod
+    def of(cls, seconds: Mapping[str, Mapping[str, float]], device: str) -> "InsideDecode":
+        """Args: seconds: side → kind → seconds (`StepRecord.inside`)."""
+        shares = {
+            side: {kind: one / sum(kinds.values()) for kind, one in kinds.items()} for side, kinds in seconds.items()
+        }
+        names = "names of the GPU's kernels" if device == "cuda" else "names of PyTorch's operators"
+        return cls(f"{names}, from torch.profiler", shares)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Those of either side."""
+        return [kind for kind in (*KINDS, OTHER_KERNELS) if any(kind in one for one in self.shares.values())]
+
+
+@dataclass(frozen=True)
 class ProfileReport:
     """What `fastgrpo profile` found."""
 
@@ -50,9 +76,13 @@ class ProfileReport:
     ceilings: Ceilings
     gate: dict[str, float]
     """What was compared before timing → how far it was apart."""
+    span_off_seconds: float
+    """What a span costs while nobody records."""
     span_off_share: float
-    """Spans of a step × the cost of one while nobody records ÷ the step."""
+    """Spans of a step × that ÷ the step."""
     facts: dict[str, str] = field(default_factory=dict)
+    inside_decode: InsideDecode | None = None
+    growth: Growth | None = None
 
 
 @dataclass(frozen=True)
@@ -62,25 +92,30 @@ class Cost:
     shape: ModelShape
     ceilings: Ceilings
     bytes_per_value: int
-    reference_pass: bool
+    update: Update
 
 
 def side_figures(
-    steps: Sequence[StepRecord], held_at_start: int, cost: Cost | None, work: StepWork | None
+    steps: Sequence[StepRecord],
+    held_at_start: int,
+    cost: Cost | None,
+    works: Sequence[tuple[StepWork, StepWork | None]],
 ) -> SideFigures:
     """Sums up one side.
 
     Args:
         held_at_start: bytes its process held when its model was loaded.
         cost: None where the model's sizes could not be read.
-        work: the lengths of a typical step.
+        works: of each step what it drew, and the part of it that had a gradient; empty where that is not known.
     """
     phases = median_phases(steps)
     used = None
-    if cost is not None and work is not None:
+    if cost is not None and works:
+        flops = [step_flops(cost.shape, drawn, cost.update, trained) for drawn, trained in works]
+        traffic = [decode_bytes(cost.shape, drawn, bytes_per_value=cost.bytes_per_value) for drawn, _ in works]
         used = utilisation(
-            step_flops(cost.shape, work, reference_pass=cost.reference_pass),
-            decode_bytes(cost.shape, work, bytes_per_value=cost.bytes_per_value),
+            {phase: statistics.fmean(one[phase] for one in flops) for phase in flops[0]},
+            statistics.fmean(traffic),
             [step.seconds for step in steps],
             phases,
             cost.ceilings,
@@ -108,17 +143,19 @@ def profile_report(
     gate: dict[str, float],
     span_off_seconds: float,
     facts: dict[str, str],
+    inside_decode: InsideDecode | None = None,
+    growth: Growth | None = None,
 ) -> ProfileReport:
     """The figures of two sides, the first of them ours.
 
     A side that does not say what its lengths were is held to have done our work, scaled to its tokens.
     """
     ours, theirs = comparison.steps
-    typical = comparison.steps[ours][-1].work
     sides = {}
     for name, steps in comparison.steps.items():
-        work = steps[-1].work or (typical and _scaled(typical, steps[-1].tokens))
-        sides[name] = side_figures(steps, held_at_start[name], cost, work)
+        turns = zip(steps, comparison.steps[ours], strict=True)
+        works = [_work_of(step, our_step) for step, our_step in turns if our_step.work is not None]
+        sides[name] = side_figures(steps, held_at_start[name], cost, works)
     step = sides[ours].step_seconds.median
     return ProfileReport(
         ours,
@@ -127,12 +164,22 @@ def profile_report(
         paired_ratio(comparison.steps[theirs], comparison.steps[ours]),
         ceilings,
         gate,
+        span_off_seconds,
         sides[ours].spans_per_step * span_off_seconds / step,
         facts,
+        inside_decode,
+        growth,
     )
 
 
-def _scaled(work: StepWork, tokens: int) -> StepWork:
-    """The same prompts, with `tokens` shared evenly by all completions."""
-    each = round(tokens / max(sum(map(len, work.completions)), 1))
+def _work_of(step: StepRecord, ours: StepRecord) -> tuple[StepWork, StepWork | None]:
+    if step.work is not None:
+        return step.work, step.trained
+    assert ours.work is not None
+    each = round(step.tokens / max(sum(map(len, ours.work.completions)), 1))
+    return _of_length(ours.work, each), None if ours.trained is None else _of_length(ours.trained, each)
+
+
+def _of_length(work: StepWork, each: int) -> StepWork:
+    """The same prompts, with completions of `each` tokens."""
     return StepWork(work.prompts, work.pictures, [[each] * len(group) for group in work.completions])

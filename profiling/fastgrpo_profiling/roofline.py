@@ -1,8 +1,9 @@
 """What a step must compute and move, against what the machine was measured to do in the same run.
 
 FLOPs are those of the model, counted once for work that need be done once: a group's picture and prompt are encoded
-once, not for each of its completions, and logits are taken of completion tokens only. So the MFU of two
-implementations of one step differs by their time alone, and work done twice counts for neither.
+once, not for each of its completions, and logits are taken of completion tokens only; a tower that does not train sees
+a picture once a step, since its features can be kept. So the MFU of two implementations of one step differs by their
+time alone, and work done twice counts for neither.
 """
 
 import statistics
@@ -33,17 +34,27 @@ class Ceilings:
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, *, repeats: int = 5) -> Ceilings:
-    """Times a square matrix product (8192 on a GPU, 1024 on a CPU) and a copy (1 GiB, 128 MiB); the best of a few."""
-    size, copied = (8192, 2**30) if device == "cuda" else (1024, 2**27)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
+    """Times a matrix product (`measure_flops`) and a copy (1 GiB on a GPU, 128 MiB on a CPU); the best of each."""
+    copied = 2**30 if device == "cuda" else 2**27
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
     return Ceilings(
-        flops_per_s=2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=product), device, repeats),
+        flops_per_s=measure_flops(device, dtype, repeats=repeats),
         bytes_per_s=2 * copied / _best_seconds(lambda: target.copy_(source), device, repeats),
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def measure_flops(device: str, dtype: torch.dtype, *, repeats: int = 5) -> float:
+    """FLOP/s of a square matrix product, 8192 wide on a GPU, 1024 on a CPU; the best of `repeats`, after one unseen.
+
+    Some 10 ms on a GPU, 0.1 to 0.2 s on a CPU's core. Draws nothing from torch's global generator.
+    """
+    size = 8192 if device == "cuda" else 1024
+    draw = torch.Generator(device).manual_seed(0)  # zeros would let a GPU clock higher than work does
+    left, right = (torch.randn(size, size, device=device, generator=draw).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=product), device, repeats)
 
 
 def _best_seconds(work: Callable[[], Any], device: str, repeats: int) -> float:
@@ -103,6 +114,14 @@ class ModelShape:
             **seeing,
         )
 
+    @classmethod
+    def known(cls, config: Any) -> "ModelShape | None":
+        """As `from_config`; None for a family whose sizes have other names."""
+        try:
+            return cls.from_config(config)
+        except AttributeError:
+            return None
+
     @property
     def layer_weights(self) -> int:
         """Matrix entries of one decoder layer."""
@@ -141,32 +160,76 @@ class StepWork:
     def completion_tokens(self) -> int:
         return sum(map(sum, self.completions))
 
+    @property
+    def prompt_pairs(self) -> float:
+        """(query, key) pairs that attend within prompts."""
+        return sum(p * (p + 1) / 2 for p in self.prompts)
 
-def step_flops(shape: ModelShape, work: StepWork, *, reference_pass: bool) -> dict[str, float]:
-    """Model FLOPs of a GRPO step by phase; a backward pass counts twice its forward pass.
+    @property
+    def completion_pairs(self) -> float:
+        """(query, key) pairs whose query is a completion's token."""
+        groups = zip(self.prompts, self.completions, strict=True)
+        return sum(c * p + c * (c + 1) / 2 for p, group in groups for c in group)
 
-    Args:
-        reference_pass: whether the objective needs a frozen model's log-probs (beta above 0).
-    """
-    prompt_tokens, drawn = sum(work.prompts), work.completion_tokens
-    prompt_pairs = sum(p * (p + 1) / 2 for p in work.prompts)
-    drawn_pairs = sum(
-        c * p + c * (c + 1) / 2 for p, group in zip(work.prompts, work.completions, strict=True) for c in group
-    )
-    vision = sum(map(shape.vision_flops, work.pictures))
-    prefill = shape.text_flops(prompt_tokens, prompt_pairs)
-    decode = shape.text_flops(drawn, drawn_pairs)
-    head = shape.head_flops(drawn)
-    forward = vision + prefill + decode
+
+NOTHING = StepWork([], [], [])
+
+
+@dataclass(frozen=True)
+class Update:
+    """Which passes an update makes over what it trains on, and which weights they are for."""
+
+    reference_pass: bool
+    """Whether the objective needs a frozen model's log-probs (beta above 0)."""
+    old_logprobs_pass: bool = False
+    """Whether log-probs are taken of the whole rollout before the first update on it."""
+    text_trains: bool = True
+    """The decoder's own weights have gradients; adapters, next to nothing to compute, do not count."""
+    vision_trains: bool = True
+    """The vision tower's weights have gradients."""
+
+
+def rollout_flops(shape: ModelShape, drawn: StepWork) -> dict[str, float]:
+    """Model FLOPs of drawing completions, by phase."""
+    tokens = drawn.completion_tokens
     return {
-        "vision": vision,
-        "prefill": prefill + shape.head_flops(len(work.prompts)),
-        "decode": decode + head,
-        "reference": (forward + head) * reference_pass,
+        "vision": sum(map(shape.vision_flops, drawn.pictures)),
+        "prefill": shape.text_flops(sum(drawn.prompts), drawn.prompt_pairs) + shape.head_flops(len(drawn.prompts)),
+        "decode": shape.text_flops(tokens, drawn.completion_pairs) + shape.head_flops(tokens),
+    }
+
+
+def update_flops(shape: ModelShape, trained: StepWork, update: Update) -> dict[str, float]:
+    """Model FLOPs of an update on `trained`, by phase.
+
+    A backward pass costs its forward pass once for activations and, where weights train, once more for them.
+    """
+    tokens = sum(trained.prompts) + trained.completion_tokens
+    pairs = trained.prompt_pairs + trained.completion_pairs
+    vision = sum(map(shape.vision_flops, trained.pictures)) * update.vision_trains
+    forward = vision + shape.text_flops(tokens, pairs)
+    head = shape.head_flops(trained.completion_tokens)
+    passes = 1 + update.text_trains
+    return {
+        "reference": (forward + head) * update.reference_pass,
         "forward": forward,
         "head": head,
-        "backward": 2 * (forward + head),
+        "backward": 2 * vision + shape.text_flops(passes * tokens, 2 * pairs) + passes * head,
     }
+
+
+def step_flops(shape: ModelShape, drawn: StepWork, update: Update, trained: StepWork | None = None) -> dict[str, float]:
+    """Model FLOPs of a GRPO step by phase.
+
+    Args:
+        drawn: the rollout; `NOTHING` for a further update on an earlier one.
+        trained: the part of it that has a gradient; None: all.
+    """
+    flops = rollout_flops(shape, drawn) | update_flops(shape, drawn if trained is None else trained, update)
+    if update.old_logprobs_pass:
+        once = update_flops(shape, drawn, update)
+        flops["old log-probs"] = once["forward"] + once["head"]
+    return flops
 
 
 def decode_bytes(shape: ModelShape, work: StepWork, *, bytes_per_value: int) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -48,6 +48,13 @@ class SpanEvent:
     thread: int
     held_bytes: int | None = None
     """Memory held at its end."""
+
+
+class SpanListener(Protocol):
+    """Hears of spans while they open and close, from every thread."""
+
+    def enter(self, name: str) -> None: ...
+    def exit(self) -> None: ...
 
 
 @dataclass
@@ -177,24 +184,24 @@ class _Off:
 class _Span:
     """A span while somebody does."""
 
-    __slots__ = ("name", "recorders")
+    __slots__ = ("listeners", "name")
 
-    def __init__(self, name: str, recorders: tuple[SpanRecorder, ...]) -> None:
+    def __init__(self, name: str, listeners: tuple[SpanListener, ...]) -> None:
         self.name = name
-        self.recorders = recorders
+        self.listeners = listeners
 
     def __enter__(self) -> None:
         if _NVTX:
             nvtx.push_range(self.name)
-        for recorder in self.recorders:
-            recorder.enter(self.name)
+        for listener in self.listeners:
+            listener.enter(self.name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            for recorder in self.recorders:
-                recorder.exit()
+            for listener in self.listeners:
+                listener.exit()
         finally:
             if _NVTX:
                 nvtx.pop_range()
@@ -203,26 +210,46 @@ class _Span:
 _OFF = _Off()
 # NVTX ranges mean something only to a profiler attached to a CUDA process.
 _NVTX = nvtx is not None and torch.cuda.is_available()
-_recorders: tuple[SpanRecorder, ...] = ()
+_listeners: tuple[SpanListener, ...] = ()
 
 
 def span(name: str) -> AbstractContextManager[None]:
     """A span named by its path (`"rollout/decode"`), closed and counted even when its body raises."""
-    return _Span(name, _recorders) if _recorders or _NVTX else _OFF
+    return _Span(name, _listeners) if _listeners or _NVTX else _OFF
+
+
+@contextmanager
+def listen(listener: SpanListener) -> Iterator[None]:
+    """Tells `listener` of the block's spans. Blocks may end in any order."""
+    global _listeners
+    _listeners = (*_listeners, listener)
+    try:
+        yield
+    finally:
+        _listeners = tuple(other for other in _listeners if other is not listener)
 
 
 @contextmanager
 def record(recorder: SpanRecorder | None = None) -> Iterator[SpanRecorder]:
     """Collects every span of the block into `recorder`, by default a new one that times the current device.
 
-    Blocks nest: every open block sees the span. Totals are complete when the block has ended.
+    Every open block sees the span, and blocks may end in any order. Totals are complete when the block has ended.
     """
-    global _recorders
     recorder = recorder or SpanRecorder(on_device=torch.cuda.is_available())
-    outer, _recorders = _recorders, (*_recorders, recorder)
     recorder.begin()
     try:
-        yield recorder
+        with listen(recorder):
+            yield recorder
     finally:
-        _recorders = outer
         recorder.end()
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Spans opened meanwhile are not recorded: a CUDA graph's capture would take a recorder's events for its own."""
+    global _listeners
+    outer, _listeners = _listeners, ()
+    try:
+        yield
+    finally:
+        _listeners = outer

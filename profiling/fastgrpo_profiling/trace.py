@@ -34,12 +34,18 @@ def chrome_trace(sides: Mapping[str, Sequence[SpanEvent]]) -> Trace:
 def write_trace(path: Path, sides: Mapping[str, Sequence[SpanEvent]]) -> None:
     """Writes `chrome_trace` of the sides to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(chrome_trace(sides)) + "\n")
+    path.write_text(json.dumps(chrome_trace(sides), allow_nan=False) + "\n")
 
 
 def problems(trace: Trace) -> list[str]:
-    """What a viewer would draw wrongly: negative times, and spans of one thread that overlap without nesting."""
+    """What a viewer would draw wrongly: negative times, spans of one thread that overlap without nesting, counters that
+    are no amounts, and processes without a name."""
     found = []
+    named = {event["pid"] for event in trace["traceEvents"] if event["name"] == "process_name"}
+    found += [f"process {pid} has no name" for pid in sorted({e["pid"] for e in trace["traceEvents"]} - named)]
+    for event in trace["traceEvents"]:
+        if event["ph"] == "C" and not (event["ts"] >= 0 and all(amount >= 0 for amount in event["args"].values())):
+            found.append(f"counter {event['name']} has a negative time or amount")
     by_thread: dict[tuple[int, int], list[tuple[int, int, str]]] = {}
     for event in trace["traceEvents"]:
         if event["ph"] != "X":

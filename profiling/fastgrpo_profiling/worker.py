@@ -19,9 +19,10 @@ from typing import IO, Any
 import torch
 
 from fastgrpo_profiling.compare import StepRecord
+from fastgrpo_profiling.kernels import KernelWatch
 from fastgrpo_profiling.memory import MemoryProbe
 from fastgrpo_profiling.roofline import StepWork
-from fastgrpo_profiling.span import SpanRecorder, record, span
+from fastgrpo_profiling.span import SpanRecorder, listen, record, span
 
 
 class WorkerError(RuntimeError):
@@ -55,9 +56,16 @@ class WorkerSide:
 
     def step(self, trace: bool) -> StepRecord:
         """Takes the next step."""
+        return self._ask({"trace": trace})
+
+    def step_inside(self, name: str, every: int) -> StepRecord:
+        """Takes the next step, untimed, and profiles every `every`-th of its spans of this name (`kernels`)."""
+        return self._ask({"trace": False, "inside": name, "every": every})
+
+    def _ask(self, question: Mapping[str, Any]) -> StepRecord:
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"trace": trace}) + "\n")
+            self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the read says why
@@ -101,17 +109,21 @@ class TurnTaker:
         self.probe = MemoryProbe(device)
         self.tokens, self.reward = 0, math.nan
         self.work: StepWork | None = None
+        self.trained: StepWork | None = None
         self._block: ExitStack | None = None
         self._recorder = SpanRecorder()
+        self._watch: KernelWatch | None = None
         self._start = 0.0
 
     def introduce(self, **facts: Any) -> None:
         """Says what this side is; the first line."""
         self._answer(facts)
 
-    def note(self, *, tokens: int, reward: float, work: StepWork | None = None) -> None:
-        """What the step under way drew, and earned."""
-        self.tokens, self.reward, self.work = tokens, reward, work
+    def note(
+        self, *, tokens: int, reward: float, work: StepWork | None = None, trained: StepWork | None = None
+    ) -> None:
+        """What the step under way drew, and earned; and which part of its work had a gradient (None: all)."""
+        self.tokens, self.reward, self.work, self.trained = tokens, reward, work, trained
 
     def next_step(self) -> None:
         """Answers for the step that ends here and waits to be asked for the next.
@@ -124,8 +136,9 @@ class TurnTaker:
         line = self.asks.readline()
         if not line:
             raise SystemExit(0)
-        trace = bool(json.loads(line)["trace"])
-        self.tokens, self.reward, self.work = 0, math.nan, None
+        question = json.loads(line)
+        trace = bool(question["trace"])
+        self.tokens, self.reward, self.work, self.trained = 0, math.nan, None, None
         self._recorder = SpanRecorder(
             on_device=self.device == "cuda", trace=trace, memory=self.probe if trace else None
         )
@@ -133,6 +146,10 @@ class TurnTaker:
         self._synchronize()
         self._start = time.perf_counter()
         self._block.enter_context(record(self._recorder))
+        self._watch = None
+        if "inside" in question:
+            self._watch = KernelWatch(question["inside"], self.device, question["every"])
+            self._block.enter_context(listen(self._watch))
         self._block.enter_context(span("step"))
 
     def _finish(self) -> None:
@@ -151,6 +168,8 @@ class TurnTaker:
             span_count=sum(total.count for total in totals.values()),
             events=self._recorder.events,
             work=self.work,
+            trained=self.trained,
+            inside=self._watch.seconds if self._watch else {},
         )
         self._answer(asdict(step))
 

@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastgrpo.data.prompts import image_digests
 from fastgrpo.model.load import load_policy
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.policy import PackedPolicy
 from fastgrpo.reference import ReferencePolicy
 from fastgrpo.types import Completion, Prompt, WeightedGroup
@@ -35,14 +38,10 @@ def group(row: int, words: int, picture: bool, lengths: Sequence[int], image: in
     ids = torch.randint(10, WORDS, (words,), generator=draw)
     if picture:
         ids[1] = image
-    prompt = Prompt(
-        row,
-        ids,
-        torch.arange(words).expand(3, -1),
-        torch.randn(4, patch_dim, generator=draw) if picture else None,
-        torch.tensor([[1, 2, 2]]) if picture else None,
-        "",
-    )
+    pixels = torch.randn(4, patch_dim, generator=draw) if picture else None
+    grid = torch.tensor([[1, 2, 2]]) if picture else None
+    digests = image_digests(pixels, grid)
+    prompt = Prompt(row, ids, torch.arange(words).expand(3, -1), pixels, grid, "", image_digests=digests)
     tokens = [torch.randint(10, WORDS, (n,), generator=draw) for n in lengths]
     guess = [torch.full((n,), -6.0) for n in lengths]
     return WeightedGroup(
@@ -83,18 +82,18 @@ def run_single(model: Any) -> dict[str, Tensor]:
     for step in range(STEPS):
         policy.accumulate([g for rank in range(2) for g in groups_of(rank, step, model.config)])
         if step == 0:
-            found = {f"gradient.{name}": p.grad.clone() for name, p in model.named_parameters()}
+            found = {f"gradient.{name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         optimizer.step()
         optimizer.zero_grad()
     return found | parameters(model)
 
 
 def run_ranks(model: Any, scenario: str, accelerator: Accelerator) -> dict[str, Tensor]:
-    """`ddp`, or `zero1`, `zero2`, `zero3`, with `-bf16` behind it or not."""
-    config, names = model.config, [name for name, _ in model.named_parameters()]
+    """`ddp`, or `zero1`, `zero2`, `zero3`; with `-bf16`, or `-frozen` (and a cache), or nothing behind it."""
+    config, trained = model.config, {name: p for name, p in model.named_parameters() if p.requires_grad}
     reference = load_policy(sys.argv[1]).requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    if scenario == "ddp":
+    if is_ddp := scenario.startswith("ddp"):
         engine: Any = DistributedDataParallel(model)
     else:
         settings = {
@@ -109,17 +108,20 @@ def run_ranks(model: Any, scenario: str, accelerator: Accelerator) -> dict[str, 
         engine.train()
         if scenario.endswith("bf16"):
             reference = reference.bfloat16()
-    policy = PackedPolicy(model, PARAMS, token_budget=12, reference_model=reference, accelerator=accelerator)
+    cache = VisionCache(vision_tower(model), 1 << 20) if scenario.endswith("frozen") else None
+    policy = PackedPolicy(
+        model, PARAMS, token_budget=12, reference_model=reference, accelerator=accelerator, vision_cache=cache
+    )
     policy.model = engine
     found: dict[str, Tensor] = {}
 
     def note_gradients() -> None:
         if not found:
-            for name, p in zip(names, model.parameters(), strict=True):
-                gradient = p.grad if scenario == "ddp" else safe_get_full_grad(p)
+            for name, p in trained.items():
+                gradient = p.grad if is_ddp else safe_get_full_grad(p)
                 found[f"gradient.{name}"] = gradient.detach().float().clone()
 
-    if scenario != "ddp":
+    if not is_ddp:
         take_step = engine.step
 
         def noted_step() -> None:
@@ -131,10 +133,12 @@ def run_ranks(model: Any, scenario: str, accelerator: Accelerator) -> dict[str, 
         groups = groups_of(accelerator.process_index, step, config)
         policy.logprobs(groups)  # uneven numbers of passes must not hang
         policy.accumulate(groups)
-        if scenario == "ddp":
+        if is_ddp:
             note_gradients()
             optimizer.step()
             optimizer.zero_grad()
+    if cache is not None:  # of partitioned weights it keeps nothing
+        assert (cache.hits > cache.misses > 0) == (scenario != "zero3-frozen"), (cache.hits, cache.misses)
     return found | parameters(engine)
 
 
@@ -144,8 +148,8 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     for scenario in scenarios:
         torch.manual_seed(0)
-        model = load_policy(model_dir)
-        found = run_single(model) if scenario == "single" else run_ranks(model, scenario, accelerator)
+        model = load_policy(model_dir, freeze_vision=scenario.endswith("frozen"))
+        found = run_single(model) if scenario.startswith("single") else run_ranks(model, scenario, accelerator)
         if accelerator.is_main_process:
             save_file(found, Path(output_dir) / f"{scenario}.safetensors")
     if torch.distributed.is_initialized():

@@ -14,6 +14,7 @@ from fastgrpo.model.load import load_policy
 
 SCRIPT = Path(__file__).with_name("packed_ranks_run.py")
 FLOAT32 = ("ddp", "zero1", "zero2", "zero3")
+FROZEN = ("ddp-frozen", "zero2-frozen", "zero3-frozen")
 BFLOAT16 = ("zero2-bf16", "zero3-bf16")
 Found = dict[str, dict[str, Tensor]]
 
@@ -34,11 +35,13 @@ def run(launcher: list[str], *arguments: str) -> None:
 def found(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """The first step's gradients and the last parameters, by scenario."""
     out = tmp_path_factory.mktemp("ranks")
-    run([], str(tiny_model_dir), str(out), "single")
+    run([], str(tiny_model_dir), str(out), "single", "single-frozen")
+    scenarios = (*FLOAT32, *FROZEN, *BFLOAT16)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run(launcher, str(tiny_model_dir), str(out), *FLOAT32, *BFLOAT16)
+    run(launcher, str(tiny_model_dir), str(out), *scenarios)
     start = {f"start.{name}": p.detach() for name, p in load_policy(str(tiny_model_dir)).named_parameters()}
-    return {"start": start} | {name: load_file(out / f"{name}.safetensors") for name in ("single", *FLOAT32, *BFLOAT16)}
+    names = ("single", "single-frozen", *scenarios)
+    return {"start": start} | {name: load_file(out / f"{name}.safetensors") for name in names}
 
 
 def gradient_norm(gradients: dict[str, Tensor]) -> float:
@@ -47,16 +50,22 @@ def gradient_norm(gradients: dict[str, Tensor]) -> float:
 
 def update_error(found: Found, scenario: str) -> float:
     """‖θ − θ of one process‖ / ‖θ of one process − θ at the start‖, all parameters together."""
-    single, ours, start = found["single"], found[scenario], found["start"]
+    single, ours, start = found[single_of(scenario)], found[scenario], found["start"]
     names = [name.removeprefix("start.") for name in start]
     off = torch.stack([(ours[f"end.{name}"] - single[f"end.{name}"]).norm() for name in names]).norm()
     moved = torch.stack([(single[f"end.{name}"] - start[f"start.{name}"]).norm() for name in names]).norm()
     return (off / moved).item()
 
 
-@pytest.mark.parametrize("scenario", FLOAT32)
+def single_of(scenario: str) -> str:
+    """What one process did on the same model."""
+    return "single-frozen" if scenario in FROZEN else "single"
+
+
+@pytest.mark.parametrize("scenario", [*FLOAT32, *FROZEN])
 def test_gathered_gradients_and_parameters_in_float32(found: Found, scenario: str) -> None:
-    single, ours = found["single"], found[scenario]
+    """With a frozen vision tower, its features kept, too."""
+    single, ours = found[single_of(scenario)], found[scenario]
     assert ours.keys() == single.keys()
     least = 1e-3 * gradient_norm(single)
     for name in (name for name in single if name.startswith("gradient.")):

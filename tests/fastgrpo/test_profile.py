@@ -2,24 +2,29 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from fastgrpo_profiling.compare import Comparison, StepRecord
-from fastgrpo_profiling.report import Cost, profile_report
-from fastgrpo_profiling.roofline import Ceilings, ModelShape, StepWork
+from fastgrpo_profiling.growth import WHOLE, Growth
+from fastgrpo_profiling.report import Cost, InsideDecode, profile_report
+from fastgrpo_profiling.roofline import Ceilings, ModelShape, StepWork, Update
 from fastgrpo_profiling.span import SpanEvent
 from fastgrpo_profiling.trace import problems
 
+from fastgrpo import policy
 from fastgrpo.arguments import parse
 from fastgrpo.cli import main
+from fastgrpo.model import packed_forward
+from fastgrpo.profile import run, sides
 from fastgrpo.profile.page import render_page
 from fastgrpo.profile.run import ProfileOptions, training_flags
 from fastgrpo.profile.sides import OURS, PAPER, build_trainer
 
 SMALL = (
-    "{batch_unit: prompts, per_device_train_batch_size: 2, num_generations: 2, max_completion_length: 6, beta: 0.04, "
+    "{batch_unit: prompts, per_device_train_batch_size: 2, num_generations: 4, max_completion_length: 6, beta: 0.04, "
     "use_cpu: true}"
 )
 
@@ -48,7 +53,19 @@ def test_profile_against_plain_end_to_end(config_file, tiny_model_dir, sat_file,
         assert side["tokens"] > 0
         assert side["peak_bytes"] > 0
         assert side["utilisation"]["mfu"] > 0
+        inside = record["inside_decode"]["shares"][name]
+        assert sum(inside.values()) == pytest.approx(1)
+        assert {"attention", "matrix products"} <= inside.keys()
+    assert record["sides"]["ours"]["phases"]["sampling"] > 0
+    assert record["inside_decode"]["shares"]["ours"]["sampling"] > 0
+    assert "operators" in record["inside_decode"]["told_apart_by"]
+    assert record["span_off_share"] == pytest.approx(
+        record["sides"]["ours"]["spans_per_step"]
+        * record["span_off_seconds"]
+        / record["sides"]["ours"]["step_seconds"]["median"]
+    )
     assert record["gate"]["prompts that differ"] == 0
+    assert record["growth"] is None
 
     trace = json.loads((output_dir / "trace.json").read_text())
     assert problems(trace) == []
@@ -59,12 +76,79 @@ def test_profile_against_plain_end_to_end(config_file, tiny_model_dir, sat_file,
     assert not re.search(r"""(src|href)=["']https?:""", page)
 
 
+class ScriptedSide:
+    """Stands for a side's process; its decode takes 1 s."""
+
+    def __init__(self, name: str, settings: Sequence[str]) -> None:
+        self.name, self.settings = name, settings
+
+    def ready(self) -> dict[str, int]:
+        return {}
+
+    def step(self, trace: bool) -> StepRecord:
+        return StepRecord(2.0, 1, 0.0, 0, {"rollout/decode": 1.0, "rollout/vision": 1.0})
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "halves"),
+    [
+        ([], {"num_generations": 2, "per_device_train_batch_size": 2}),
+        (
+            ["--batch_unit", "completions", "--per_device_train_batch_size", "16", "--generation_batch_size", "32"],
+            {"num_generations": 2, "per_device_train_batch_size": 8, "generation_batch_size": 16},
+        ),
+    ],
+)
+def test_scale_takes_the_steps_again_with_half_the_completions(flags, halves, config_file, tmp_path, monkeypatch):
+    started: list[ScriptedSide] = []
+
+    def start_side(name, settings, *_, **__):
+        started.append(ScriptedSide(name, settings))
+        return started[-1]
+
+    monkeypatch.setattr(sides, "start_side", start_side)
+    options = ProfileOptions(config_file, "plain", 2, 0, tmp_path, Path("python"), flags, scale=True)
+    settings = training_flags(options)
+    config, _ = parse([*settings, "--output_dir", str(tmp_path)])
+    full = [StepRecord(3.0, 1, 0.0, 0, {"rollout/decode": 2.0, "rollout/vision": 1.0})]
+    found = run.growth_of(options, settings, config, Comparison({OURS: full, "plain": full}, {}))
+    assert found.doubled == "2 to 4 completions a prompt"
+    assert found.exponents["plain"] == {"vision": 0, "decode": 1, WHOLE: pytest.approx(0.585, abs=1e-3)}
+    assert [side.name for side in started] == [OURS, "plain"]
+    half, _ = parse([*started[0].settings, "--output_dir", str(tmp_path)])
+    assert {name: getattr(half, name) for name in halves} == halves
+    assert half.prompts_per_rollout == config.prompts_per_rollout
+
+
+@pytest.mark.parametrize("op", ["grpo_loss", "linear_logprob"])
+def test_an_op_with_a_flipped_sign_is_refused_a_timing(
+    op, config_file, tiny_model_dir, sat_file, tmp_path, monkeypatch, capsys
+):
+    module = {"grpo_loss": policy, "linear_logprob": packed_forward}[op]
+    right = getattr(module, op)
+
+    def flipped(*args, **kwargs):
+        output = right(*args, **kwargs)
+        return output._replace(**{output._fields[0]: -output[0]})
+
+    monkeypatch.setattr(module, op, flipped)
+    monkeypatch.setattr(run, "alternate", lambda *_, **__: pytest.fail("a broken op was timed"))
+    given = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(sat_file)]
+    assert main(["profile", str(config_file), "--output_dir", str(tmp_path / "profile"), *given]) == 2
+    assert "refused a timing" in capsys.readouterr().err
+    assert not (tmp_path / "profile" / "profile.json").exists()
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
         (["none.yaml"], "none.yaml"),
         (["CONFIG", "--against", "unsloth"], "unsloth"),
         (["CONFIG", "--steps", "0"], "--steps"),
+        (["CONFIG", "--scale", "--num_generations", "2"], "--scale halves num_generations=2"),
         (["CONFIG", "--against", "trl", "--trl_python", "nowhere/python"], "make install-bench"),
         (["CONFIG", "--learning_rat", "1"], "--learning_rat"),
     ],
@@ -82,7 +166,7 @@ def test_a_config_without_model_and_data_gets_the_demos(config_file, tmp_path):
     config, script = parse([*training_flags(options), "--output_dir", str(tmp_path)])
     assert Path(script.dataset_name).is_file()
     assert Path(script.model_name_or_path).name == "tiny-qwen2-vl-base"
-    assert (config.max_steps, config.learning_rate, config.save_strategy) == (6, 0.5, "no")
+    assert (config.max_steps, config.learning_rate, config.save_strategy) == (7, 0.5, "no")
 
 
 def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
@@ -99,7 +183,7 @@ def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
     assert trainer.policy.reference_model is not trainer.model
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    assert calls == [1, 1, 1, 1]
+    assert calls == 8 * [1]
     assert all(torch.equal(p, before[n]) for n, p in trainer.policy.reference_model.named_parameters())
 
 
@@ -117,11 +201,13 @@ def test_the_page_shows_both_sides_and_loads_nothing(known):
     report = profile_report(
         comparison,
         {OURS: 1 << 30, "plain": 1 << 30},
-        Cost(shape, ceilings, 4, True) if known else None,
+        Cost(shape, ceilings, 4, Update(reference_pass=True)) if known else None,
         ceilings,
         {"loss": 1e-7},
         1e-7,
         {"model": "<b>tiny</b>"},
+        InsideDecode.of({OURS: {"attention": 3.0, "other": 1.0}, "plain": {}}, "cuda") if known else None,
+        Growth("4 to 8 completions a prompt", {OURS: {"decode": 1.0}, "plain": {WHOLE: 0.5}}) if known else None,
     )
     assert report.speedup.median == 4
     assert report.sides[OURS].unattributed == pytest.approx(0.1, abs=0.1)
@@ -131,4 +217,7 @@ def test_the_page_shows_both_sides_and_loads_nothing(known):
     assert "&lt;b&gt;tiny" in page
     assert "<script" not in page
     assert ("Model FLOPs per second" in page) == known
+    assert ("told apart by names of the GPU&#39;s kernels" in page) == known
+    assert ("<td>decode</td><td>1.00</td><td>–</td>" in page) == known
+    assert ("<td>attention</td><td>75.0 %</td><td>–</td>" in page) == known
     assert len(re.findall("<figure>", page)) == (5 if known else 2)

@@ -89,7 +89,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def is_clock(name: str) -> bool:
-    return name.startswith("time/") or name in ("step_time", "tokens_per_second")
+    return name.startswith(("time/", "share/")) or name in ("step_time", "tokens_per_second", "mfu")
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

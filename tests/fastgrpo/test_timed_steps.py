@@ -36,7 +36,12 @@ def test_inherited_parts_are_spans_in_each_run(trainer):
 
 def test_a_steps_own_times_are_logged(trainer):
     trainer.train()
-    assert trainer.data_seconds > 0
     logged = (trainer.run_log.metrics_file).read_text()
-    for name in ("time/data", "time/rollout/decode", "time/advantages", "time/update/backward", "step_time"):
+    for name in (
+        "time/data",
+        "time/rollout/decode",
+        "time/advantages",
+        "time/update/backward",
+        "time/update/optimizer",
+    ):
         assert f'"{name}"' in logged, name

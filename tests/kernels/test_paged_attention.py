@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -174,6 +175,30 @@ def test_a_row_without_tokens_in_a_group_that_has_none_gives_zero_beside_rows_th
     assert (check_rows[0] == 0).all()
     assert (check_rows[1:].abs().amax(dim=(1, 2)) > 0).all()
     torch.testing.assert_close(check_rows, case.run(backend, False), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [5, 16, 20])
+def test_pages_in_order_are_read_where_they_lie(suffix: int) -> None:
+    """As the block manager hands them out: completions' pages evenly spaced, a prompt's one behind the other."""
+    case = Case([(20, [suffix] * 3), (35, [suffix] * 2)])
+    layout, size = case.layout, case.key_cache.shape[1]
+    expected = case.run("torch", True)
+    columns = -(-suffix // size)
+    moved = [
+        layout.suffix_tables[:, :columns].flatten(),
+        *(table[: -(-int(n) // size)] for table, n in zip(layout.prefix_tables, layout.prefix_lens, strict=True)),
+    ]
+    order = torch.cat(moved).long()
+    bounds = torch.tensor([len(part) for part in moved]).cumsum(0)
+    # A layer of a cache that holds several.
+    case.key_cache, case.value_cache = torch.stack([case.value_cache[order], case.key_cache[order]]).flip(0)
+    prefix_tables = torch.full_like(layout.prefix_tables, 10**9)
+    for i, start in enumerate(bounds[:-1].tolist()):
+        prefix_tables[i, : len(moved[i + 1])] = torch.arange(start, int(bounds[i + 1]))
+    suffix_tables = torch.arange(5 * columns, dtype=torch.int32).view(5, columns).to(DEVICE)
+    case.layout = replace(layout, suffix_tables=suffix_tables, prefix_tables=prefix_tables)
+    for grouped in (True, False):
+        torch.testing.assert_close(case.run("torch", grouped), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,12 +7,21 @@ import sys
 import pytest
 from fastgrpo_profiling import span
 from fastgrpo_profiling.compare import Spread, StepRecord, alternate, median_phases, paired_ratio, unattributed_share
-from fastgrpo_profiling.phases import PHASE_OF, PHASES, UNATTRIBUTED, in_step_order, phase_seconds
+from fastgrpo_profiling.phases import (
+    PARTS,
+    PHASE_OF,
+    PHASES,
+    UNATTRIBUTED,
+    in_step_order,
+    part_shares,
+    phase_seconds,
+)
 from fastgrpo_profiling.roofline import StepWork
 from fastgrpo_profiling.worker import TurnTaker, WorkerError, WorkerSide
 
 WORKER = """
-import sys, json
+import sys, json, torch
+matrix = torch.ones(8, 8)
 from fastgrpo_profiling import span
 from fastgrpo_profiling.roofline import StepWork
 from fastgrpo_profiling.worker import TurnTaker, claim_stdout
@@ -22,8 +31,8 @@ print("this goes to standard error")
 while True:
     turns.next_step()
     with span("reward"):
-        pass
-    turns.note(tokens=5, reward=0.5, work=StepWork([3], [4], [[5]]))
+        matrix @ matrix
+    turns.note(tokens=5, reward=0.5, work=StepWork([3], [4], [[5]]), trained=StepWork([], [], []))
 """
 
 
@@ -50,8 +59,9 @@ def test_sides_take_turns_and_the_first_changes():
 
 
 def test_time_is_attributed_to_leaves_and_the_rest_is_shown():
-    own = {"reward": 1.0, "rollout/decode": 3.0, "data": 0.5, "rollout": 0.25, "step": 0.25}
-    assert phase_seconds(own, 5.0) == {"data": 0.5, "decode": 3.0, "rewards": 1.0, UNATTRIBUTED: 0.5}
+    own = {"reward": 1.0, "rollout/decode": 2.0, "rollout/sample": 1.0, "data": 0.5, "rollout": 0.25, "step": 0.25}
+    found = {"data": 0.5, "decode": 2.0, "sampling": 1.0, "rewards": 1.0, UNATTRIBUTED: 0.5}
+    assert phase_seconds(own, 5.0) == found
     steps = [StepRecord(5.0, 1, 0.0, 0, own), StepRecord(10.0, 1, 0.0, 0, {"reward": 9.0})]
     assert unattributed_share(steps) == 0.1
     assert median_phases(steps) == phase_seconds(own, 5.0)
@@ -62,6 +72,13 @@ def test_a_leaf_has_one_phase():
     names = [name for phase in PHASES for name in phase.spans]
     assert len(names) == len(set(names)) == len(PHASE_OF)
     assert in_step_order([UNATTRIBUTED, "decode", "data"]) == ["data", "decode", UNATTRIBUTED]
+
+
+def test_a_step_is_told_in_parts_that_add_up():
+    own = {"rollout/decode": 3.0, "rollout/vision": 1.0, "update/clip": 0.5, "reward": 0.5, "data": 1.0, "rollout": 2.0}
+    shares = part_shares(own, 10.0)
+    assert shares == {"rollout": 0.4, "reward": 0.05, "update": 0.05, "other": pytest.approx(0.5)}
+    assert set().union(*PARTS.values()) <= {phase.name for phase in PHASES}
 
 
 @pytest.fixture
@@ -75,11 +92,19 @@ def test_a_worker_answers_each_turn(worker):
     assert worker.ready() == {"held_bytes": 1}
     plain, traced = worker.step(False), worker.step(True)
     assert (plain.tokens, plain.reward, plain.work) == (5, 0.5, StepWork([3], [4], [[5]]))
+    assert plain.trained == StepWork([], [], [])
     assert set(plain.own_seconds) == {"step", "reward"}
     assert plain.events == []
     assert [event.name for event in traced.events] == ["reward", "step"]
     assert traced.events[0].held_bytes > 0
     assert plain.peak_bytes > 0
+
+
+def test_a_worker_looks_inside_a_span(worker):
+    worker.ready()
+    found = worker.step_inside("reward", every=1)
+    assert found.inside["matrix products"] > 0
+    assert worker.step(False).inside == {}
 
 
 def test_a_worker_that_dies_says_why():

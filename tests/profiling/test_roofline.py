@@ -3,11 +3,14 @@
 import pytest
 import torch
 from fastgrpo_profiling.roofline import (
+    NOTHING,
     Ceilings,
     ModelShape,
     StepWork,
+    Update,
     decode_bytes,
     measure_ceilings,
+    measure_flops,
     step_flops,
     utilisation,
 )
@@ -29,7 +32,7 @@ def test_a_decoder_layer_counts_its_matrices():
 
 
 def test_a_step_encodes_each_prompt_once_and_asks_logits_of_completions_only():
-    flops = step_flops(DECODER, TWO_GROUPS, reference_pass=True)
+    flops = step_flops(DECODER, TWO_GROUPS, Update(reference_pass=True))
     assert flops["vision"] == 0
     assert flops["prefill"] == DECODER.text_flops(5, 6 + 3) + DECODER.head_flops(2)
     pairs = (1 * 3 + 1) + (2 * 3 + 3) + 2 * (2 * 2 + 3)
@@ -37,7 +40,42 @@ def test_a_step_encodes_each_prompt_once_and_asks_logits_of_completions_only():
     assert flops["forward"] == DECODER.text_flops(12, 9 + pairs)
     assert flops["backward"] == 2 * (flops["forward"] + flops["head"])
     assert flops["reference"] == flops["forward"] + flops["head"]
-    assert step_flops(DECODER, TWO_GROUPS, reference_pass=False)["reference"] == 0
+    assert step_flops(DECODER, TWO_GROUPS, Update(reference_pass=False))["reference"] == 0
+
+
+def test_what_has_no_gradient_is_drawn_but_not_trained_on():
+    trained = StepWork(prompts=[2], pictures=[], completions=[[2]])
+    flops = step_flops(DECODER, TWO_GROUPS, Update(reference_pass=True), trained)
+    alone = step_flops(DECODER, trained, Update(reference_pass=True))
+    whole = step_flops(DECODER, TWO_GROUPS, Update(reference_pass=True))
+    assert {name: flops[name] for name in ("prefill", "decode")} == {n: whole[n] for n in ("prefill", "decode")}
+    for name in ("reference", "forward", "head", "backward"):
+        assert flops[name] == alone[name], name
+    skipped = step_flops(DECODER, TWO_GROUPS, Update(reference_pass=True), NOTHING)
+    assert sum(skipped.values()) == skipped["prefill"] + skipped["decode"] > 0
+
+
+def test_a_further_update_on_a_rollout_draws_nothing():
+    update = Update(reference_pass=False, old_logprobs_pass=True)
+    first = step_flops(DECODER, TWO_GROUPS, update, TWO_GROUPS)
+    second = step_flops(DECODER, NOTHING, update, TWO_GROUPS)
+    assert first["old log-probs"] == first["forward"] + first["head"]
+    assert second["old log-probs"] == second["decode"] == second["prefill"] == 0
+    assert second["backward"] == first["backward"]
+
+
+def test_weights_that_do_not_train_have_no_gradient_to_compute():
+    seeing = ModelShape(4, 2, 2, 1, 3, 5, 7, vision_layers=1, vision_hidden=4, vision_mlp_weights=32, patch_dim=6)
+    work = StepWork([3], [8], [[2]])
+    picture = seeing.vision_flops(8)
+    whole = step_flops(seeing, work, Update(reference_pass=True))
+    blind = step_flops(seeing, work, Update(reference_pass=True, vision_trains=False))
+    assert whole["vision"] == blind["vision"] == picture
+    for name, times in (("forward", 1), ("reference", 1), ("backward", 2)):
+        assert whole[name] - blind[name] == pytest.approx(times * picture), name
+    adapters = step_flops(seeing, work, Update(reference_pass=True, text_trains=False, vision_trains=False))
+    matrices = 2 * seeing.layers * seeing.layer_weights * 5 + seeing.head_flops(2)
+    assert blind["backward"] - adapters["backward"] == pytest.approx(matrices)
 
 
 def test_decode_reads_weights_once_a_token_and_a_shared_prompt_once_a_group():
@@ -89,6 +127,17 @@ def test_a_head_without_a_time_of_its_own_ran_inside_the_forward_pass():
     assert inside.by_phase == {"forward": 0.5}
     assert apart.by_phase == {"forward": 0.4, "head": 0.6}
     assert inside.mfu == apart.mfu == 0.5
+
+
+def test_a_ceiling_draws_nothing_from_the_runs_random_numbers():
+    before = torch.get_rng_state()
+    assert measure_flops("cpu", torch.float32, repeats=1) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sizes_with_other_names_are_not_guessed():
+    assert ModelShape.known(object()) is None
+    assert ModelShape.known(Qwen2_5_VLConfig()) == ModelShape.from_config(Qwen2_5_VLConfig())
 
 
 def test_ceilings_are_measured():

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from fastgrpo_profiling import SpanRecorder, record, span
+from fastgrpo_profiling import SpanRecorder, record, span, unrecorded
 from fastgrpo_profiling.memory import MemoryProbe, peak_resident_bytes, resident_bytes
 
 MODULE = sys.modules["fastgrpo_profiling.span"]
@@ -60,6 +60,16 @@ def test_outside_a_record_block_nothing_is_kept(clock):
     assert recorder.totals == {}
 
 
+def test_unrecorded_spans_are_their_parents_time(clock):
+    with record(SpanRecorder(clock)) as recorder, span("decode"):
+        with pytest.raises(RuntimeError), unrecorded(), span("sample"):
+            raise_after(2, clock)
+        with span("check"):
+            clock.now += 1
+    assert recorder.totals["decode"].self_seconds == 2
+    assert set(recorder.totals) == {"decode", "check"}
+
+
 def test_every_open_block_sees_the_span(clock):
     with record(SpanRecorder(clock)) as outer:
         with record(SpanRecorder(clock)) as inner, span("a"):
@@ -68,6 +78,21 @@ def test_every_open_block_sees_the_span(clock):
             clock.now += 1
     assert set(outer.totals) == {"a", "b"}
     assert set(inner.totals) == {"a"}
+
+
+def test_blocks_may_end_in_any_order(clock):
+    first, second = record(SpanRecorder(clock)), record(SpanRecorder(clock))
+    outer = first.__enter__()
+    with span("both"):
+        inner = second.__enter__()
+    first.__exit__(None, None, None)
+    with span("later"):
+        clock.now += 1
+    second.__exit__(None, None, None)
+    with span("after"):
+        pass
+    assert set(outer.totals) == {"both"}
+    assert set(inner.totals) == {"later"}
 
 
 class FakeNvtx:

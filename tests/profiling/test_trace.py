@@ -1,6 +1,7 @@
 import json
 import random
 
+import pytest
 from fastgrpo_profiling import SpanEvent, SpanRecorder, record, span
 from fastgrpo_profiling.trace import chrome_trace, problems, write_trace
 
@@ -50,5 +51,15 @@ def test_a_device_clock_that_reads_backwards_is_drawn_as_nothing():
 def test_problems_are_found():
     crossing = [SpanEvent("a", 0.0, 1.0, 0, 7), SpanEvent("b", 0.5, 1.0, 1, 7)]
     assert problems(chrome_trace({"ours": crossing})) == ["b outlasts a, in which it began"]
-    backwards = {"traceEvents": [{"ph": "X", "name": "a", "ts": 0, "dur": -1, "pid": 1, "tid": 1}]}
-    assert problems(backwards) == ["a has a negative time"]
+    backwards = {"ph": "X", "name": "a", "ts": 0, "dur": -1, "pid": 1, "tid": 1}
+    less_than_nothing = {"ph": "C", "name": "memory", "ts": 0, "args": {"MiB": float("nan")}, "pid": 1, "tid": 0}
+    assert problems({"traceEvents": [backwards, less_than_nothing]}) == [
+        "process 1 has no name",
+        "counter memory has a negative time or amount",
+        "a has a negative time",
+    ]
+
+
+def test_a_trace_is_json_that_every_viewer_reads(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_trace(tmp_path / "trace.json", {"ours": [SpanEvent("a", 0.0, 1.0, 0, 7, float("inf"))]})

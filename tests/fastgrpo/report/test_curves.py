@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgrpo.report.charts import time_spent
 from fastgrpo.report.curves import curve, enclosing_spans, rolling_mean, time_shares
 from fastgrpo.report.run import Metrics, Run
 
@@ -51,6 +52,16 @@ def test_time_shares_count_no_span_twice() -> None:
     np.testing.assert_allclose(shares.seconds["other"], [1, 2])
     np.testing.assert_allclose(shares.edges, [0.5, 1.5, 2.5])
     assert time_shares([run([1], step_time=[1])]) is None
+
+
+def test_small_spans_are_drawn_as_one() -> None:
+    spans = {"time__rollout": [9, 9], "time__log": [0.05, 0.05], "time__update__clip": [0.04, 0.04]}
+    chart = time_spent([run([1, 2], step_time=[10, 10], **spans)])
+    assert chart is not None
+    assert "rollout 90 %, small spans 1 %, other 9 %." in chart.svg
+    one = time_spent([run([1, 2], step_time=[10, 10], time__rollout=[9, 9], time__log=[0.05, 0.05])])
+    assert one is not None
+    assert "log 0 %" in one.svg
 
 
 def test_enclosing_spans() -> None:

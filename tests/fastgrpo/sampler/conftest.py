@@ -206,6 +206,11 @@ def qwen2_vl(tiny_model_dir: Path, processing: Processing) -> Family:
 
 
 @pytest.fixture(scope="session")
+def qwen2_5_vl(tiny_model_dir: Path, processing: Processing) -> Family:
+    return make_qwen2_5_vl(tiny_model_dir, processing)
+
+
+@pytest.fixture(scope="session")
 def qwen2_exact(qwen2: Family) -> Family:
     return exact(qwen2)
 

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import random
 from dataclasses import replace
@@ -5,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrpo_profiling import record, span
 
+from fastgrpo.model.decoder import KVCache
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.reference import ReferenceEngine
 from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
+from fastgrpo.sampler.runner import Limits
 from fastgrpo.sampler.sequence import completion_seed
 from fastgrpo.types import Completion, Prompt, SamplingParams
 
@@ -123,10 +129,11 @@ def test_completions_differ_by_seed_step_row_and_index(qwen2: Any) -> None:
 
 @pytest.mark.parametrize("trials", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, trials: int) -> None:
-    """Random prompts, group sizes, lengths, row and page budgets; completions end early at random."""
+    """Random prompts, group sizes, lengths, row and page budgets; completions end early, prompts are aborted."""
     rng = random.Random(0)
     sampler, alone = qwen2_exact.engine(), qwen2_exact.engine()
     ends = [5, 77, 130, 211, 300]
+    occupancy: list[float] = []
     for trial in range(trials):
         size = rng.choice([4, 8, 16])
         new_tokens, group = rng.choice([1, 2, 9, 17]), rng.choice([1, 2, 5])
@@ -146,13 +153,27 @@ def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, tr
             engine.runner, engine.eos_ids = None, ends
             engine.prefill.max_tokens = engine.options.prefill_tokens
         params = SamplingParams(new_tokens, temperature=1.5, seed=trial)
+        unwanted = {p.row_id for p in prompts if rng.random() < 0.15}
+
+        def abort_some(progress: Progress) -> None:
+            occupancy.append(progress.cache_occupancy)
+            for row in unwanted:  # noqa: B023
+                sampler.abort(row)
+
+        sampler.on_progress = abort_some
         together = generate(sampler, prompts, params, group)
+        assert occupancy[-1] == 0.0
         assert together.keys() == {prompt.row_id for prompt in prompts}
         for prompt in prompts:
             for mine, single in zip(
                 together[prompt.row_id], generate(alone, [prompt], params, group)[prompt.row_id], strict=True
             ):
-                assert_equal(mine, single)
+                if mine.finish_reason == "abort":
+                    assert prompt.row_id in unwanted
+                    assert mine.token_ids.tolist() == single.token_ids[: len(mine.token_ids)].tolist()
+                    assert len(mine.token_ids) == len(mine.logprobs) < len(single.token_ids)
+                else:
+                    assert_equal(mine, single)
 
 
 # The interface
@@ -188,6 +209,43 @@ def test_an_iterator_left_early_frees_everything(qwen2_exact: Any) -> None:
             assert_equal(mine, other)
 
 
+def test_an_aborted_prompt_gives_what_it_has_and_makes_room(qwen2_exact: Any) -> None:
+    """One aborted while it waits, one when the first group comes; the others are what they are without them."""
+    engine, prompts = qwen2_exact.engine(max_rows=3, stops=False), list(qwen2_exact.prompts.values())
+    params = replace(DRAWN, max_new_tokens=8)
+    expected = generate(qwen2_exact.engine(stops=False), prompts, params)
+    engine.on_progress = lambda _: engine.abort(2)
+    found = {}
+    for prompt, completions in engine.generate(prompts, 2, params, step=3):
+        found[prompt.row_id] = completions
+        if prompt.row_id == 0:
+            engine.abort(1)
+    lengths = {row: [len(c.token_ids) for c in completions] for row, completions in found.items()}
+    assert lengths[0] == lengths[3] == [8, 8]
+    assert [c.finish_reason for row in (1, 2) for c in found[row]] == ["length", "abort", "abort", "abort"]
+    assert lengths[1][0] == 8
+    assert 0 < lengths[1][1] < 8
+    assert lengths[2] == [0, 0]
+    for row in (0, 3):
+        for mine, other in zip(found[row], expected[row], strict=True):
+            assert_equal(mine, other)
+    engine.on_progress = None
+    again = generate(engine, prompts, params)
+    assert [c.finish_reason for row in again for c in again[row]] == ["length"] * 8
+
+
+def test_decode_and_sampling_share_a_rollouts_time(qwen2: Any) -> None:
+    """Each token's draw is timed, the first ones' beside the decode, and no time counts twice."""
+    with record() as recorder, span("rollout"):
+        generate(qwen2.engine(stops=False), list(qwen2.prompts.values()), replace(DRAWN, max_new_tokens=9))
+    totals = recorder.totals
+    assert totals["rollout/sample"].count == 9
+    assert totals["rollout/decode"].count == 8
+    assert 0 < totals["rollout/decode"].self_seconds < totals["rollout/decode"].seconds
+    own = sum(total.self_seconds for total in totals.values())
+    assert own == pytest.approx(totals["rollout"].seconds, rel=1e-6)
+
+
 def test_no_prompts_give_no_groups(qwen2: Any) -> None:
     assert list(qwen2.engine().generate([], 4, DRAWN, 0)) == []
 
@@ -207,6 +265,38 @@ def test_a_prompt_that_cannot_fit_names_the_setting(qwen2: Any) -> None:
     with pytest.raises(ValueError, match=r"max_cache_tokens=48 is too small: row 3 has a prompt of 33 tokens"):
         generate(engine, list(qwen2.prompts.values()), DRAWN)
     assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
+
+
+def test_a_prompt_that_memory_has_no_room_for_names_no_setting_that_was_left_alone(
+    qwen2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = qwen2.engine()
+    monkeypatch.setattr(engine, "_within_memory", lambda limits: replace(limits, pages=3))
+    with pytest.raises(
+        ValueError, match=r"memory for a KV cache of 48 tokens: row 3 .* Lower max_completion"
+    ) as raised:
+        generate(engine, list(qwen2.prompts.values()), DRAWN)
+    assert "max_cache_tokens" not in str(raised.value)
+    assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
+
+
+def test_the_cache_leaves_memory_to_what_is_still_to_come(qwen2_vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients and moments of what trains, and features of pictures; on a pretended GPU."""
+    model = copy.deepcopy(qwen2_vl.model)
+    frozen = {name for name, _ in model.named_parameters() if ".visual." in name and ".merger." not in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    cache = VisionCache(vision_tower(model), 2**20)
+    engine = SamplerEngine(model, qwen2_vl.processing.tokenizer, vision_cache=cache)
+    engine.decoder.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**24, 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    page = KVCache.page_bytes(engine.decoder.shape, 16, torch.float32)
+    limits = Limits(8, 3, 4, 3, 33, pages=10**6)
+    assert engine._within_memory(limits).pages == int(0.8 * (2**24 + 2000 - 12 * trained - 2**20)) // page
+    assert engine._within_memory(replace(limits, pages=5)).pages == 5
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,14 @@ def test_pages_are_free_again_after_their_last_release() -> None:
     assert sorted(blocks.allocate(5)) == list(range(5))
 
 
+def test_pages_come_in_order_from_either_end() -> None:
+    blocks = BlockManager(6, page_size=4)
+    assert blocks.allocate(2) == [0, 1]
+    assert blocks.allocate(2, last=True) == [4, 5]
+    assert blocks.allocate(1) == [2]
+    assert blocks.allocate(1, last=True) == [3]
+
+
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (16, 1), (17, 2)])
 def test_pages_for_tokens(tokens: int, pages: int) -> None:
     assert BlockManager(1, 16).pages_for(tokens) == pages

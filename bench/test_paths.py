@@ -1,0 +1,58 @@
+"""Rollout and update against plain transformers as a pytest-benchmark suite. `make bench`.
+
+The models, inputs and sides of `bench_sampler.py` and `bench_update.py`, at one small workload each.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import bench_sampler
+import bench_update
+import gate
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROLLOUT = replace(bench_sampler.TINY, new_tokens=24)
+UPDATE = bench_update.Workload(bench_update.RAGGED)
+
+
+@pytest.fixture(scope="module")
+def rollouts() -> dict[str, Callable[[], Any]]:
+    """Both sides, after their greedy tokens were found equal."""
+    model = bench_sampler.build_model("tiny", DEVICE)
+    engine = bench_sampler.build_engine(model)
+    if DEVICE == "cpu":  # bf16 on a GPU rounds
+        assert bench_sampler.check_greedy(model, engine, ROLLOUT)["greedy_differs_only_at_ties"]
+    return {
+        gate.OURS: partial(bench_sampler.our_rollout, engine, ROLLOUT, ROLLOUT.new_tokens),
+        gate.REFERENCE: partial(bench_sampler.hf_rollout, model, ROLLOUT, ROLLOUT.new_tokens),
+    }
+
+
+@pytest.fixture(scope="module")
+def updates() -> dict[str, Callable[[], Any]]:
+    """Both sides, after their gradients were found equal."""
+    model = bench_update.build_model(DEVICE)
+    groups = bench_update.build_groups(UPDATE, model.config.get_text_config().vocab_size)
+    sides = bench_update.policies(model, DEVICE)
+    if DEVICE == "cpu":
+        _, ours = bench_update.gradients_of(model, sides["packed"], groups)
+        _, theirs = bench_update.gradients_of(model, sides["naive"], groups)
+        assert bench_update.max_relative_error(ours, theirs) <= bench_update.TOLERANCE
+    roles = {gate.OURS: sides["packed"], gate.REFERENCE: sides["naive"]}
+    return {role: partial(bench_update.step, model, policy, groups) for role, policy in roles.items()}
+
+
+@pytest.mark.benchmark(group="rollout", timer=gate.TIMER)
+@pytest.mark.parametrize("role", [gate.OURS, gate.REFERENCE])
+def test_rollout(timed: Callable[..., None], rollouts: dict[str, Callable[[], Any]], role: str) -> None:
+    timed(role, rollouts[role], rounds=8)
+
+
+@pytest.mark.benchmark(group="update", timer=gate.TIMER)
+@pytest.mark.parametrize("role", [gate.OURS, gate.REFERENCE])
+def test_update(timed: Callable[..., None], updates: dict[str, Callable[[], Any]], role: str) -> None:
+    timed(role, updates[role], rounds=8)
