@@ -4,6 +4,8 @@
 
 A step is our sampler's rollout, the packed update with a frozen reference model, AdamW and the sync of weights, on a
 small Qwen2-VL with random weights; one thing is varied at a time. Beside the JSON goes a plot, and each cost in words.
+On a CPU, seconds are one thread's processor time, which other programs lengthen less than the clock's; ranks, which
+wait for each other, go by the clock.
 """
 
 import copy
@@ -98,6 +100,8 @@ class Stepper:
         model.generation_config.eos_token_id = None
         frozen = copy.deepcopy(model).requires_grad_(False)
         self.point, self.device = point, device
+        alone_on_cpu = accelerator is None and device == "cpu"
+        self.clock = time.process_time if alone_on_cpu else time.perf_counter
         rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         self.prompts = [build_prompt(row, point, model) for row in range(rank, point.prompts, ranks)]
         self.engine = SamplerEngine(model, NoTexts())
@@ -111,11 +115,11 @@ class Stepper:
 
     def step(self) -> tuple[float, dict[str, float], float]:
         """Seconds, seconds by phase, and the mean log-prob mismatch in nats."""
-        recorder = SpanRecorder(on_device=self.device == "cuda")
+        recorder = SpanRecorder(clock=self.clock, on_device=self.device == "cuda")
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         synchronize(self.device)
-        start = time.perf_counter()
+        start = self.clock()
         with record(recorder):
             self.engine.sync()
             params = SamplingParams(self.point.new_tokens)
@@ -126,7 +130,7 @@ class Stepper:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             synchronize(self.device)
-            seconds = time.perf_counter() - start
+            seconds = self.clock() - start
         self.taken += 1
         own = {name: total.self_seconds for name, total in recorder.totals.items()}
         mismatch = result.mismatch.difference_sum / result.mismatch.token_count
@@ -276,6 +280,7 @@ def main() -> int:
     if options.rank_steps:
         take_rank_steps(options.device, options.rank_steps)
         return 0
+    torch.set_num_threads(1)
     result = Result("bench_scaling", options.device)
     axes, sentences, rows = [], [], []
     for name in (name for name in AXES if name in options.only):

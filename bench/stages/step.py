@@ -15,7 +15,7 @@ import yaml
 from bench_step import SETTINGS, save_endless_model
 from fastgrpo_profiling.compare import alternate
 from fastgrpo_profiling.report import Cost, SideFigures, side_figures
-from fastgrpo_profiling.roofline import ModelShape, measure_ceilings
+from fastgrpo_profiling.roofline import ModelShape, Update, measure_ceilings
 from harness import Result, print_table
 
 from fastgrpo.arguments import parse
@@ -161,14 +161,14 @@ def compare_with_plain(settings: Sequence[str], folder: Path) -> tuple[gate.Gate
 def time_ours(settings: Sequence[str], folder: Path, size: StepSize, shape: ModelShape, device: str) -> SideFigures:
     """Steps of our side in a process of its own, the first one untimed."""
     dtype = compute_dtype(device)
-    cost = Cost(shape, measure_ceilings(device, dtype), dtype.itemsize, reference_pass=True)
+    cost = Cost(shape, measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
     side = sides.start_side(sides.OURS, settings, folder, trl_python=TRL_PYTHON)
     try:
         held = side.ready()["held_bytes"]
         steps = alternate([side], warmup=1, steps=size.timed).steps[side.name]
     finally:
         side.close()
-    return side_figures(steps, held, cost, steps[-1].work)
+    return side_figures(steps, held, cost, [(step.work, step.trained) for step in steps if step.work])
 
 
 def against_plain(scale: str, device: str) -> Iterator[Result]:
