@@ -225,6 +225,7 @@ def start_stage(name: str, options: argparse.Namespace, log: IO[str]) -> "subpro
         stderr=log,
         text=True,
         start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a machine without a network would wait for one
     )
 
 
