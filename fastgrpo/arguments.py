@@ -35,6 +35,18 @@ class ScriptArguments:
     max_pixels: int | None = field(default=None, metadata={"help": "Largest area of a picture, height × width."})
     freeze_vision: bool = field(default=False, metadata={"help": "Freeze the vision tower; its merger trains."})
     freeze_llm: bool = field(default=False, metadata={"help": "Freeze the language model; the merger trains."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the model's own weights."})
+    lora_r: int = field(default=16, metadata={"help": "The adapters' rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their products are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Share of an adapter's inputs dropped in the update."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Layers that get an adapter, by the ends of their names; or all-linear."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train whole and save beside the adapters, such as merger."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / √lora_r instead."})
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Held-out rows (CV-Bench or SAT schema) to score before and after training."}
     )
@@ -47,7 +59,10 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.use_peft and (self.freeze_vision or self.freeze_llm):
+            raise ValueError("use_peft=True freezes the whole model already: leave freeze_vision and freeze_llm off.")
         least = {
+            "lora_r": 1,
             "max_samples": 1,
             "eval_max_samples": 1,
             "eval_max_new_tokens": 1,

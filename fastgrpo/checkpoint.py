@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 ASIDE = ".saving"
@@ -86,19 +84,3 @@ def load_state(checkpoint: Path | None) -> dict[str, Any]:
     """What `save_state` wrote, or an empty dict."""
     file = checkpoint / STATE_FILE if checkpoint else None
     return json.loads(file.read_text()) if file and file.is_file() else {}
-
-
-def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Copies a checkpoint's weights into `model`, all of them.
-
-    A vision-language model's parameters have other names in hub format than in memory. `from_pretrained` knows both;
-    transformers' Trainer goes by the file's names, and passes over every one that it does not find.
-
-    Raises:
-        ValueError: the checkpoint lacks some of the model's parameters.
-    """
-    # float32 holds every other dtype's values.
-    saved, report = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{checkpoint} lacks {len(missing)} of the model's parameters, such as {missing[0]}.")
-    model.load_state_dict(saved.state_dict())

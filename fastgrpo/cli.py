@@ -51,6 +51,8 @@ class _Parser(ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].startswith("--local_rank="):
+        arguments.pop(0)  # from DeepSpeed's launcher, which also sets it in the environment
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2

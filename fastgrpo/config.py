@@ -109,6 +109,9 @@ class GRPOConfig(TrainingArguments):
     # Objective
     loss_type: str = _option("dapo", "How token losses are aggregated: " + ", ".join(LOSS_TYPES) + ".")
     beta: float = _option(0.0, "Weight of the KL term; at 0 no reference model is kept.")
+    sync_ref_model: bool = _option(False, "Draw the reference model after the policy (TR-DPO).")
+    ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in the reference at each such update.")
+    ref_model_sync_steps: int = _option(512, "Optimizer steps between them.")
     epsilon: float = _option(0.2, "Lower clipping range of the probability ratio.")
     epsilon_high: float | None = _option(None, "Upper clipping range; epsilon if unset.")
     delta: float | None = _option(None, "Upper bound of the unclipped ratio (two-sided clipping).")
@@ -131,9 +134,6 @@ class GRPOConfig(TrainingArguments):
     )
 
     # TRL's settings that are not supported yet: refused unless left at their defaults
-    sync_ref_model: bool = _not_yet(False)
-    ref_model_mixup_alpha: float = _not_yet(0.6)
-    ref_model_sync_steps: int = _not_yet(512)
     multi_objective_aggregation: str = _not_yet("sum_then_normalize")
     top_entropy_quantile: float = _not_yet(1.0)
     off_policy_mask_threshold: float | None = _not_yet(None)
@@ -324,6 +324,15 @@ class GRPOConfig(TrainingArguments):
         _check("max_completion_length", self.max_completion_length, self.max_completion_length > 0, "1 or more")
         _check("num_iterations", self.num_iterations, self.num_iterations > 0, "1 or more")
         _check("beta", self.beta, self.beta >= 0, "0 or more")
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model=True, but with beta=0.0 there is no reference: set beta above 0.")
+        _check(
+            "ref_model_mixup_alpha",
+            self.ref_model_mixup_alpha,
+            0 < self.ref_model_mixup_alpha <= 1,
+            "a number above 0 and at most 1",
+        )
+        _check("ref_model_sync_steps", self.ref_model_sync_steps, self.ref_model_sync_steps > 0, "1 or more")
         _check("epsilon", self.epsilon, self.epsilon >= 0, "0 or more")
         _ = self.profiled_steps  # raises when it cannot be read
         for name in ("model_init_kwargs", "chat_template_kwargs"):
@@ -332,6 +341,11 @@ class GRPOConfig(TrainingArguments):
         for f in fields(self):
             if f.metadata.get("help") == NOT_YET and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name}={getattr(self, f.name)!r} is not supported yet: leave it at {f.default!r}.")
+        if self.torch_compile and self.engine == "fast":
+            raise ValueError(
+                "torch_compile=True: no two packed micro-batches have one shape, so each would be compiled anew. Leave "
+                "it off, or set engine to reference."
+            )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from rich.console import Console
 
 from fastgrpo.arguments import ScriptArguments
@@ -60,6 +61,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
         processing_class=load_processing(
             script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
         ),
+        peft_config=lora_config(script),
     )
     trainer.get_train_dataloader()  # a data set smaller than a rollout is told now, not after the first scoring
     is_main = trainer.is_world_process_zero()
@@ -86,6 +88,22 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     report = write_report([output_dir])
     console.print(f"summary: {output_dir / 'summary.json'}\nreport:  {report}", highlight=False, soft_wrap=True)
     return summary
+
+
+def lora_config(script: ScriptArguments) -> LoraConfig | None:
+    """The adapters to train, if any."""
+    if not script.use_peft:
+        return None
+    targets = script.lora_target_modules
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=script.lora_modules_to_save,
+        use_rslora=script.use_rslora,
+        task_type="CAUSAL_LM",
+    )
 
 
 def require_writable(folder: Path) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fastgrpo.types import Prompt, WeightedGroup
 
+ONE_TOKEN = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
+"""The least prompt there is, for a forward pass that nothing is read from."""
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -170,8 +173,7 @@ def pack(
 def idle_batch(company: Prompt | None, *, old_logprobs: bool = False) -> PackedBatch:
     """A micro-batch of weight zero, for a rank that has fewer of them than others."""
     one = torch.zeros(1)
-    prompt = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
-    batch = _collate([], [], company or prompt)
+    batch = _collate([], [], company or ONE_TOKEN)
     token = torch.zeros(1, dtype=torch.int64)
     return replace(
         batch,

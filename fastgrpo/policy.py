@@ -3,9 +3,8 @@
 `PackedPolicy` means what `fastgrpo.reference.ReferencePolicy` means and takes the same gradients, faster.
 """
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from fastgrpo_profiling import span
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastgrpo.metrics import combine, sampling_mismatch
+from fastgrpo.accumulation import GradientAccumulation, frozen_reference, update_result
+from fastgrpo.metrics import sampling_mismatch
 from fastgrpo.model.packed_forward import (
     company_prompt,
     is_multimodal,
@@ -72,14 +72,13 @@ class PackedPolicy:
         self.token_budget = token_budget
         self.temperature = temperature
         self.reference_model = reference_model
-        self.accelerator = accelerator
+        self.accumulation = GradientAccumulation(accelerator)
         self.attn_backend = attn_backend
         self.logprob_bytes = logprob_bytes
         self.vision_cache = vision_cache
         self.version = 0
-        self._ranks = 1 if accelerator is None else accelerator.num_processes
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
-        self._company = company_prompt(model) if self._ranks > 1 and is_multimodal(model) else None
+        self._company = company_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
     @torch.no_grad()
     def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
@@ -104,17 +103,11 @@ class PackedPolicy:
         outputs = []
         with self._fast_layers():
             for i, batch in enumerate(batches):
-                with self._micro_batch(is_last=i == len(batches) - 1):
+                with self.accumulation.micro_batch(self.model, is_last=i == len(batches) - 1):
                     outputs.append(self._micro_step(batch.to(self._device)))
-        if batches and self._is_deepspeed:
-            self.model.step()  # the caller's optimizer.step() does nothing under DeepSpeed
-        if not outputs:
-            outputs.append(self._nothing())
-        return UpdateResult(
-            torch.stack([output.loss.detach() for output, _ in outputs]).sum(),
-            combine([output.metrics for output, _ in outputs]),
-            combine([mismatch for _, mismatch in outputs]),
-        )
+        if batches:
+            self.accumulation.step(self.model)
+        return update_result(outputs, self._device)
 
     def _micro_step(self, batch: PackedBatch) -> tuple[LossOutput, SamplingMismatch]:
         with span("update/reference_model"):
@@ -134,18 +127,15 @@ class PackedPolicy:
                 entropy=entropy.detach(),
             )
         with span("update/backward"):
-            self._backward(output.loss)
+            self.accumulation.backward(self.model, output.loss)
         return output, sampling_mismatch(logprobs, batch.sampling_logprobs, batch.mask)
 
     def _micro_batches(self, groups: Sequence[WeightedGroup], skip_beta: float | None) -> list[PackedBatch]:
         """The same number on every rank: a collective inside a micro-batch waits for all of them."""
         with span("update/pack"):
             batches = pack(groups, self.token_budget, skip_beta=skip_beta, company=self._company)
-            if self._ranks == 1:
-                return batches
-            count = torch.tensor(len(batches), device=self._device)
-            torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-            return batches + [idle_batch(self._company)] * (int(count) - len(batches))
+            missing = self.accumulation.most(len(batches), self._device) - len(batches)
+            return batches + [idle_batch(self._company)] * missing
 
     def _forward(self, model: Any, batch: PackedBatch, *, entropy: bool) -> LogprobOutput:
         return packed_logprobs(
@@ -162,18 +152,8 @@ class PackedPolicy:
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
         if self.loss_params.beta == 0.0:
             return None
-        if self.reference_model is not None:
-            return self._forward(self.reference_model, batch, entropy=False).logprobs
-        model = unwrap(self.model)
-        with model.disable_adapter():
+        with frozen_reference(self.model, self.reference_model) as model:
             return self._forward(model, batch, entropy=False).logprobs
-
-    def _nothing(self) -> tuple[LossOutput, SamplingMismatch]:
-        """The result for no completions at all."""
-        none = torch.zeros(0, device=self._device)
-        lengths = torch.zeros(1, dtype=torch.int64, device=self._device)
-        params = dataclasses.replace(self.loss_params, beta=0.0)
-        return grpo_loss(none, none, none, lengths, params), sampling_mismatch(none, none, none.bool())
 
     @contextmanager
     def _fast_layers(self) -> Iterator[None]:
@@ -181,33 +161,6 @@ class PackedPolicy:
         with shared_prefix_layers(*models), patches_by_matmul(*map(vision_tower, models)):
             yield
 
-    # What DDP and DeepSpeed want around a micro-batch
-
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def _is_deepspeed(self) -> bool:
-        return hasattr(self.model, "set_gradient_accumulation_boundary")
-
-    def _micro_batch(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients are exchanged in the last one alone."""
-        if self._is_deepspeed:
-            self.model.set_gradient_accumulation_boundary(is_last)
-        elif self.accelerator is not None and not is_last:
-            context: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
-            return context
-        return nullcontext()
-
-    def _backward(self, loss: Tensor) -> None:
-        if not loss.requires_grad:  # text alone on a model of which only the vision tower trains
-            return
-        if self.accelerator is None:
-            loss.backward()
-        elif self._is_deepspeed:
-            # accelerate's own backward would step the engine after every micro-batch.
-            self.model.backward(loss * self._ranks, scale_wrt_gas=False)
-        else:
-            # Ranks average their gradients; the weights already divide by the whole batch, so undo that mean.
-            self.accelerator.backward(loss * self._ranks)

@@ -4,7 +4,6 @@ This is the executable specification of the engine and the policy. It is written
 paths are tested and measured against it, and it serves every model that they do not know.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from fastgrpo_kernels import LossOutput, LossParams, grpo_loss, logprob_from_logits
+from fastgrpo_kernels import LossParams, grpo_loss, logprob_from_logits
 from fastgrpo_profiling import span
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -29,9 +28,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from fastgrpo.accumulation import GradientAccumulation, frozen_reference, update_result
 from fastgrpo.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
-from fastgrpo.metrics import combine, sampling_mismatch
-from fastgrpo.types import Completion, Prompt, SamplingMismatch, SamplingParams, UpdateResult, WeightedGroup
+from fastgrpo.metrics import sampling_mismatch
+from fastgrpo.model.packed_forward import company_prompt, is_multimodal, unwrap
+from fastgrpo.packing import ONE_TOKEN
+from fastgrpo.types import Completion, Prompt, SamplingParams, UpdateResult, WeightedGroup
+
+NO_COMPLETION = Completion(-1, 0, torch.zeros(0, dtype=torch.int64), "", "abort", torch.zeros(0), torch.zeros(0))
 
 
 def rollout_seed(seed: int, step: int, rank: int) -> int:
@@ -178,31 +182,30 @@ class ReferencePolicy:
         self.micro_batch_size = micro_batch_size
         self.temperature = temperature
         self.reference_model = reference_model
-        self.accelerator = accelerator
+        self.accumulation = GradientAccumulation(accelerator)
         self.version = 0
+        # Ranks wait for each other's gradients of the vision tower, pictures or not.
+        self._company = company_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
     @torch.no_grad()
     def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
         """See `Policy.logprobs`."""
         pieces: list[Tensor] = []
         for batch in self._micro_batches(groups):
-            # Not through DDP, which broadcasts buffers in forward passes: ranks may run different numbers of these.
-            flat = self._forward(_unwrap(self.model), batch)[0]
+            # Not through DDP, whose forward broadcasts buffers.
+            flat = self._forward(unwrap(self.model), batch)[0]
             pieces += flat.split([len(c.token_ids) for _, c in batch])
         by_group = iter(pieces)
         return [tuple(next(by_group) for _ in group.completions) for group in groups]
 
     def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
-        """See `Policy.accumulate`."""
+        """See `Policy.accumulate`. With several processes, all of them must call it, with groups or without."""
         batches = self._micro_batches(groups)
         outputs, offset = [], 0
         for i, batch in enumerate(batches):
             fields = _loss_inputs(groups, slice(offset, offset + len(batch)), self._device)
             offset += len(batch)
-            last = i == len(batches) - 1
-            if self._is_deepspeed:
-                self.model.set_gradient_accumulation_boundary(last)
-            with nullcontext() if last else self._no_sync():
+            with self.accumulation.micro_batch(self.model, is_last=i == len(batches) - 1):
                 with span("update/reference_model"):
                     ref_logprobs = self._reference_logprobs(batch)
                 with span("update/forward"):
@@ -211,43 +214,26 @@ class ReferencePolicy:
                         logprobs, params=self.loss_params, ref_logprobs=ref_logprobs, entropy=entropy.detach(), **fields
                     )
                 with span("update/backward"):
-                    self._backward(output.loss)
+                    self.accumulation.backward(self.model, output.loss)
             with span("update/metrics"):
-                drawn = torch.cat([completion.sampling_logprobs for _, completion in batch]).to(self._device)
+                drawn = _joined([completion.sampling_logprobs for _, completion in batch]).to(self._device)
                 outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
-        if self._is_deepspeed and outputs:
-            self.model.step()  # the caller's optimizer.step() does nothing under DeepSpeed
-        if not outputs:
-            outputs.append(self._nothing())
-            if self.accelerator is not None and self.accelerator.num_processes > 1:
-                self._keep_company()
-        return UpdateResult(
-            torch.stack([output.loss.detach() for output, _ in outputs]).sum(),
-            combine([output.metrics for output, _ in outputs]),
-            combine([mismatch for _, mismatch in outputs]),
-        )
-
-    def _nothing(self) -> tuple[LossOutput, SamplingMismatch]:
-        """The result for no completions at all: every row of the batch was skipped."""
-        none = torch.zeros(0, device=self._device)
-        lengths = torch.zeros(1, dtype=torch.int64, device=self._device)
-        params = dataclasses.replace(self.loss_params, beta=0.0)
-        return grpo_loss(none, none, none, lengths, params), sampling_mismatch(none, none, none.bool())
-
-    def _keep_company(self) -> None:
-        """A backward pass of zeros: the other ranks have completions and wait for this one's gradients."""
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        positions = token.expand(3, 1, 1) if is_multimodal(self.model) else token
-        logits = self.model(input_ids=token, position_ids=positions, use_cache=False).logits
-        self._backward(logits.sum() * 0.0)
+        if batches:
+            self.accumulation.step(self.model)
+        return update_result(outputs, self._device)
 
     def _micro_batches(self, groups: Sequence[WeightedGroup]) -> list[list[tuple[Prompt, Completion]]]:
+        """The same number on every rank, empty ones behind: a collective inside a micro-batch waits for all of them."""
         flat = [(group.prompt, completion) for group in groups for completion in group.completions]
-        return [flat[i : i + self.micro_batch_size] for i in range(0, len(flat), self.micro_batch_size)]
+        batches = [flat[i : i + self.micro_batch_size] for i in range(0, len(flat), self.micro_batch_size)]
+        return batches + [[]] * (self.accumulation.most(len(batches), self._device) - len(batches))
 
     def _forward(self, model: Any, batch: list[tuple[Prompt, Completion]]) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [T] of the batch's completion tokens, one completion after the other."""
         device = self._device
+        first = min((len(prompt.input_ids) for prompt, _ in batch), default=1) - 1  # no completion is read before it
+        if not batch or (self._company is not None and all(prompt.pixel_values is None for prompt, _ in batch)):
+            batch = [*batch, (self._company or ONE_TOKEN, NO_COMPLETION)]
         ids = [torch.cat([prompt.input_ids, completion.token_ids]) for prompt, completion in batch]
         input_ids = pad_sequence(ids, batch_first=True).to(device)  # [B, L], right-padded
         lengths = torch.tensor([len(row) for row in ids], device=device)
@@ -255,7 +241,6 @@ class ReferencePolicy:
         positions = [sequence_positions(prompt, len(completion.token_ids)) for prompt, completion in batch]
         position_ids = torch.nn.utils.rnn.pad_sequence([p.T for p in positions], batch_first=True)  # [B, L, 3]
         position_ids = position_ids.permute(2, 0, 1).to(device)  # [3, B, L]
-        first = min(len(prompt.input_ids) for prompt, _ in batch) - 1  # no completion is read from before it
         kept = input_ids.shape[1] - first
         logits = model(
             input_ids=input_ids,
@@ -281,50 +266,32 @@ class ReferencePolicy:
     def _reference_logprobs(self, batch: list[tuple[Prompt, Completion]]) -> Tensor | None:
         if self.loss_params.beta == 0.0:
             return None
-        if self.reference_model is not None:
-            return self._forward(self.reference_model, batch)[0]
-        model = _unwrap(self.model)
-        with model.disable_adapter():
+        with frozen_reference(self.model, self.reference_model) as model:
             return self._forward(model, batch)[0]
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @property
-    def _is_deepspeed(self) -> bool:
-        return hasattr(self.model, "set_gradient_accumulation_boundary")
-
-    def _backward(self, loss: Tensor) -> None:
-        if self.accelerator is None:
-            loss.backward()
-        elif self._is_deepspeed:
-            # accelerate's own backward would step the engine after every micro-batch.
-            self.model.backward(loss * self.accelerator.num_processes, scale_wrt_gas=False)
-        else:
-            # Ranks average their gradients; the weights already divide by the whole batch, so undo that mean.
-            self.accelerator.backward(loss * self.accelerator.num_processes)
-
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        if self.accelerator is None or self._is_deepspeed:
-            return nullcontext()
-        return self.accelerator.no_sync(self.model)
-
 
 def _loss_inputs(groups: Sequence[WeightedGroup], chosen: slice, device: torch.device) -> dict[str, Any]:
     """The arguments of `grpo_loss` for a slice of the flattened groups' completions."""
     weights = [w for group in groups for w in group.token_weights][chosen]
     masks = [m for group in groups for m in group.masks][chosen]
-    advantages = torch.cat([group.advantages for group in groups])[chosen]
+    advantages = _joined([group.advantages for group in groups])[chosen]
     old = [o for group in groups for o in group.old_logprobs or ()][chosen]
     lengths = torch.tensor([0, *map(len, weights)])
     return {
         "advantages": advantages.to(device),
-        "weights": torch.cat(weights).to(device),
-        "mask": torch.cat(masks).to(device),
+        "weights": _joined(weights).to(device),
+        "mask": _joined(masks).bool().to(device),
         "cu_seqlens": lengths.cumsum(0).to(device),
         "old_logprobs": torch.cat(old).to(device) if old else None,
     }
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces or [torch.zeros(0)])
 
 
 def sequence_positions(prompt: Prompt, completion_length: int) -> Tensor:
@@ -343,13 +310,5 @@ def vision_inputs(model: Any, prompts: Sequence[Prompt], input_ids: Tensor) -> d
     return {
         "pixel_values": torch.cat(pixel_values).to(input_ids.device),
         "image_grid_thw": torch.cat(grids).to(input_ids.device),
-        "mm_token_type_ids": (input_ids == _unwrap(model).config.image_token_id).int(),
+        "mm_token_type_ids": (input_ids == unwrap(model).config.image_token_id).int(),
     }
-
-
-def _unwrap(model: Any) -> Any:
-    return getattr(model, "module", model)
-
-
-def is_multimodal(model: Any) -> bool:
-    return hasattr(_unwrap(model).config, "vision_config")

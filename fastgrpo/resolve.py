@@ -36,11 +36,15 @@ def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     args = copy.copy(config)
     args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
+    settings = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
+        settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
+        settings["gradient_accumulation_steps"] = 1
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
         args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces
     if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = True  # a rank without pictures leaves the vision tower out
+        args.ddp_find_unused_parameters = False  # the policies run the vision tower on ranks without pictures too
     return args
 
 
@@ -65,6 +69,11 @@ def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTraine
         )
     if peft_config is not None:
         model = get_peft_model(model, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"nothing to train: every parameter of {type(model).__name__} is frozen. Unfreeze some, or train adapters "
+            "(peft_config)."
+        )
     if config.disable_dropout:
         for module in model.modules():
             if isinstance(module, nn.Dropout):

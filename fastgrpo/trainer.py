@@ -4,7 +4,6 @@ Everything around the step (optimizer, schedule, clipping, logging, checkpoints,
 accelerate's. What is GRPO stands in `GRPOTrainer.training_step`.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +30,7 @@ from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.sampler import RolloutLoader, RolloutSampler
 from fastgrpo.live_figures import LiveFigures
 from fastgrpo.metrics import rollout_metrics, update_metrics
-from fastgrpo.model.load import cast_parameters
+from fastgrpo.reference_model import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.resolve import (
     one_step_per_batch,
     require_a_good_row,
@@ -105,8 +104,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         )
         rows = as_rows(train_dataset, self.config.seed, name="train_dataset")
         require_a_good_row(rows, self.builder)
-        needs_reference = self.config.beta > 0 and not hasattr(model, "disable_adapter")
-        reference_model = copy.deepcopy(model).eval().requires_grad_(False) if needs_reference else None
+        self.reference_model = copy_reference(model, self.config)
 
         super().__init__(
             model=model,
@@ -124,13 +122,12 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         self.add_callback(self.display)
         if self.config.profiled_steps:
             self.add_callback(StepTrace(Path(self.config.output_dir), self.config.profiled_steps))
-        if reference_model is not None:
-            # Placed, autocast and, under DeepSpeed, cast as the policy is: the two log-probs are compared.
-            if self.is_deepspeed_enabled and (self.config.bf16 or self.config.fp16):
-                cast_parameters(reference_model, torch.bfloat16 if self.config.bf16 else torch.float16)
-            reference_model = self.accelerator.prepare_model(reference_model, evaluation_mode=True)
+        if self.reference_model is not None:
+            self.reference_model = place_reference(self.reference_model, self.config, self.accelerator)
+            if self.config.sync_ref_model:
+                self.add_callback(ReferenceSync(self.reference_model, self.config))
         self.vision_cache = build_vision_cache(self.model, self.config)
-        self.policy = build_policy(self.model, reference_model, self.config, self.accelerator, self.vision_cache)
+        self.policy = build_policy(self.model, self.reference_model, self.config, self.accelerator, self.vision_cache)
         self.engine = build_engine(
             self.model,
             self.processing.tokenizer,
@@ -309,6 +306,8 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
         self.policy.version += 1  # the checkpoint's weights are not those the engine knows
+        if self.reference_model is not None and checkpoint is not None:
+            load_reference(self.reference_model, checkpoint)
         self.window = defaultdict(list, state.get("window", {}))
         elsewhere = checkpoint is None or checkpoint.resolve().parent != Path(self.config.output_dir).resolve()
         if self.run_log and elsewhere:
@@ -335,6 +334,11 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         if self.run_log:
             self.run_log.sync()  # a checkpoint never knows of steps that the log lost
         return {"step": self.state.global_step, "skipped_rows": self.skipped_rows, "window": self.window}
+
+    def save_more(self, folder: Path) -> None:
+        """Beside `state_to_save`, a reference model that has moved."""
+        if self.config.sync_ref_model and self.reference_model is not None and not self.args.save_only_model:
+            save_reference(self.reference_model, folder)
 
     # Data
 
@@ -372,9 +376,8 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean rewards and lengths on `eval_dataset`, sampled as in training, under TRL's names."""
-        rows = (
-            self.eval_dataset if eval_dataset is None else as_rows(eval_dataset, self.config.seed, name="eval_dataset")
-        )
+        given = eval_dataset is not None
+        rows = as_rows(eval_dataset, self.config.seed, name="eval_dataset") if given else self.eval_dataset
         if rows is None:
             raise ValueError("eval_dataset is missing: pass one to the trainer or to evaluate().")
         group_size = self.config.num_generations_eval or self.config.num_generations
@@ -382,9 +385,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         names = [reward_name(function) for function in self.reward_functions]
         records: list[dict[str, Any]] = []
-        list(
-            self.engine.generate([], group_size, sampling_params(self.config), step=0)
-        )  # a rank without rows syncs too
+        self.engine.sync()  # all ranks together: one may have no rows
         for start in range(0, len(mine), self.args.per_device_eval_batch_size):
             chunk = mine[start : start + self.args.per_device_eval_batch_size]
             prompts = collate([rows[i] for i in chunk]).prompts

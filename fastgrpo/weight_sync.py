@@ -58,7 +58,7 @@ def _copy(module: Any, weight: Tensor, bias: Tensor | None = None) -> None:
     if hasattr(module, "modules_to_save"):  # peft trains a copy of the whole module
         module = module.modules_to_save[module.active_adapters[0]]
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    with _gathered(module.parameters()):
+    with gathered(module.parameters()):
         merged = base.weight
         for adapter in _adapters(module):
             merged = merged + module.get_delta_weight(adapter).to(merged.dtype)
@@ -74,7 +74,7 @@ def _adapters(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A or name in module.lora_embedding_A]
 
 
-def _gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Holds partitioned parameters whole for a while."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:

@@ -4,11 +4,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
 
-from fastgrpo.checkpoint import ASIDE, load_weights, publish, save_state
+from fastgrpo.checkpoint import ASIDE, load_state, publish, save_state
+from fastgrpo.model.load import load_weights
+
+logger = logging.get_logger(__name__)
 
 
 class WholeCheckpoints(Trainer):
@@ -19,6 +25,9 @@ class WholeCheckpoints(Trainer):
     def state_to_save(self) -> dict[str, Any]:
         """What a subclass keeps beside transformers' own state; read back with `checkpoint.load_state`."""
         return {}
+
+    def save_more(self, folder: Path) -> None:
+        """Writes what else a subclass keeps, in files of its own; called on the main process."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output_dir = Path(self.args.output_dir)
@@ -37,7 +46,8 @@ class WholeCheckpoints(Trainer):
             if self.state.best_model_checkpoint:
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
                 self.state.save_to_json(str(aside / "trainer_state.json"))
-            save_state(aside, self.state_to_save())
+            self.save_more(aside)
+            save_state(aside, {**self.state_to_save(), "sharding": self._sharding()})
             publish(aside, output_dir / name)
             shutil.rmtree(output_dir / ASIDE)
             if self.args.push_to_hub:
@@ -55,7 +65,39 @@ class WholeCheckpoints(Trainer):
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / ASIDE) if self._saving_aside else folder
 
+    def _sharding(self) -> list[int] | None:
+        """How the optimizer's state is cut: ZeRO's stage and number of ranks; None where it is whole."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return None if plugin is None else [plugin.zero_stage, self.accelerator.num_processes]
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Under another ZeRO stage, or on other ranks, a run goes on with an optimizer that starts anew."""
+        mine = theirs = self._sharding()
+        if resume_from_checkpoint is not None:
+            theirs = load_state(Path(resume_from_checkpoint)).get("sharding", mine)
+        if resume_from_checkpoint is None or theirs == mine:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_world_process_zero():
+            logger.warning(
+                f"{resume_from_checkpoint} was saved under {_named(theirs)}, this run is under {_named(mine)}: "
+                "weights, step and schedule go on, the optimizer's moments start anew."
+            )
+        if self.is_deepspeed_enabled:  # without it, transformers has just loaded them
+            self._load_from_checkpoint(resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        schedule = Path(resume_from_checkpoint) / SCHEDULER_NAME
+        if schedule.is_file():
+            self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate  # otherwise the optimizer's own state brings it
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if model is None and not any(Path(resume_from_checkpoint).glob("*.safetensors")):
+            raise ValueError(
+                f"{resume_from_checkpoint} holds no whole weights. Save with stage3_gather_16bit_weights_on_model_save "
+                "in the DeepSpeed config, or resume under the stage and on the ranks it was saved with."
+            )
         if model is None and isinstance(self.model, PreTrainedModel):
             load_weights(self.model, Path(resume_from_checkpoint))
         else:
@@ -66,3 +108,7 @@ class WholeCheckpoints(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _named(sharding: list[int] | None) -> str:
+    return "no DeepSpeed" if sharding is None else f"ZeRO stage {sharding[0]} on {sharding[1]} ranks"

@@ -161,6 +161,23 @@ def load_policy(
     return model
 
 
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Copies a checkpoint's weights into `model`, all of them; the model must lie whole on this rank.
+
+    A vision-language model's parameters have other names in hub format than in memory. `from_pretrained` knows both;
+    transformers' Trainer goes by the file's names, and passes over every one that it does not find.
+
+    Raises:
+        ValueError: the checkpoint lacks some of the model's parameters.
+    """
+    with _whole_weights():
+        # float32 holds every other dtype's values.
+        saved, report = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{checkpoint} lacks {len(missing)} of the model's parameters, such as {missing[0]}.")
+    model.load_state_dict(saved.state_dict())
+
+
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Parameters alone: buffers, such as rotary frequencies, stay as they are."""
     for parameter in model.parameters():

@@ -90,6 +90,6 @@ def paper_parts(
         micro_batch_size=plain_policy.micro_batch_size,
         temperature=plain_policy.temperature,
         reference_model=reference_model,
-        accelerator=plain_policy.accelerator,
+        accelerator=plain_policy.accumulation.accelerator,
     )
     return engine, policy

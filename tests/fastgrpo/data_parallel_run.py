@@ -23,6 +23,7 @@ CORRUPT = b"no picture"
 SCENARIOS: dict[str, dict[str, Any]] = {
     "batch": {"loss_type": "dapo", "beta": 0.04, "scale_rewards": "batch", "max_steps": 3},
     "checkpointed": {"loss_type": "dapo", "gradient_checkpointing": True, "max_steps": 3},
+    "plain": {"loss_type": "grpo", "beta": 0.04, "engine": "reference", "max_steps": 3},
     "reuse": {"loss_type": "grpo", "num_iterations": 2, "max_steps": 6, "mask_truncated_completions": True},
 }
 

@@ -134,7 +134,7 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
             "num_generations=3 does not divide. Make it a multiple, or pass --batch_unit prompts",
         ),
         (["--loss_type", "ppo"], "loss_type='ppo' is not valid: use one of grpo"),
-        (["--sync_ref_model"], "sync_ref_model=True is not supported yet"),
+        (["--sync_ref_model"], "sync_ref_model=True, but with beta=0.0 there is no reference"),
         (["--dtype", "float99"], "--dtype"),
         (["--reward_funcs", "acuracy"], "'acuracy' is not a reward function. Use accuracy, format, length"),
         (["--reward_funcs", "no_such_module:f"], "'no_such_module:f' cannot be imported"),

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig, GRPOTrainer, whole_checkpoints
-from fastgrpo.checkpoint import load_weights
 from fastgrpo.cli import main
 from fastgrpo.data.loading import load_rows
+from fastgrpo.model.load import load_weights
 
 ROOT = Path(__file__).parents[2]
 REWARDS = '''
