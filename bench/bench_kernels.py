@@ -95,7 +95,10 @@ def measure_floors(device: str, scale: str, rounds: int) -> dict[str, float]:
 def bench_shapes(
     result: Result, ops: list[Op], sides: list[Side], floors: dict[str, float], arguments: argparse.Namespace
 ) -> None:
-    """All shapes of one op: checks, times, peaks; the first shape's ratios."""
+    """All shapes of one op: checks, times, peaks; the first shape's ratios.
+
+    Of `arguments`, device, scale and rounds count, and `peaks`: whether memory is measured too.
+    """
     torch_errors: dict[str, float] = {}
     for op in ops:
         # Past some recompilations torch.compile falls back to eager: every shape starts afresh.
@@ -109,7 +112,7 @@ def bench_shapes(
         for name, times in _times(forward_only, inputs, "forward", arguments).items():
             rows[name].forward_seconds = times
         for name, side in right.items():
-            rows[name].peak = _peak(op, side, inputs, arguments)
+            rows[name].peak = _peak(op, side, inputs, arguments) if arguments.peaks else None
         del inputs
         torch.cuda.empty_cache()
         floor = floors[op.work.floor]
@@ -147,10 +150,10 @@ def check_sides(
 
 
 def ratios_of(op: Op, rows: dict[str, Measured]) -> dict[str, float]:
-    """Theirs over ours in time and memory; those of the loss, and of the head in recompute mode, say so."""
+    """Theirs over ours in time and memory; those of other ops than the head, and of its recompute mode, say so."""
     found = {}
     for ours in (rows[name] for name in OURS if name in rows and not rows[name].fault):
-        prefix = ("loss_" if op.name == "loss" else "") + ("" if ours.side == OURS[0] else "recompute_")
+        prefix = ("" if op.name == "head" else f"{op.name}_") + ("" if ours.side == OURS[0] else "recompute_")
         for row in (row for row in rows.values() if row.side not in OURS and not row.fault):
             found[f"{prefix}time_vs_{row.side}"] = paired_ratio(row.seconds, ours.seconds)
             if row.peak and ours.peak:
@@ -201,7 +204,8 @@ def _print_rows(op: Op, rows: list[Measured], floor: float) -> None:
             ]
         )
     columns = ["side", "ms", "spread", unit, "of floor", "forward ms", "peak MB", "worst error"]
-    print_table(f"{op.name}, {op.shape}: forward + backward", columns, cells)
+    passes = ": forward + backward" if op.name in ("head", "loss") else ""
+    print_table(f"{op.name}, {op.shape}{passes}", columns, cells)
 
 
 def _compare_with_reach(result: Result) -> None:
@@ -230,10 +234,11 @@ def _compare_with_reach(result: Result) -> None:
 def _parser() -> argparse.ArgumentParser:
     arguments = parser("Times the kernels beside plain torch and the peers, after checking their results.")
     arguments.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: a dry run")
-    arguments.add_argument("--op", choices=("head", "loss"), help="this one alone")
+    arguments.add_argument("--op", choices=("head", "loss", "attention", "rope", "sample"), help="this one alone")
     arguments.add_argument("--side", action="append", metavar="NAME", help="this peer alone, beside ours and torch")
     arguments.add_argument("--shapes", type=int, metavar="N", help="the first N shapes of each op")
     arguments.add_argument("--rounds", type=int, default=5, help="timings of each side, taking turns")
+    arguments.set_defaults(peaks=True)
     arguments.add_argument("--memory-of", metavar="SIDE", help=argparse.SUPPRESS)
     return arguments
 

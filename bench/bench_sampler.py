@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from fastgrpo_profiling.roofline import measure_ceilings
 from harness import Result, in_fresh_process, paired_ratio, paired_seconds, parser, peak_bytes, print_table, spread
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -31,8 +32,6 @@ from fastgrpo.types import Prompt, SamplingParams
 IMAGE, VIDEO = 3, 4
 TIE = 1e-4
 """Greedy paths may part where the two best logits are closer than this."""
-MEMORY_BANDWIDTH = 4.3e12
-"""Bytes a second an H200 was measured to read; the floor of a decode step reads weights and cache once."""
 
 
 @dataclass(frozen=True)
@@ -276,18 +275,20 @@ def measure(name: str, workload: Workload, device: str, result: Result) -> list[
         **distance,
     }
     if device == "cuda":
-        result.figures[name] |= {"floor_ms_per_step": floor_ms(engine, workload), **graphs_off(model, workload)}
+        bandwidth = measure_ceilings(device, torch.bfloat16).bytes_per_s
+        floor = {"floor_ms_per_step": floor_ms(engine, workload, bandwidth)}
+        result.figures[name] |= {**floor, **graphs_off(model, workload)}
     return [name, *(drawn / median(whole[side]) for side in ("hf", "ours")), ratio, decode_ratio]
 
 
-def floor_ms(engine: SamplerEngine, workload: Workload) -> float:
+def floor_ms(engine: SamplerEngine, workload: Workload, bytes_per_s: float) -> float:
     """Milliseconds to read the weights once and the cache, prompts shared, at the length of half the completion."""
     decoder = engine.decoder
     weights = [decoder.head_weight] + [w for layer in decoder.layers for w in vars(layer).values()]
     token = KVCache.page_bytes(decoder.shape, 1, decoder.dtype)
     prompts = sum(len(p.input_ids) for p in build_prompts(workload))
     read = sum(w.nbytes for w in weights) + token * (prompts + workload.rows * workload.new_tokens / 2)
-    return 1e3 * read / MEMORY_BANDWIDTH
+    return 1e3 * read / bytes_per_s
 
 
 def graphs_off(model: Any, workload: Workload) -> dict[str, float]:

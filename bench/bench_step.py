@@ -8,19 +8,22 @@ it, both sides' prompts, loss and gradients are compared; after it, what they le
 pictures, 24 tokens, 2 prompts), whose paired reward difference must be 0 within its 95 % interval, of half-width ≤ 0.1.
 """
 
+import json
 import math
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from harness import Result, parser
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
 from fastgrpo.data.synthetic import write_sat_parquet
@@ -63,19 +66,44 @@ SETTINGS = {
 }
 
 
-def save_endless_model(folder: Path) -> int:
-    """The model with random weights, whose end token it cannot draw; returns its number of parameters."""
-    tokenizer: PreTrainedTokenizerFast = load_tokenizer()
-    config = build_config(tokenizer, **TEXT)
-    for name, value in VISION.items():
+def save_endless_model(
+    folder: Path,
+    text: Mapping[str, Any] = TEXT,
+    vision: Mapping[str, Any] = VISION,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> int:
+    """A model with random weights, whose end token it cannot draw; returns its number of parameters."""
+    tokenizer = load_tokenizer()
+    if "vocab_size" in text:
+        tokenizer = with_vocabulary(tokenizer, text["vocab_size"])
+    config = build_config(tokenizer, **text)
+    for name, value in vision.items():
         setattr(config.vision_config, name, value)
     torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
+    with torch.device(device):
+        model = Qwen2VLForConditionalGeneration(config).to(dtype)
     tokenizer.add_special_tokens({"eos_token": "<|never|>"})
     tokenizer.pad_token = "<|endoftext|>"
     assert tokenizer.eos_token_id >= config.text_config.vocab_size, "the end token must lie outside the vocabulary"
     save_model(folder, model, tokenizer)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def with_vocabulary(tokenizer: PreTrainedTokenizerFast, size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer with words that no text contains, up to `size` in all: a model may draw any of them."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["content"]: token["id"] for token in state["added_tokens"]}
+    state["model"]["vocab"] |= added | {f"<|{i}|>": i for i in range(len(tokenizer), size)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 def peak_above_start(against: str, settings: Sequence[str], folder: Path, trl_python: Path) -> dict[str, int]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,20 @@ class Result:
     ratios: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def passed(self) -> bool:
+        return all(value is not False for value in self.checks.values())
+
     def finish(self, out: str | None = None) -> int:
         """Prints the JSON line, last, writes it to `out` too, and returns the exit code."""
-        passed = all(value is not False for value in self.checks.values())
         record = {
             "bench": self.bench,
             "device": device_name(self.device),
+            "date": now(),
             "commit": commit(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": command(),
             "versions": versions(),
-            "checks_passed": passed,
+            "checks_passed": self.passed,
             "checks": self.checks,
             "ratios": self.ratios,
             "figures": self.figures,
@@ -50,7 +55,7 @@ class Result:
             Path(out).parent.mkdir(parents=True, exist_ok=True)
             Path(out).write_text(json.dumps(record, indent=1) + "\n")
         print(json.dumps(record), flush=True)
-        return 0 if passed else 1
+        return 0 if self.passed else 1
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -167,10 +172,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def now() -> str:
+    """The date and time in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command() -> str:
+    """The command line of this process."""
+    return " ".join(["python", *sys.argv])
+
+
 def commit() -> str:
-    """Of the working tree, with + where files differ from it."""
+    """Of the working tree, with + where files other than results differ from it; of a tree without git, GIT_COMMIT."""
     root = Path(__file__).parent
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") if head.returncode == 0 else "unknown"
+    if head.returncode != 0:
+        return os.environ.get("GIT_COMMIT", "unknown")
+    status = [*git, "status", "--porcelain", "--", ":/", ":(exclude)results"]
+    changed = subprocess.run(status, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

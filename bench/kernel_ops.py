@@ -1,12 +1,15 @@
-"""What `bench_kernels.py` and `test_ops.py` measure: each op's inputs, sides, exact results and work, in one record."""
+"""What the kernels' benchmarks measure: each op's inputs, sides, exact results and work, in one record."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from attention_sides import AttentionShape, attention_errors, attention_sides, exact_attention, make_attention_inputs
 from head_sides import exact_head, head_errors, head_sides, make_head_inputs
 from loss_sides import exact_loss, loss_errors, loss_sides, make_loss_inputs
+from rope_sides import exact_rope, make_rope_inputs, rope_errors, rope_sides
+from sample_sides import exact_sample, make_sample_inputs, sample_errors, sample_sides
 
 OURS = ("fastgrpo", "fastgrpo_recompute")
 ERROR_OVER_TORCH, ERROR_OVER_TORCH_PEERS = 1.1, 10.0
@@ -63,7 +66,15 @@ class Op:
 
 def sides_of(op_name: str, device: str) -> tuple[list[Any], dict[str, str]]:
     """The op's sides, ours first, then plain torch; and which peers were left out, and why."""
-    return head_sides(device) if op_name == "head" else (loss_sides(), {})
+    if op_name == "head":
+        return head_sides(device)
+    others: dict[str, Callable[[], list[Any]]] = {
+        "loss": loss_sides,
+        "attention": attention_sides,
+        "rope": rope_sides,
+        "sample": sample_sides,
+    }
+    return others[op_name](), {}
 
 
 def head_op(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, device: str) -> Op:
@@ -71,7 +82,9 @@ def head_op(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, 
     return Op(
         name="head",
         shape=head_shape(tokens, hidden_size, vocabulary, dtype),
-        make_inputs=lambda: make_head_inputs(tokens, hidden_size, vocabulary, dtype, device),
+        make_inputs=lambda: make_head_inputs(
+            tokens, hidden_size, vocabulary, dtype, device, sequences=1 if tokens % 8 else 8
+        ),
         exact=exact_head,
         errors=head_errors,
         tolerance=1e-5 if dtype == torch.float32 else 1e-3,
@@ -82,7 +95,7 @@ def head_op(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, 
 
 def head_shape(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype) -> str:
     """The shape's name in tables and records."""
-    return f"T={tokens} H={hidden_size} V={vocabulary} {str(dtype).removeprefix('torch.')}"
+    return f"T={tokens} H={hidden_size} V={vocabulary} {_name(dtype)}"
 
 
 def loss_op(tokens: int, device: str) -> Op:
@@ -99,15 +112,80 @@ def loss_op(tokens: int, device: str) -> Op:
     )
 
 
+def attention_op(shape: AttentionShape, dtype: torch.dtype, device: str, grouped: bool | None = None) -> Op:
+    """`paged_attention` of a decode step, one layer. Plain torch gets a dense copy of every row's keys for nothing."""
+    way = {None: "", True: " grouped", False: " row by row"}[grouped]
+    return Op(
+        name="attention",
+        shape=f"B={shape.rows} G={shape.group} prefix={shape.prefix} own={shape.suffix} "
+        f"{shape.heads}/{shape.kv_heads}x{shape.width} {_name(dtype)}{way}",
+        make_inputs=lambda: make_attention_inputs(shape, dtype, device, grouped),
+        exact=exact_attention,
+        errors=attention_errors,
+        tolerance=1e-5 if dtype == torch.float32 else 1e-3,
+        work=Work(float(shape.read_bytes(dtype)), "copy"),
+    )
+
+
+def rope_op(tokens: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype, device: str) -> Op:
+    """`rope_and_cache` of one layer."""
+    return Op(
+        name="rope",
+        shape=f"T={tokens} {heads}/{kv_heads}x{width} {_name(dtype)}",
+        make_inputs=lambda: make_rope_inputs(tokens, heads, kv_heads, width, dtype, device),
+        exact=exact_rope,
+        errors=rope_errors,
+        tolerance=1e-6 if dtype == torch.float32 else 1e-3,
+        # Read once and written once.
+        work=Work(2.0 * tokens * (heads + 2 * kv_heads) * width * dtype.itemsize, "copy"),
+    )
+
+
+def sample_op(rows: int, vocabulary: int, setting: str, device: str) -> Op:
+    """`sample` on float32 logits, as the decoder's head gives them; `setting` of `sample_sides.SETTINGS`."""
+    return Op(
+        name="sample",
+        shape=f"B={rows} V={vocabulary} {setting}",
+        make_inputs=lambda: make_sample_inputs(rows, vocabulary, setting, device),
+        exact=exact_sample,
+        errors=sample_errors,
+        tolerance=1e-4,
+        work=Work(4.0 * rows * vocabulary, "copy"),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def ops_of(device: str, scale: str) -> list[Op]:
     """What a run measures; of each op the shape that its ratios are taken at comes first."""
     if scale == "tiny":
-        return [head_op(64, 32, 1000, torch.float32, device), loss_op(512, device)]
+        return [head_op(64, 32, 1000, torch.float32, device), loss_op(512, device), *decode_ops(device, scale)]
     if device == "cpu":
-        return [head_op(2048, 256, VOCABULARY, torch.float32, device), loss_op(1 << 16, device)]
+        head = head_op(2048, 256, VOCABULARY, torch.float32, device)
+        return [head, loss_op(1 << 16, device), *decode_ops(device, scale)]
     heads = [
         head_op(1024 * thousands, hidden_size, VOCABULARY, torch.bfloat16, device)
         for hidden_size in (1536, 2048, 3584)
         for thousands in (16, 32, 4, 64)
     ]
-    return heads + [loss_op(tokens, device) for tokens in (1 << 16, 1 << 18, 1 << 20)]
+    losses = [loss_op(tokens, device) for tokens in (1 << 16, 1 << 18, 1 << 20)]
+    return [*heads, *losses, *decode_ops(device, scale)]
+
+
+def decode_ops(device: str, scale: str) -> list[Op]:
+    """The ops of a decode step: Qwen2-VL-2B's sizes on a GPU, a small model's on a CPU."""
+    if device == "cuda" and scale == "full":
+        shapes = [AttentionShape(rows, 8, 700, 324) for rows in (256, 64, 512, 8)]
+        attention = [attention_op(shape, torch.bfloat16, device) for shape in shapes]
+        attention += [attention_op(shapes[0], torch.bfloat16, device, grouped) for grouped in (True, False)]
+        rope = [rope_op(rows, 12, 2, 128, torch.bfloat16, device) for rows in (256, 64)]
+        settings = [(256, "plain"), (64, "plain"), (512, "plain"), (256, "filtered"), (256, "greedy")]
+        return [*attention, *rope, *(sample_op(rows, VOCABULARY, setting, device) for rows, setting in settings)]
+    rows, vocabulary = (8, 1000) if scale == "tiny" else (32, 4096)
+    return [
+        attention_op(AttentionShape(rows, 4, 40, 24, 4, 2, 32), torch.float32, device),
+        rope_op(rows, 4, 2, 32, torch.float32, device),
+        *(sample_op(rows, vocabulary, setting, device) for setting in ("plain", "filtered", "greedy")),
+    ]

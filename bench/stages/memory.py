@@ -1,0 +1,57 @@
+"""Peaks: of the head's both ways of working, of a rollout, and of an update."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+
+import bench_sampler
+import bench_update
+import torch
+from bench_kernels import check_sides
+from harness import Result, peak_bytes, print_table
+from kernel_ops import OURS, VOCABULARY, head_op, sides_of
+
+HEAD = {"full": (32_768, 1536, VOCABULARY), "tiny": (256, 64, 8192), "smoke": (64, 32, 2000)}
+
+
+def run(scale: str, device: str) -> Iterator[Result]:
+    """Bytes above what was held before; where results are right."""
+    result = Result("memory", device)
+    tokens, hidden_size, vocabulary = HEAD[scale]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sides = [side for side in sides_of("head", device)[0] if side.name in (*OURS, "torch")]
+    small = head_op(min(tokens, 1024), hidden_size, vocabulary, dtype, device)
+    rows, _ = check_sides(small, sides, small.make_inputs(), {})
+    result.checks |= {f"head: {name}": not row.fault for name, row in rows.items()}
+    large = head_op(tokens, hidden_size, vocabulary, dtype, device)
+    inputs = large.make_inputs()
+    found: dict[str, int] = {}
+    result.figures = {"logits_bytes": tokens * vocabulary * dtype.itemsize, "peak_bytes": found, "head": large.shape}
+    for side in (side for side in sides if not rows[side.name].fault):
+        with suppress(torch.OutOfMemoryError):  # plain torch's logits may fill the GPU
+            found[f"head, {side.name}"] = peak_bytes(partial(side.forward_backward, inputs), device)
+    del inputs
+    yield result
+    if scale != "smoke":
+        for side in ("ours", "hf"):
+            found[f"rollout, {side}"] = bench_sampler.peak_memory(side, device)
+        yield result
+    model = bench_update.build_model(device)
+    name = "full" if scale == "full" else "C=16"
+    groups = bench_update.build_groups(bench_update.workloads(device)[name], model.config.get_text_config().vocab_size)
+    for side, policy in bench_update.policies(model, device).items():
+        bench_update.step(model, policy, groups)  # gradients are there from here on
+        call = partial(bench_update.step, model, policy, groups, keep_gradients=True)
+        found[f"update, {side}"] = peak_bytes(call, device)
+    # On a CPU a process reuses what it has freed, so small peaks say little.
+    result.ratios = {
+        f"{part}_memory": found[theirs] / found[ours]
+        for part, ours, theirs in (
+            ("head", f"head, {OURS[0]}", "head, torch"),
+            ("rollout", "rollout, ours", "rollout, hf"),
+            ("update", "update, packed", "update, naive"),
+        )
+        if device == "cuda" and ours in found and theirs in found
+    }
+    print_table("Peak memory", ["what", "MB"], [[name, peak / 1e6] for name, peak in found.items()])
+    yield result

@@ -1,0 +1,282 @@
+"""Every figure of the kernels, the sampler, the update and the whole step, in one command under a time budget.
+
+    python bench/suite.py --minutes 8                      # on a machine with a GPU
+    python bench/suite.py --device cpu --scale tiny        # the same stages, small, on two CPU cores
+
+Each stage (`stages/`) runs in a process of its own, so one that fails, hangs or breaks its device takes no other with
+it. The results file is written anew, aside and renamed, after each part of a stage: whatever ends the suite, what was
+found is there. A stage whose expected time no longer fits is skipped and says so; run it later with `--only` and the
+same `--out`, which keeps the other stages' results.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from fastgrpo_profiling.worker import claim_stdout
+from harness import Result, command, commit, device_name, now, parser, print_table, versions
+from stages import STAGES, NotHereError, Stage
+
+RESULTS = Path(__file__).parent / "results"
+SLACK = 3.0
+"""How many times its expected time a stage may take, where time is left."""
+LEAST_LIMIT = 120.0
+"""Seconds that any stage may take, where time is left."""
+
+
+@dataclass
+class Record:
+    """What became of a stage."""
+
+    status: str
+    """passed, failed (a check), error, cut off, skipped; running in the file of a suite that was killed."""
+    seconds: float = 0.0
+    note: str = ""
+    """Why it was skipped, or how it went wrong."""
+    checks: dict[str, Any] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+    command: str = ""
+
+    @property
+    def is_fault(self) -> bool:
+        return self.status not in ("passed", "skipped")
+
+    def take(self, found: dict[str, Any]) -> None:
+        """What a stage has yielded, in the place of what it yielded before."""
+        self.checks, self.ratios, self.figures = found["checks"], found["ratios"], found["figures"]
+
+
+class ResultsFile:
+    """The JSON file: a header, and a record for each stage. Stages of an earlier run in it stay until run again.
+
+    Raises:
+        ValueError: the file there is of another machine, another scale or other versions.
+    """
+
+    def __init__(self, path: Path, device: str, scale: str) -> None:
+        self.path = path
+        self.log = path.with_suffix(".log")
+        """What the stages print."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.header = {"bench": "suite", "device": device_name(device), "scale": scale, "versions": versions()}
+        self.stages: dict[str, Any] = {}
+        if path.exists():
+            there = json.loads(path.read_text())
+            if any(there.get(name) != value for name, value in self.header.items()):
+                raise ValueError(f"--out {path} holds results of another machine, scale or version: name another file.")
+            self.stages = there["stages"]
+
+    def put(self, name: str, record: Record) -> None:
+        """Writes the file anew."""
+        self.stages[name] = asdict(record)
+        order = [stage.name for stage in STAGES]
+        ran = {name: self.stages[name] for name in sorted(self.stages, key=order.index)}
+        faults = [name for name, one in ran.items() if one["status"] not in ("passed", "skipped")]
+        whole = {
+            **self.header,
+            "date": now(),
+            "commit": record.commit,
+            "command": record.command,
+            "checks_passed": not faults,
+            "checks": {
+                f"{name}: {check}": value for name, one in ran.items() for check, value in one["checks"].items()
+            },
+            "ratios": {
+                f"{name}: {ratio}": value for name, one in ran.items() for ratio, value in one["ratios"].items()
+            },
+            "stages": ran,
+        }
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps(whole, indent=1) + "\n")
+        os.replace(aside, self.path)
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    if options.stage:
+        return be_stage(options.stage, options.scale, options.device)
+    try:
+        chosen = chosen_stages(options)
+        path = Path(options.out) if options.out else default_path(options.device)
+        results = ResultsFile(path, options.device, options.scale)
+    except ValueError as error:
+        print(f"suite: {error}", file=sys.stderr)
+        return 2
+    deadline = time.monotonic() + 60 * options.minutes
+    ran: dict[str, Record] = {}
+    for stage in chosen:
+        ran[stage.name] = run_stage(stage, options, deadline, results)
+        record = ran[stage.name]
+        note = record.note.splitlines()[-1][:200] if record.note else ""
+        print(f"{stage.name}: {record.status}, {record.seconds:.0f} s {note}".strip(), flush=True)
+    ratios = {f"{name}: {ratio}": round(x, 3) for name, one in ran.items() for ratio, x in one.ratios.items()}
+    if ratios:
+        rows = [[name, ratio] for name, ratio in ratios.items()]
+        print_table("Ours over theirs: larger is better for us", ["measured", "times"], rows)
+    result = Result("suite", options.device)
+    result.checks = {f"{name} {record.status}": not record.is_fault for name, record in ran.items()}
+    result.ratios = ratios
+    result.figures = {
+        "file": str(results.path),
+        "log": str(results.log),
+        "seconds": {name: round(one.seconds) for name, one in ran.items()},
+    }
+    return result.finish()
+
+
+def chosen_stages(options: argparse.Namespace) -> list[Stage]:
+    """By --only and --skip, in the table's order.
+
+    Raises:
+        ValueError: a scale that cannot run on this device, or nothing left to run.
+    """
+    if options.scale == "full" and options.device == "cpu":
+        raise ValueError("--scale full is a 2B model's: give --device cuda, or --scale tiny.")
+    chosen = [s for s in STAGES if (not options.only or s.name in options.only) and s.name not in options.skip]
+    if not chosen:
+        raise ValueError(f"--only and --skip leave nothing: choose of {', '.join(stage.name for stage in STAGES)}.")
+    return chosen
+
+
+def default_path(device: str) -> Path:
+    """bench/results/<device>-<date>.json"""
+    name = "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return RESULTS / f"{name.removeprefix('nvidia-')}-{now()[:10]}.json"
+
+
+def run_stage(stage: Stage, options: argparse.Namespace, deadline: float, results: ResultsFile) -> Record:
+    """Starts the stage's process, takes down what it yields, and ends it when its time is up."""
+    record = Record("running", commit=commit(), command=command())
+    left, expected = deadline - time.monotonic(), stage.expected_seconds(options.scale)
+    if left < expected:
+        record.status = "skipped"
+        record.note = f"takes some {expected} s, {max(left, 0):.0f} s are left"
+        if stage.name not in results.stages:
+            results.put(stage.name, record)
+        return record
+    results.put(stage.name, record)
+    start, limit = time.monotonic(), min(left, max(LEAST_LIMIT, SLACK * expected))
+    with results.log.open("a+", errors="replace") as log:
+        began = log.tell()
+        with start_stage(stage.name, options, log) as process:
+            timer = threading.Timer(limit, end, [process])
+            timer.start()
+            try:
+                listen(process, record, lambda: results.put(stage.name, record))
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            finally:
+                timer.cancel()
+                end(process)  # also what it left running
+        record.seconds = time.monotonic() - start
+        if record.status == "running":
+            log.seek(began)
+            is_late = record.seconds >= limit
+            record.status, record.note = verdict(record, process.returncode, is_late, log.read())
+    results.put(stage.name, record)
+    return record
+
+
+def listen(process: "subprocess.Popen[str]", record: Record, found_more: Callable[[], None]) -> None:
+    """Takes down what a stage's process says, until it ends."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if not line.endswith("\n"):
+            break  # killed while it spoke
+        answer = json.loads(line)
+        if "skipped" in answer:
+            record.status, record.note = "skipped", answer["skipped"]
+        else:
+            record.take(answer)
+            found_more()
+
+
+def verdict(record: Record, code: int, is_late: bool, said: str) -> tuple[str, str]:
+    """Status and note of a stage that has ended; `said` is what it printed."""
+    if is_late:
+        return "cut off", f"still running after {record.seconds:.0f} s"
+    if code != 0:
+        return "error", f"exit code {code}: {said.strip()[-1500:]}"
+    wrong = [name for name, value in record.checks.items() if value is False]
+    return ("failed", f"wrong: {', '.join(wrong)}") if wrong else ("passed", "")
+
+
+def start_stage(name: str, options: argparse.Namespace, log: IO[str]) -> "subprocess.Popen[str]":
+    """A process group of its own, so that whatever it starts ends with it."""
+    flags = ["--stage", name, "--device", options.device, "--scale", options.scale]
+    return subprocess.Popen(
+        [sys.executable, __file__, *flags],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a machine without a network would wait for one
+    )
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Kills a process that nobody has waited for yet, and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def be_stage(name: str, scale: str, device: str) -> int:
+    """In the stage's process: a line of JSON for each yield; all else that is printed goes to standard error."""
+    answers = claim_stdout()
+    if os.getpgrp() == os.getpid():  # as `start_stage` starts it
+        threading.Thread(target=_end_with_suite, daemon=True).start()
+    stage = next(stage for stage in STAGES if stage.name == name)
+
+    def answer(found: dict[str, Any]) -> None:
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+
+    try:
+        for result in stage.load()(scale, device):
+            answer({"checks": result.checks, "ratios": result.ratios, "figures": result.figures})
+    except NotHereError as reason:
+        answer({"skipped": str(reason)})
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _end_with_suite() -> None:
+    """The suite holds the other end of standard input: when it is gone, nobody wants the answer."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = [stage.name for stage in STAGES]
+    stages = "\n".join(f"  {stage.name:12} {stage.what}" for stage in STAGES)
+    arguments = parser("Every figure of this project in one command, in stages, under a time budget.")
+    arguments.formatter_class = argparse.RawDescriptionHelpFormatter
+    arguments.epilog = f"stages:\n{stages}"
+    scale = "full" if torch.cuda.is_available() else "tiny"
+    arguments.add_argument("--scale", choices=("full", "tiny", "smoke"), default=scale, help="full needs a GPU")
+    arguments.add_argument("--minutes", type=float, default=8.0, help="what the stages may take together")
+    arguments.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help="these alone")
+    arguments.add_argument("--skip", nargs="+", choices=names, default=[], metavar="STAGE", help="all but these")
+    arguments.add_argument("--stage", choices=names, help=argparse.SUPPRESS)
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

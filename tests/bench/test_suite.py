@@ -1,0 +1,144 @@
+"""The suite around its stages: what fails, hangs or is killed costs nothing else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import suite
+from stages import Stage
+
+FOUND = {"checks": {"right": True}, "ratios": {"time_vs_torch": 2.0}, "figures": {"ms": 1.0}}
+SAY = f"import os, sys, signal; print({json.dumps(json.dumps(FOUND))}, flush=True); "
+CHILDREN = {
+    "passes": SAY,
+    "raises": SAY + "sys.exit('no luck')",
+    "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "dies_speaking": SAY + "print('{\"checks', end='', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+    "hangs": SAY + "signal.pause()",
+    "is_wrong": SAY.replace("true", "false"),
+    "lacks_something": 'print(\'{"skipped": "nothing to run it with"}\')',
+}
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the stages, processes that do what their name says."""
+
+    def start(name: str, options: Any, log: IO[str]) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILDREN[name]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+
+    monkeypatch.setattr(suite, "start_stage", start)
+    monkeypatch.setattr(suite, "STAGES", [Stage(name, "", 0, 0 if name == "hangs" else 30) for name in CHILDREN])
+    monkeypatch.setattr(suite, "LEAST_LIMIT", 2.0)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, out: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+    """Exit code, and the stages in the results file."""
+    monkeypatch.setattr(sys, "argv", ["suite.py", "--device", "cpu", "--scale", "smoke", "--out", str(out), *flags])
+    code = suite.main()
+    return code, json.loads(out.read_text())["stages"] if out.exists() else {}
+
+
+@pytest.mark.usefixtures("children")
+def test_each_stage_ends_in_its_own_way(monkeypatch, tmp_path, capsys):
+    code, stages = run(monkeypatch, tmp_path / "cpu.json")
+    assert code == 1
+    assert {name: stage["status"] for name, stage in stages.items()} == {
+        "passes": "passed",
+        "raises": "error",
+        "crashes": "error",
+        "dies_speaking": "error",
+        "hangs": "cut off",
+        "is_wrong": "failed",
+        "lacks_something": "skipped",
+    }
+    assert "no luck" in stages["raises"]["note"]
+    assert stages["is_wrong"]["note"] == "wrong: right"
+    assert stages["lacks_something"]["note"] == "nothing to run it with"
+    for name in ("passes", "raises", "dies_speaking", "hangs"):
+        assert stages[name]["figures"] == {"ms": 1.0}, "what it found before is kept"
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["checks_passed"] is False
+    assert last["ratios"]["passes: time_vs_torch"] == 2.0
+
+
+@pytest.mark.usefixtures("children")
+def test_a_later_run_replaces_what_it_runs_and_keeps_the_rest(monkeypatch, tmp_path):
+    out = tmp_path / "cpu.json"
+    assert run(monkeypatch, out, "--only", "passes")[0] == 0
+    monkeypatch.setitem(CHILDREN, "raises", SAY)
+    code, stages = run(monkeypatch, out, "--skip", "crashes", "dies_speaking", "hangs", "is_wrong", "passes")
+    assert code == 0
+    assert {name: stage["status"] for name, stage in stages.items()} == {
+        "passes": "passed",
+        "raises": "passed",
+        "lacks_something": "skipped",
+    }
+    assert "--only passes" in stages["passes"]["command"]
+
+
+@pytest.mark.usefixtures("children")
+def test_a_stage_that_no_longer_fits_is_skipped_with_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "STAGES", [Stage("passes", "", 0, 20), Stage("hangs", "", 0, 100)])
+    code, stages = run(monkeypatch, tmp_path / "cpu.json", "--minutes", "0.5")
+    assert code == 0
+    assert stages["passes"]["status"] == "passed"
+    assert stages["hangs"]["status"] == "skipped"
+    assert stages["hangs"]["note"].startswith("takes some 100 s")
+
+
+@pytest.mark.usefixtures("children")
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--scale", "full"], "--scale tiny"), (["--only", "passes", "--skip", "passes"], "leave nothing"), ([], "--out")],
+)
+def test_mistakes_are_told_in_a_line(flags, told, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "cpu.json"
+    out.write_text(json.dumps({"device": "another", "stages": {}}))
+    assert run(monkeypatch, out, *flags)[0] == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_a_suite_that_is_killed_leaves_the_finished_stages(tmp_path):
+    out = tmp_path / "cpu.json"
+    flags = [
+        "--device",
+        "cpu",
+        "--scale",
+        "smoke",
+        "--only",
+        "environment",
+        "ceilings",
+        "step_plain",
+        "--out",
+        str(out),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(suite.__file__)), *flags], stdout=subprocess.PIPE, text=True, env={**os.environ}
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ceilings: passed"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    record = json.loads(out.read_text())
+    assert record["bench"] == "suite"
+    assert record["stages"]["environment"]["status"] == record["stages"]["ceilings"]["status"] == "passed"
+    assert record["stages"]["ceilings"]["figures"]["flops_per_s"] > 0
+    assert record["stages"].get("step_plain", {"status": "running"})["status"] == "running"
