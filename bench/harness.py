@@ -167,9 +167,16 @@ def versions() -> dict[str, str]:
             continue
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        found["driver"] = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found
+
+
+def said(*arguments: str) -> str:
+    """What a program prints; nothing where it fails or is not there."""
+    try:
+        return subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def now() -> str:
@@ -184,11 +191,8 @@ def command() -> str:
 
 def commit() -> str:
     """Of the working tree, with + where files other than results differ from it; of a tree without git, GIT_COMMIT."""
-    root = Path(__file__).parent
-    git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode != 0:
+    git = ("git", "-C", str(Path(__file__).parent))
+    head = said(*git, "rev-parse", "--short", "HEAD")
+    if not head:
         return os.environ.get("GIT_COMMIT", "unknown")
-    status = [*git, "status", "--porcelain", "--", ":/", ":(exclude)results"]
-    changed = subprocess.run(status, capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head + ("+" if said(*git, "status", "--porcelain", "--", ":/", ":(exclude)results") else "")

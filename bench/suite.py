@@ -10,6 +10,7 @@ same `--out`, which keeps the other stages' results.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -35,6 +36,10 @@ SLACK = 3.0
 """How many times its expected time a stage may take, where time is left."""
 LEAST_LIMIT = 120.0
 """Seconds that any stage may take, where time is left."""
+KERNELS_ALONE = ("environment", "ceilings", "kernels", "head", "decode_ops")
+"""Stages that import nothing of `fastgrpo`."""
+FASTGRPO_NEEDS = ("accelerate", "datasets", "jinja2", "math_verify", "matplotlib", "peft", "PIL", "pyarrow", "xxhash")
+"""What `fastgrpo` imports at once and a machine that came with PyTorch and transformers may lack."""
 
 
 @dataclass
@@ -143,13 +148,20 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
     """By --only and --skip, in the table's order.
 
     Raises:
-        ValueError: a scale that cannot run on this device, or nothing left to run.
+        ValueError: a device that is not there, a scale that cannot run on it, nothing left to run, or packages that
+            are missing: told now rather than by one stage after the other.
     """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; give --device cpu --scale tiny.")
     if options.scale == "full" and options.device == "cpu":
         raise ValueError("--scale full is a 2B model's: give --device cuda, or --scale tiny.")
     chosen = [s for s in STAGES if (not options.only or s.name in options.only) and s.name not in options.skip]
     if not chosen:
         raise ValueError(f"--only and --skip leave nothing: choose of {', '.join(stage.name for stage in STAGES)}.")
+    missing = [name for name in FASTGRPO_NEEDS if importlib.util.find_spec(name) is None]
+    if missing and any(stage.name not in KERNELS_ALONE for stage in chosen):
+        alone = " ".join(KERNELS_ALONE)
+        raise ValueError(f"missing here: {', '.join(missing)}. Install what pyproject.toml lists, or --only {alone}.")
     return chosen
 
 

@@ -87,13 +87,15 @@ def _patches(group: RolloutGroup | WeightedGroup) -> list[int]:
 
 def update_of(model: nn.Module, config: GRPOConfig) -> Update:
     """The passes of a run's updates, from what its objective asks for and what trains in `model`."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name]
-    in_tower = ["visual." in name and "merger" not in name for name in trained]
+    training = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = [name for name in training if "lora_" not in name]
+    in_tower = [name for name in training if "visual." in name and "merger" not in name]
     return Update(
         reference_pass=config.beta > 0,
         old_logprobs_pass=config.updates_per_rollout > 1,
         text_trains=any("visual." not in name for name in trained),
-        vision_trains=any(in_tower),
+        vision_trains=any("lora_" not in name for name in in_tower),
+        vision_adapts=any("lora_" in name for name in in_tower),
     )
 
 

@@ -3,11 +3,10 @@
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterator
 
 import torch
-from harness import Result, versions
+from harness import Result, said, versions
 
 GPU_FIELDS = (
     "name",
@@ -32,8 +31,7 @@ def run(scale: str, device: str) -> Iterator[Result]:
         **versions(),
     }
     if device == "cuda":
-        query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+        told = said("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader").splitlines()
         properties = torch.cuda.get_device_properties(0)
         result.figures |= {
             "gpus": told,

@@ -83,6 +83,10 @@ class ModelShape:
     vision_hidden: int = 0
     vision_mlp_weights: int = 0
     """Weights of one block's MLP."""
+    vision_window: int = 0
+    """Patches that see each other in a windowed block; 0: all blocks see the whole picture."""
+    vision_whole_layers: int = 0
+    """Blocks that do so where the others are windowed."""
     patch_dim: int = 0
     merged_patches: int = 1
     """Patches that become one token."""
@@ -94,12 +98,15 @@ class ModelShape:
         seeing = {}
         if vision is not None:
             width: int = getattr(vision, "embed_dim", None) or vision.hidden_size
-            gated: int = getattr(vision, "intermediate_size", None) or 0
+            inner: int = getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio)
+            matrices = 3 if vision.hidden_act == "silu" else 2  # gated or not
             channels: int = vision.in_channels if hasattr(vision, "in_channels") else vision.in_chans
             seeing = {
                 "vision_layers": vision.depth,
                 "vision_hidden": width,
-                "vision_mlp_weights": 3 * width * gated if gated else 2 * width * int(width * vision.mlp_ratio),
+                "vision_mlp_weights": matrices * width * inner,
+                "vision_window": (getattr(vision, "window_size", None) or 0) ** 2 // vision.patch_size**2,
+                "vision_whole_layers": len(getattr(vision, "fullatt_block_indexes", None) or ()),
                 "patch_dim": channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2,
                 "merged_patches": vision.spatial_merge_size**2,
             }
@@ -116,7 +123,10 @@ class ModelShape:
 
     @classmethod
     def known(cls, config: Any) -> "ModelShape | None":
-        """As `from_config`; None for a family whose sizes have other names."""
+        """As `from_config`; None for a family whose sizes have other names, or of which a token sees some experts."""
+        text = getattr(config, "text_config", config)
+        if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+            return None
         try:
             return cls.from_config(config)
         except AttributeError:
@@ -139,10 +149,13 @@ class ModelShape:
     def vision_flops(self, patches: int) -> float:
         """Forward pass of the vision tower over one picture."""
         width = self.vision_hidden
-        block = 2 * (4 * width**2 + self.vision_mlp_weights) * patches + 4 * width * patches**2
+        products = 2 * (4 * width**2 + self.vision_mlp_weights) * patches
+        whole = self.vision_whole_layers if self.vision_window else self.vision_layers
+        windowed = min(self.vision_window, patches) * (self.vision_layers - whole)
+        attention = 4 * width * patches * (patches * whole + windowed)
         merged = width * self.merged_patches
         merger = 2 * merged * (merged + self.hidden) * (patches / self.merged_patches)
-        return 2 * self.patch_dim * width * patches + self.vision_layers * block + merger
+        return 2 * self.patch_dim * width * patches + self.vision_layers * products + attention + merger
 
 
 @dataclass(frozen=True)
@@ -166,10 +179,15 @@ class StepWork:
         return sum(p * (p + 1) / 2 for p in self.prompts)
 
     @property
-    def completion_pairs(self) -> float:
-        """(query, key) pairs whose query is a completion's token."""
+    def fed_tokens(self) -> int:
+        """Completion tokens that the decoder sees: a completion's last one predicts nothing."""
+        return sum(max(c - 1, 0) for group in self.completions for c in group)
+
+    @property
+    def fed_pairs(self) -> float:
+        """(query, key) pairs whose query is one of these."""
         groups = zip(self.prompts, self.completions, strict=True)
-        return sum(c * p + c * (c + 1) / 2 for p, group in groups for c in group)
+        return sum((c - 1) * (p + c / 2) for p, group in groups for c in group if c > 0)
 
 
 NOTHING = StepWork([], [], [])
@@ -187,15 +205,17 @@ class Update:
     """The decoder's own weights have gradients; adapters, next to nothing to compute, do not count."""
     vision_trains: bool = True
     """The vision tower's weights have gradients."""
+    vision_adapts: bool = False
+    """Adapters in it have, so that gradients pass through it although its own weights are frozen."""
 
 
 def rollout_flops(shape: ModelShape, drawn: StepWork) -> dict[str, float]:
     """Model FLOPs of drawing completions, by phase."""
-    tokens = drawn.completion_tokens
+    tokens = drawn.fed_tokens
     return {
         "vision": sum(map(shape.vision_flops, drawn.pictures)),
         "prefill": shape.text_flops(sum(drawn.prompts), drawn.prompt_pairs) + shape.head_flops(len(drawn.prompts)),
-        "decode": shape.text_flops(tokens, drawn.completion_pairs) + shape.head_flops(tokens),
+        "decode": shape.text_flops(tokens, drawn.fed_pairs) + shape.head_flops(tokens),
     }
 
 
@@ -204,9 +224,9 @@ def update_flops(shape: ModelShape, trained: StepWork, update: Update) -> dict[s
 
     A backward pass costs its forward pass once for activations and, where weights train, once more for them.
     """
-    tokens = sum(trained.prompts) + trained.completion_tokens
-    pairs = trained.prompt_pairs + trained.completion_pairs
-    vision = sum(map(shape.vision_flops, trained.pictures)) * update.vision_trains
+    tokens = sum(trained.prompts) + trained.fed_tokens
+    pairs = trained.prompt_pairs + trained.fed_pairs
+    vision = sum(map(shape.vision_flops, trained.pictures)) * (update.vision_trains or update.vision_adapts)
     forward = vision + shape.text_flops(tokens, pairs)
     head = shape.head_flops(trained.completion_tokens)
     passes = 1 + update.text_trains
@@ -214,7 +234,7 @@ def update_flops(shape: ModelShape, trained: StepWork, update: Update) -> dict[s
         "reference": (forward + head) * update.reference_pass,
         "forward": forward,
         "head": head,
-        "backward": 2 * vision + shape.text_flops(passes * tokens, 2 * pairs) + passes * head,
+        "backward": (1 + update.vision_trains) * vision + shape.text_flops(passes * tokens, 2 * pairs) + passes * head,
     }
 
 
@@ -233,16 +253,17 @@ def step_flops(shape: ModelShape, drawn: StepWork, update: Update, trained: Step
 
 
 def decode_bytes(shape: ModelShape, work: StepWork, *, bytes_per_value: int) -> float:
-    """Least memory traffic of decoding all completions at once: weights once a token, each key and value once.
+    """Least memory traffic of decoding all completions at once: weights once a step, each key and value once.
 
-    A prompt's keys and values are read once for its whole group.
+    A prompt's keys and values are read once for its whole group. A completion's first token needs no step of its own.
     """
-    longest = max((c for group in work.completions for c in group), default=0)
+    steps = [[max(c - 1, 0) for c in group] for group in work.completions]
+    longest = max((c for group in steps for c in group), default=0)
     weights = shape.layers * shape.layer_weights + shape.hidden * shape.vocab
     kv = 2 * shape.layers * shape.kv_heads * shape.head_dim
     read = sum(
         p * max(group, default=0) + sum(c * (c + 1) / 2 for c in group)
-        for p, group in zip(work.prompts, work.completions, strict=True)
+        for p, group in zip(work.prompts, steps, strict=True)
     )
     return bytes_per_value * (weights * longest + kv * read)
 

@@ -106,8 +106,8 @@ class SpanRecorder:
     def end(self) -> None:
         """Reads what the device has still to tell; `record` calls it."""
         self._innermost.clear()  # a generator dropped half-way leaves its span open
-        if self._closed:
-            self._closed[-1][1].end.synchronize()
+        for last in dict(self._closed).values():  # of each thread, which may have a stream of its own
+            last.end.synchronize()
         for thread, span in self._closed:
             self._add(thread, span)
         self._closed.clear()

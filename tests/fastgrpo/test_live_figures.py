@@ -76,6 +76,8 @@ def test_what_trains_decides_what_a_backward_pass_computes(tiny_model_dir, confi
     assert update_of(without_tower, config) == Update(reference_pass=True, vision_trains=False)
     adapters = get_peft_model(whole, LoraConfig(target_modules=["q_proj"]))
     assert update_of(adapters, config) == Update(reference_pass=True, text_trains=False, vision_trains=False)
+    in_tower = get_peft_model(load_policy(str(tiny_model_dir)), LoraConfig(target_modules="all-linear"))
+    assert update_of(in_tower, config) == Update(True, text_trains=False, vision_trains=False, vision_adapts=True)
 
 
 def test_mfu_is_the_steps_flops_over_its_time_and_the_ceiling(tiny_model_dir, config):

@@ -1,5 +1,7 @@
 """FLOPs against a count of torch's own, and by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fastgrpo_profiling.roofline import (
@@ -15,7 +17,7 @@ from fastgrpo_profiling.roofline import (
     utilisation,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3MoeConfig, Qwen3VLConfig
 
 from fastgrpo.demo.base_model import tiny_model
 
@@ -35,9 +37,11 @@ def test_a_step_encodes_each_prompt_once_and_asks_logits_of_completions_only():
     flops = step_flops(DECODER, TWO_GROUPS, Update(reference_pass=True))
     assert flops["vision"] == 0
     assert flops["prefill"] == DECODER.text_flops(5, 6 + 3) + DECODER.head_flops(2)
-    pairs = (1 * 3 + 1) + (2 * 3 + 3) + 2 * (2 * 2 + 3)
-    assert flops["decode"] == DECODER.text_flops(7, pairs) + DECODER.head_flops(7)
-    assert flops["forward"] == DECODER.text_flops(12, 9 + pairs)
+    # Of completions of 1, 2, 2 and 2 tokens the last one is never fed: one token each of the others sees its prompt.
+    pairs = 0 + (3 + 1) + 2 * (2 + 1)
+    assert flops["decode"] == DECODER.text_flops(3, pairs) + DECODER.head_flops(3)
+    assert flops["forward"] == DECODER.text_flops(5 + 3, 9 + pairs)
+    assert flops["head"] == DECODER.head_flops(7)
     assert flops["backward"] == 2 * (flops["forward"] + flops["head"])
     assert flops["reference"] == flops["forward"] + flops["head"]
     assert step_flops(DECODER, TWO_GROUPS, Update(reference_pass=False))["reference"] == 0
@@ -74,15 +78,25 @@ def test_weights_that_do_not_train_have_no_gradient_to_compute():
     for name, times in (("forward", 1), ("reference", 1), ("backward", 2)):
         assert whole[name] - blind[name] == pytest.approx(times * picture), name
     adapters = step_flops(seeing, work, Update(reference_pass=True, text_trains=False, vision_trains=False))
-    matrices = 2 * seeing.layers * seeing.layer_weights * 5 + seeing.head_flops(2)
+    matrices = 2 * seeing.layers * seeing.layer_weights * 4 + seeing.head_flops(2)
     assert blind["backward"] - adapters["backward"] == pytest.approx(matrices)
+
+
+def test_adapters_in_the_tower_pass_gradients_through_it():
+    seeing = ModelShape(4, 2, 2, 1, 3, 5, 7, vision_layers=1, vision_hidden=4, vision_mlp_weights=32, patch_dim=6)
+    work = StepWork([3], [8], [[2]])
+    blind = step_flops(seeing, work, Update(True, text_trains=False, vision_trains=False))
+    adapted = step_flops(seeing, work, Update(True, text_trains=False, vision_trains=False, vision_adapts=True))
+    for name in ("forward", "reference", "backward"):
+        assert adapted[name] - blind[name] == pytest.approx(seeing.vision_flops(8)), name
 
 
 def test_decode_reads_weights_once_a_token_and_a_shared_prompt_once_a_group():
     weights = 2 * 132 + 4 * 7
     kv = 2 * 2 * 1 * 3
+    three = StepWork(prompts=[3, 2], pictures=[], completions=[[2, 3], [3, 3]])  # so 1, 2, 2 and 2 steps
     read = 3 * 2 + (1 + 3) + 2 * 2 + (3 + 3)
-    assert decode_bytes(DECODER, TWO_GROUPS, bytes_per_value=2) == 2 * (2 * weights + kv * read)
+    assert decode_bytes(DECODER, three, bytes_per_value=2) == 2 * (2 * weights + kv * read)
     assert decode_bytes(DECODER, StepWork([3], [], [[]]), bytes_per_value=2) == 0
 
 
@@ -107,6 +121,18 @@ def test_a_gated_vision_tower_is_read_too():
     vision = Qwen2_5_VLConfig().vision_config
     assert shape.vision_hidden == vision.hidden_size
     assert shape.vision_mlp_weights == 3 * vision.hidden_size * vision.intermediate_size
+    assert ModelShape.from_config(Qwen3VLConfig()).vision_mlp_weights == (
+        2 * Qwen3VLConfig().vision_config.hidden_size * Qwen3VLConfig().vision_config.intermediate_size
+    ), "no gate"
+
+
+def test_most_blocks_of_a_windowed_tower_see_a_window():
+    whole = ModelShape(4, 2, 2, 1, 3, 5, 7, vision_layers=4, vision_hidden=2, patch_dim=6)
+    windowed = replace(whole, vision_window=8, vision_whole_layers=1)
+    assert whole.vision_flops(32) - windowed.vision_flops(32) == 3 * 4 * 2 * 32 * (32 - 8)
+    assert whole.vision_flops(8) == windowed.vision_flops(8)
+    shape = ModelShape.from_config(Qwen2_5_VLConfig())
+    assert (shape.vision_window, shape.vision_whole_layers) == ((112 // 14) ** 2, 4)
 
 
 def test_utilisation_divides_by_what_was_measured():
@@ -137,6 +163,7 @@ def test_a_ceiling_draws_nothing_from_the_runs_random_numbers():
 
 def test_sizes_with_other_names_are_not_guessed():
     assert ModelShape.known(object()) is None
+    assert ModelShape.known(Qwen3MoeConfig()) is None, "a token sees a few of its experts"
     assert ModelShape.known(Qwen2_5_VLConfig()) == ModelShape.from_config(Qwen2_5_VLConfig())
 
 
