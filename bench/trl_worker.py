@@ -33,6 +33,7 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.sampler import RolloutSampler
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.profile.gate import checkpoint_as_in_training
 from fastgrpo.rewards import resolve_reward_functions
 from fastgrpo.timed_steps import TimedSteps
 
@@ -222,6 +223,8 @@ def check(folder: Path, config: GRPOConfig, script: ScriptArguments) -> None:
     group = config.num_generations
     rows = [row for row in trainer.train_dataset.select(range(len(completions) // group)) for _ in range(group)]
     trainer.model.train()
+    if config.gradient_checkpointing:
+        checkpoint_as_in_training(trainer.model)
     inputs = trainer._generate_and_score_completions(rows)
     inputs["advantages"] = batch["advantages"].to(inputs["advantages"])
     trainer.current_gradient_accumulation_steps = 1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import RowDataset
@@ -68,6 +68,7 @@ def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTraine
             "as model, or load it before GRPOConfig(deepspeed=…) is made."
         )
     if peft_config is not None:
+        set_seed(config.seed)  # for the adapters' first values, as transformers' Trainer does a little later
         model = get_peft_model(model, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgrpo.resolve import sampling_params
 from fastgrpo.trainer import GRPOTrainer
@@ -148,12 +148,25 @@ def compare_update(
 
 def loss_and_gradients(trainer: GRPOTrainer, batch: FixedBatch) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, mean log-prob mismatch and every gradient of the policy on a batch; clears the gradients."""
+    if trainer.args.gradient_checkpointing:
+        checkpoint_as_in_training(trainer.model)
     trainer.policy.model = trainer.accelerator.prepare_model(trainer.model)
     result = trainer.policy.accumulate(batch.groups)
     gradients = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad(set_to_none=True)
     mismatch = result.mismatch.difference_sum / result.mismatch.token_count.clamp(min=1)
     return result.loss.item(), mismatch.item(), gradients
+
+
+def checkpoint_as_in_training(model: Any) -> None:
+    """What transformers does when training starts, dropout aside: a batch may not fit without."""
+    # The older name is deprecated where the newer one exists.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    model.train()  # layers in evaluation mode are not checkpointed
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
 
 
 def gradient_errors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from fastgrpo_profiling.worker import WorkerSide
 from fastgrpo.arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
+from fastgrpo.launch import lora_config
 from fastgrpo.model.load import load_policy, load_processing
 from fastgrpo.profile.paper import paper_parts
 from fastgrpo.reference import ReferenceEngine, ReferencePolicy
@@ -57,6 +58,7 @@ def build_trainer(
         processing_class=load_processing(
             script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
         ),
+        peft_config=lora_config(script),
     )
     if side == PAPER:
         assert isinstance(trainer.engine, ReferenceEngine)

@@ -18,6 +18,7 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.launch import lora_config
 from fastgrpo.model.load import load_policy
 from fastgrpo.reference import vision_inputs
+from fastgrpo.resolve import resolve_model
 from fastgrpo.types import Prompt, SamplingParams
 
 STEPS = 4
@@ -33,13 +34,23 @@ def token_sum(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def build(model: Path, rows: Path, out: Path, max_steps: int = STEPS, engine: str = "fast") -> GRPOTrainer:
-    torch.manual_seed(0)  # adapters start at random
     config = GRPOConfig(
         output_dir=str(out), use_cpu=True, report_to=[], save_steps=2, max_steps=max_steps, num_generations=4,
         per_device_train_batch_size=8, max_completion_length=6, learning_rate=0.1, logging_steps=1, disable_tqdm=True,
         beta=0.04, lr_scheduler_type="constant", engine=engine,
     )  # fmt: skip
     return GRPOTrainer(str(model), token_sum, config, load_rows(str(rows)), peft_config=LoraConfig(**ADAPTERS))
+
+
+def test_adapters_start_from_the_runs_seed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def first_values(seed: int) -> list[Tensor]:
+        config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], seed=seed)
+        model = resolve_model(load_policy(str(tiny_model_dir)), config, LoraConfig(**ADAPTERS))
+        return [value for name, value in parameters(model).items() if "lora_A" in name]
+
+    one, again, other = first_values(1), first_values(1), first_values(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def parameters(model: Any) -> dict[str, Tensor]:

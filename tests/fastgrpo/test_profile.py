@@ -18,10 +18,10 @@ from fastgrpo import policy
 from fastgrpo.arguments import parse
 from fastgrpo.cli import main
 from fastgrpo.model import packed_forward
-from fastgrpo.profile import run, sides
+from fastgrpo.profile import gate, run, sides
 from fastgrpo.profile.page import render_page
 from fastgrpo.profile.run import ProfileOptions, training_flags
-from fastgrpo.profile.sides import OURS, PAPER, build_trainer
+from fastgrpo.profile.sides import OURS, PAPER, PLAIN, build_trainer
 
 SMALL = (
     "{batch_unit: prompts, per_device_train_batch_size: 2, num_generations: 4, max_completion_length: 6, beta: 0.04, "
@@ -151,6 +151,7 @@ def test_an_op_with_a_flipped_sign_is_refused_a_timing(
         (["CONFIG", "--scale", "--num_generations", "2"], "--scale halves num_generations=2"),
         (["CONFIG", "--against", "trl", "--trl_python", "nowhere/python"], "make install-bench"),
         (["CONFIG", "--learning_rat", "1"], "--learning_rat"),
+        (["CONFIG", "--against", "paper", "--use_peft"], "leave out use_peft"),
     ],
 )
 def test_mistakes_are_told_in_a_line(argv, told, config_file, tmp_path, capsys):
@@ -159,6 +160,22 @@ def test_mistakes_are_told_in_a_line(argv, told, config_file, tmp_path, capsys):
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_adapters_and_checkpointing_are_those_of_the_run(config_file, tiny_model_dir, sat_file, tmp_path):
+    given = {"config": config_file, "model_name_or_path": tiny_model_dir, "dataset_name": sat_file}
+    flags = [token for name, value in given.items() for token in (f"--{name}", str(value))]
+    own = ["--output_dir", str(tmp_path), "--use_peft", "--gradient_checkpointing", "true", "--lora_dropout", "0.5"]
+    config, script = parse([*flags, *own])
+    ours, plain = (build_trainer(side, config, script) for side in (OURS, PLAIN))
+    batch = gate.draw_fixed_batch(ours)
+    (loss, _, gradients), (their_loss, _, their_gradients) = (gate.loss_and_gradients(t, batch) for t in (ours, plain))
+    assert gradients
+    assert all("lora_" in name for name in gradients)
+    assert ours.model.is_gradient_checkpointing
+    found = gate.Gate()
+    gate.compare_update(found, (loss, gradients), (their_loss, their_gradients), gate.FP32)
+    assert not found.failures
 
 
 def test_a_config_without_model_and_data_gets_the_demos(config_file, tmp_path):
