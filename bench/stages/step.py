@@ -42,6 +42,8 @@ class StepSize:
     vision: dict[str, Any]
     timed: int
     """Steps timed."""
+    is_large: bool = False
+    """Layers are checkpointed, as in the paper's run; and both sides together take weights in bfloat16, to fit one GPU."""
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, rope: list[int]) -> dict[str, Any]:
@@ -63,6 +65,7 @@ QWEN2_VL_2B = StepSize(
     text={**_text(1536, 8960, 28, 12, 2, [16, 24, 24]), "vocab_size": 151_936},
     vision={"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
     timed=3,
+    is_large=True,
 )
 TINY = StepSize(
     prompts=2,
@@ -96,6 +99,7 @@ def settings_of(size: StepSize, device: str) -> dict[str, Any]:
         "min_pixels": size.max_pixels,
         "max_pixels": size.max_pixels,
         "learning_rate": 1e-6,
+        "gradient_checkpointing": size.is_large,
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",
     }
@@ -118,8 +122,8 @@ def prepared(size: StepSize, device: str) -> Iterator[Path]:
         yield folder
 
 
-def profile_options(folder: Path, against: str, steps: int) -> ProfileOptions:
-    return ProfileOptions(folder / "config.yaml", against, steps, 1, folder / "profile", TRL_PYTHON)
+def profile_options(folder: Path, against: str, steps: int, flags: Sequence[str] = ()) -> ProfileOptions:
+    return ProfileOptions(folder / "config.yaml", against, steps, 1, folder / "profile", TRL_PYTHON, flags)
 
 
 def run(scale: str, device: str) -> Iterator[Result]:
@@ -190,9 +194,10 @@ def against_trl(scale: str, device: str) -> Iterator[Result]:
 def compared(against: str, scale: str, device: str) -> Result:
     """One step of each side timed after one that was not, or a few at smaller scales."""
     result, size = Result(f"step_{against}", device), SIZES[scale]
+    flags = ["--dtype", "bfloat16"] if size.is_large else []
     with prepared(size, device) as folder:
         try:
-            report = run_profile(profile_options(folder, against, 1 if scale == "full" else size.timed))
+            report = run_profile(profile_options(folder, against, 1 if scale == "full" else size.timed, flags))
         except gate.GateError as error:
             print(f"Not timed: {error}")
             result.checks["the same step"] = False

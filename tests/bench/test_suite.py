@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import IO, Any
 
+import harness
 import pytest
 import suite
 from stages import Stage
@@ -111,6 +113,22 @@ def test_mistakes_are_told_in_a_line(flags, told, monkeypatch, tmp_path, capsys)
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_missing_packages_are_told_before_anything_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(suite, "FASTGRPO_NEEDS", ("json", "no_such_package"))
+    out = tmp_path / "cpu.json"
+    assert run(monkeypatch, out, "--only", "kernels", "rollout") == (2, {})
+    assert "missing here: no_such_package." in capsys.readouterr().err
+    options = Namespace(device="cpu", scale="tiny", only=["environment", "kernels"], skip=[])
+    assert [stage.name for stage in suite.chosen_stages(options)] == ["environment", "kernels"]
+
+
+def test_a_machine_without_git_or_a_driver_is_measured_too(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("GIT_COMMIT", "abc1234")
+    assert harness.said("nvidia-smi") == ""
+    assert harness.commit() == "abc1234"
 
 
 def test_a_suite_that_is_killed_leaves_the_finished_stages(tmp_path):
