@@ -277,6 +277,7 @@ def main() -> int:
     arguments.add_argument("--points", type=int, default=9, help="the first N points of each axis")
     arguments.add_argument("--rank-steps", type=int, help="take steps as one rank of several")
     options = arguments.parse_args()
+    too_few = options.device == "cuda" and torch.cuda.device_count() < max(RANKS)
     if options.rank_steps:
         take_rank_steps(options.device, options.rank_steps)
         return 0
@@ -291,7 +292,9 @@ def main() -> int:
             shares = {phase: seconds[i] / axis.seconds[i] for phase, seconds in axis.phases.items()}
             largest = sorted(shares, key=lambda phase: -shares[phase])[:3]
             rows.append([f"{name} = {value:,.0f}", axis.seconds[i], ", ".join(f"{p} {shares[p]:.0%}" for p in largest)])
-    if "ranks" in options.only:
+    if "ranks" in options.only and too_few:
+        print(f"Left out: ranks (they need {max(RANKS)} GPUs)")
+    elif "ranks" in options.only:
         sentences.append(measure_ranks(options.device, options.rounds, result))
     result.figures["sentences"] = sentences
     print_table("A step", ["point", "seconds", "most of it"], rows)

@@ -41,7 +41,7 @@ def updates() -> dict[str, Callable[[], Any]]:
     if DEVICE == "cpu":
         _, ours = bench_update.gradients_of(model, sides["packed"], groups)
         _, theirs = bench_update.gradients_of(model, sides["naive"], groups)
-        assert bench_update.max_relative_error(ours, theirs) <= bench_update.TOLERANCE
+        assert bench_update.max_relative_error(ours, theirs) <= bench_update.TOLERANCES["cpu"].gradient
     roles = {gate.OURS: sides["packed"], gate.REFERENCE: sides["naive"]}
     return {role: partial(bench_update.step, model, policy, groups) for role, policy in roles.items()}
 

@@ -43,7 +43,7 @@ class StepSize:
     timed: int
     """Steps timed."""
     is_large: bool = False
-    """Layers are checkpointed, as in the paper's run; and both sides together take weights in bfloat16, to fit one GPU."""
+    """Layers are checkpointed, as in the paper's run; two sides that share the GPU hold their weights in bfloat16."""
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, rope: list[int]) -> dict[str, Any]:

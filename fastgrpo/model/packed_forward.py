@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
+from fastgrpo_profiling import span
 from torch import Tensor, nn
 
 from fastgrpo.model.replaced_forward import replaced_forward
@@ -90,13 +91,15 @@ def _logprob_head(
     own_forward = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        if type(head) is nn.Linear and head.bias is None:
-            output = linear_logprob(
-                hidden[0], head.weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options
-            )
-        else:  # adapters, a bias, a quantized head
-            logits = own_forward(hidden[0, batch.rows])
-            output = logprob_from_logits(logits, batch.targets, **options)
+        # Without gradients it is part of the reference's pass, or of that for the old log-probs.
+        with span("update/head") if torch.is_grad_enabled() else nullcontext():
+            if type(head) is nn.Linear and head.bias is None:
+                output = linear_logprob(
+                    hidden[0], head.weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options
+                )
+            else:  # adapters, a bias, a quantized head
+                logits = own_forward(hidden[0, batch.rows])
+                output = logprob_from_logits(logits, batch.targets, **options)
         return torch.stack([part for part in output if part is not None])
 
     return replaced_forward(head, forward)

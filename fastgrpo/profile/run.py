@@ -76,7 +76,9 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
     settings = training_flags(options)
     config, script = parse([*settings, "--output_dir", str(options.output_dir / "gate")])
     if script.use_peft and options.against != sides.PLAIN:
-        raise ValueError(f"--against {options.against} trains whole weights: leave out use_peft, or use --against plain.")
+        raise ValueError(
+            f"--against {options.against} trains whole weights: leave out use_peft or use --against plain."
+        )
     if options.scale:
         parse([*settings, *_half_group(config), "--output_dir", str(options.output_dir / "gate")])
     ours = sides.build_trainer(sides.OURS, config, script)

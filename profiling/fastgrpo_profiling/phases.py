@@ -30,12 +30,11 @@ PHASES: tuple[Phase, ...] = (
     Phase("packing", "sequences laid out in micro-batches", ("update/pack",)),
     Phase("old log-probs", "log-probs before the first update on a rollout", ("update/old_logprobs",)),
     Phase("reference", "log-probs of the frozen model", ("update/reference_model",)),
-    Phase("forward", "the policy on prompts and completions", ("update/forward", "update/vision")),
-    Phase("head", "hidden states to log-probs and the loss", ("update/head",)),
+    Phase("forward", "the policy on prompts and completions", ("update/forward",)),
+    Phase("head", "hidden states to log-probs, where no logits are handed out", ("update/head",)),
     Phase("backward", "gradients", ("update/backward",)),
     Phase("optimizer", "clipping, the optimizer and its schedule", ("update/clip", "update/optimizer")),
     Phase("metrics", "figures read back, logs and checkpoints", ("update/metrics", "log")),
-    Phase("idle", "waiting for other ranks", ("idle",)),
 )
 """In the order of a step. A new leaf span needs a place here, or its time shows as unattributed."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastgrpo_profiling.compare import Comparison, StepRecord
 from fastgrpo_profiling.growth import WHOLE, Growth
+from fastgrpo_profiling.phases import PHASE_OF
 from fastgrpo_profiling.report import Cost, InsideDecode, profile_report
 from fastgrpo_profiling.roofline import Ceilings, ModelShape, StepWork, Update
 from fastgrpo_profiling.span import SpanEvent
@@ -56,7 +57,9 @@ def test_profile_against_plain_end_to_end(config_file, tiny_model_dir, sat_file,
         inside = record["inside_decode"]["shares"][name]
         assert sum(inside.values()) == pytest.approx(1)
         assert {"attention", "matrix products"} <= inside.keys()
-    assert record["sides"]["ours"]["phases"]["sampling"] > 0
+    for phase in ("sampling", "head"):  # which are inside other calls on the plain side
+        assert record["sides"]["ours"]["phases"][phase] > 0
+        assert phase not in record["sides"]["plain"]["phases"]
     assert record["inside_decode"]["shares"]["ours"]["sampling"] > 0
     assert "operators" in record["inside_decode"]["told_apart_by"]
     assert record["span_off_share"] == pytest.approx(
@@ -202,6 +205,12 @@ def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
     trainer.train()
     assert calls == 8 * [1]
     assert all(torch.equal(p, before[n]) for n, p in trainer.policy.reference_model.named_parameters())
+
+
+def test_every_phase_has_a_span_somewhere():
+    root = Path(sides.__file__).parents[2]
+    sources = "".join(path.read_text() for folder in ("fastgrpo", "bench") for path in (root / folder).rglob("*.py"))
+    assert [name for name in PHASE_OF if f'"{name}"' not in sources] == []
 
 
 def made_up_steps(seconds: float) -> list[StepRecord]:
