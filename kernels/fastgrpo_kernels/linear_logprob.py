@@ -19,6 +19,7 @@ from fastgrpo_kernels.linear_logprob_gemm import (
 from fastgrpo_kernels.linear_logprob_rows import launch_dlogits, launch_reduce, launch_targets
 from fastgrpo_kernels.reference.checks import computing_dtype
 from fastgrpo_kernels.reference.logprob import (
+    KeptTile,
     RowStatistics,
     check_linear_inputs,
     check_linear_values,
@@ -45,7 +46,8 @@ def linear_logprob(
     On CUDA the normaliser comes from the product's float32 accumulator. If [T, V] in hidden's dtype fits the budget,
     that much is kept for the backward pass (three products in all; a second backward pass through the same graph
     raises); otherwise it works through chunks of rows that fit, whose exponentials the backward pass makes again
-    (four products). Hidden rows whose targets all have zero gradient are left out of it. Differentiable once.
+    (four products). On CPU that much is kept only up to a few MB. Hidden rows whose targets all have zero gradient are
+    left out of the backward pass. Differentiable once.
 
     Args:
         hidden: [T, H] bfloat16, float16 or float32 (float64 on the torch backend).
@@ -68,7 +70,11 @@ def linear_logprob(
     if chosen == "triton" and hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"hidden is {hidden.dtype}: pass bfloat16, float16 or float32, or use backend torch.")
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    keep = differentiable and chosen == "triton" and len(hidden) <= _chunk_rows(hidden, len(weight), byte_budget)
+    if chosen == "triton":
+        fits = len(hidden) <= _chunk_rows(hidden, len(weight), byte_budget)
+    else:
+        fits = KeptTile.fits(hidden, targets, len(weight), byte_budget)
+    keep = differentiable and fits
     options = (float(temperature), entropy, ignore_index, byte_budget, keep, chosen)
     outputs = _forward_op(hidden, weight, targets, rows, *options)
     return LogprobOutput(outputs[0], outputs[1] if entropy else None)
@@ -91,8 +97,10 @@ def _forward_op(
     check_linear_values(hidden, weight, targets, rows, ignore_index)
     if backend == "triton":
         return triton_forward(hidden, weight, targets, rows, temperature, entropy, ignore_index, byte_budget, keep)
-    output, statistics = linear_forward(hidden, weight, targets, rows, temperature, entropy, ignore_index, byte_budget)
-    return *output, *statistics, *_nothing_kept(hidden)
+    kept = KeptTile.room(hidden, targets, len(weight)) if keep else None
+    options = (temperature, entropy, ignore_index, byte_budget)
+    output, statistics = linear_forward(hidden, weight, targets, rows, *options, kept)
+    return *output, *statistics, *(kept or _nothing_kept(hidden))
 
 
 @_forward_op.register_fake
@@ -114,6 +122,8 @@ def _(
         buffers = tile_buffers(hidden, len(weight), entropy, keep)
         assert buffers.exponentials is not None
         kept = buffers.exponentials, buffers.maximum
+    elif keep:
+        kept = KeptTile.room(hidden, targets, len(weight))
     return by_target, torch.empty_like(by_target), by_row, torch.empty_like(by_row), *kept
 
 
@@ -147,7 +157,8 @@ def _backward_op(
         kept = TileBuffers(maximum, maximum, None, exponentials) if keep else None
         gradients = triton_backward(*tensors, statistics, kept, *options, *needs)
     else:
-        gradients = linear_backward(*tensors, statistics, *options, *needs)
+        tile = KeptTile(exponentials, maximum) if keep else None
+        gradients = linear_backward(*tensors, statistics, *options, *needs, tile)
     dhidden, dweight = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dhidden, dweight
 

@@ -223,9 +223,9 @@ def test_each_hidden_row_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> 
     rows_seen = []
     tiles = reference._tiles
 
-    def counting(x: Tensor, *args: Any) -> Any:
+    def counting(x: Tensor, *args: Any, **options: Any) -> Any:
         rows_seen.append(len(x))
-        return tiles(x, *args)
+        return tiles(x, *args, **options)
 
     monkeypatch.setattr(reference, "_tiles", counting)
     rows = torch.tensor([0] * 8 + [1, 2, 3] * 4)

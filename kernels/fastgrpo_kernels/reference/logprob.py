@@ -17,6 +17,8 @@ _MIN_COLUMNS = 256
 """Narrower tiles make slow products; only the byte budget takes them."""
 _TILE_COPIES = 4
 """Tile-sized buffers alive at once, at most."""
+_KEPT_BYTES = 16 << 20
+"""Exponentials of the logits that are kept for the backward pass, rather than made again: at most so many bytes."""
 
 
 def logprob_from_logits(
@@ -131,6 +133,27 @@ class RowStatistics(NamedTuple):
     """[T]; 0 unless asked."""
 
 
+class KeptTile(NamedTuple):
+    """All logits of the forward pass as one tile, for the backward pass, which overwrites it."""
+
+    exponentials: Tensor
+    """[R, V]: exp(logits / temperature − top), of the rows that some target reads, in order; the rest is not set."""
+    top: Tensor
+    """[R]"""
+
+    @classmethod
+    def room(cls, hidden: Tensor, targets: Tensor, vocabulary: int) -> "KeptTile":
+        """Uninitialised; R is the smaller of T and N."""
+        rows, dtype = min(len(hidden), len(targets)), computing_dtype(hidden)
+        return cls(hidden.new_empty(rows, vocabulary, dtype=dtype), hidden.new_empty(rows, dtype=dtype))
+
+    @staticmethod
+    def fits(hidden: Tensor, targets: Tensor, vocabulary: int, byte_budget: int) -> bool:
+        """Whether it is small enough to be kept."""
+        size = min(len(hidden), len(targets)) * vocabulary * computing_dtype(hidden).itemsize
+        return 0 < size <= min(_KEPT_BYTES, byte_budget // _TILE_COPIES)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,8 +200,9 @@ def linear_forward(
     entropy: bool,
     ignore_index: int,
     byte_budget: int,
+    kept: KeptTile | None = None,
 ) -> tuple[tuple[Tensor, Tensor], RowStatistics]:
-    """Log-probs and entropies [N], the latter 0 unless asked.
+    """Log-probs and entropies [N], the latter 0 unless asked; fills `kept`.
 
     With lse_b and H_b the log-sum-exp and entropy of the softmax over tile b alone: lse = log Σ exp(lse_b), and by
     the chain rule entropy = Σ exp(lse_b − lse) · (H_b + lse − lse_b), whose terms are all ≥ 0.
@@ -187,10 +211,10 @@ def linear_forward(
     used, local = rows[counted].unique(return_inverse=True)
     target_logits = hidden.new_zeros(len(counted), dtype=computing_dtype(hidden))
     tile_lse, tile_entropy = [], []
-    for start, block, logits in _tiles(hidden[used], weight, temperature, byte_budget):
+    for start, block, logits in _tiles(hidden[used], weight, temperature, byte_budget, whole=kept is not None):
         here = _within(targets[counted], start, len(block))
         target_logits[here] = logits[local[here], targets[counted[here]] - start]
-        lse, within_tile = _softmax_statistics(logits, entropy)
+        lse, within_tile = _softmax_statistics(logits, entropy, kept)
         tile_lse.append(lse)
         tile_entropy.append(within_tile)
     by_tile = torch.stack(tile_lse)  # [tiles, used rows]
@@ -222,8 +246,9 @@ def linear_backward(
     byte_budget: int,
     need_hidden: bool,
     need_weight: bool,
+    kept: KeptTile | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight, from those of log-probs and entropies [N].
+    """Gradients of hidden and weight, from those of log-probs and entropies [N]; overwrites `kept`.
 
     With p the row's softmax, G and E the sums of both gradients over the targets n that read the row:
     dlogits = (Σₙ gₙ · onehot(targetₙ) − p · (G + E · (log p + entropy))) / temperature.
@@ -239,16 +264,21 @@ def linear_backward(
     constant = by_row + entropy_by_row * statistics.entropy[used]
     entropy = entropy and bool(entropy_by_row.any())  # asked for as a metric alone: no gradient
 
+    if kept is not None and not entropy:
+        read = rows[targets != ignore_index].unique()  # as in the forward pass
+        exponentials, top = (part[: len(read)] for part in kept)
+        if len(used) < len(read):
+            place = torch.searchsorted(read, used)
+            exponentials, top = exponentials[place], top[place]
+        scaled = exponentials.mul_((-constant * (top - lse).exp())[:, None])  # −p · constant
+        tiles = iter([(0, weight.to(x.dtype), scaled)])
+    else:
+        tiles = _softmax_gradients(
+            x, weight, temperature, byte_budget, lse, constant, entropy_by_row if entropy else None
+        )
     grad_x = torch.zeros_like(x, dtype=lse.dtype)
     grad_weight = torch.empty_like(weight) if need_weight else None
-    for start, block, logits in _tiles(x, weight, temperature, byte_budget):
-        logp = logits.sub_(lse[:, None])
-        if entropy:
-            # exp(−1e4) is 0 in every dtype, and 0 · −1e4 is too, where 0 · −inf would be NaN.
-            factor = logp.clamp_(min=-1e4) * entropy_by_row[:, None]
-            dlogits = logp.exp_().mul_(factor.add_(constant[:, None])).neg_()
-        else:
-            dlogits = logp.exp_().mul_(-constant[:, None])
+    for start, block, dlogits in tiles:
         here = _within(targets[moved], start, len(block))
         dlogits.index_put_((local[here], targets[moved[here]] - start), upstream[here], accumulate=True)
         dlogits = dlogits.to(x.dtype)
@@ -261,15 +291,38 @@ def linear_backward(
     return grad_hidden if need_hidden else None, grad_weight
 
 
-def _tiles(x: Tensor, weight: Tensor, temperature: float, byte_budget: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _softmax_gradients(
+    x: Tensor,
+    weight: Tensor,
+    temperature: float,
+    byte_budget: int,
+    lse: Tensor,
+    constant: Tensor,
+    entropy_by_row: Tensor | None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Like `_tiles`, with −p · (constant + E · log p) in the place of the logits."""
+    for start, block, logits in _tiles(x, weight, temperature, byte_budget):
+        logp = logits.sub_(lse[:, None])
+        if entropy_by_row is None:
+            yield start, block, logp.exp_().mul_(-constant[:, None])
+        else:
+            # exp(−1e4) is 0 in every dtype, and 0 · −1e4 is too, where 0 · −inf would be NaN.
+            factor = logp.clamp_(min=-1e4) * entropy_by_row[:, None]
+            yield start, block, logp.exp_().mul_(factor.add_(constant[:, None])).neg_()
+
+
+def _tiles(
+    x: Tensor, weight: Tensor, temperature: float, byte_budget: int, *, whole: bool = False
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields each tile's first column, its rows of weight [C, H] in x's dtype, and its logits [R, C] / temperature.
 
-    All tiles' logits share one buffer.
+    All tiles' logits share one buffer. `whole`: one tile for all columns.
     """
     dtype = computing_dtype(x)
     column_bytes = max(1, len(x)) * dtype.itemsize
     columns = max(_MIN_COLUMNS, _TILE_BYTES // column_bytes)
     columns = max(1, min(columns, byte_budget // (_TILE_COPIES * column_bytes), len(weight)))
+    columns = len(weight) if whole else columns
     product, converted = (x.new_empty(len(x) * columns, dtype=d) for d in (x.dtype, dtype))
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(weight), columns):
@@ -286,15 +339,18 @@ def _within(targets: Tensor, start: int, count: int) -> Tensor:
     return ((targets >= start) & (targets < start + count)).nonzero().squeeze(1)
 
 
-def _softmax_statistics(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and entropy (0 unless asked) of logits [R, C], row by row; overwrites the logits."""
+def _softmax_statistics(logits: Tensor, entropy: bool, kept: KeptTile | None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and entropy (0 unless asked) of logits [R, C], row by row; overwrites the logits, fills `kept`."""
     top = logits.amax(dim=1)
     shift = top.masked_fill(top == -math.inf, 0.0)  # −inf − −inf is NaN
     shifted = logits.sub_(shift[:, None])
-    if not entropy:
-        total = shifted.exp_().sum(dim=1)
-        return shift + total.log(), torch.zeros_like(total)
-    exponentials = shifted.exp()
+    if kept is not None:
+        kept.top[: len(shift)] = shift
+        exponentials = torch.exp(shifted, out=kept.exponentials[: len(shift)])
+    else:
+        exponentials = shifted.exp() if entropy else shifted.exp_()
     total = exponentials.sum(dim=1)
+    if not entropy:
+        return shift + total.log(), torch.zeros_like(total)
     mean = torch.linalg.vecdot(exponentials, shifted.clamp_(min=-1e4)) / total
     return shift + total.log(), (total.log() - mean).masked_fill(total == 0, 0.0)
