@@ -141,11 +141,12 @@ def test_a_checkpoint_of_zero_3_goes_on_without_deepspeed(
 ) -> None:
     checkpoint = out / "whole-zero3" / "checkpoint-2"
     trainer = trainer_alone(tiny_model_dir, sat_file, tmp_path / "run")
-    weights = {}
+    weights, rates = {}, []
     accumulate = trainer.policy.accumulate
 
     def spy(groups: Any) -> Any:
         weights.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        rates.extend(group["lr"] for group in trainer.optimizer.param_groups)
         return accumulate(groups)
 
     trainer.policy.accumulate = spy
@@ -155,6 +156,7 @@ def test_a_checkpoint_of_zero_3_goes_on_without_deepspeed(
     (step,) = metrics_of(tmp_path / "run")
     assert step["step"] == 3
     assert step["learning_rate"] == pytest.approx(0.01 * 2 / 6), "the third of a warm-up that starts at 0"
+    assert set(rates) == {step["learning_rate"]}, "not only said: the step is taken with it"
     pieces = tmp_path / "pieces"
     shutil.copytree(checkpoint, pieces, ignore=shutil.ignore_patterns("model.safetensors"))
     with pytest.raises(ValueError, match="holds no whole weights"):
