@@ -23,7 +23,7 @@ SCRIPTED = ("scripted-zero2-fast", "scripted-zero3-fast", "scripted-zero2-refere
 # DDP first: once a process has used DeepSpeed, its later runs do.
 RUNS = (
     "whole-ddp", *SCRIPTED, "whole-zero3", "resumed-zero3-zero3", "resumed-zero2-zero3", "short-zero2_offload",
-    "short-zero3_offload",
+    "short-zero3_offload", "scheduled-zero2-ddp",
 )  # fmt: skip
 FIGURES = ("loss", "grad_norm", "learning_rate", "entropy", "reward")
 
@@ -125,6 +125,14 @@ def test_another_stage_goes_on_with_a_fresh_optimizer(finished: tuple[Path, str]
     said = "was saved under ZeRO stage 3 on 2 ranks, this run is under ZeRO stage 2 on 2 ranks"
     assert printed.count(said) == 1
     assert "the optimizer's moments start anew" in printed
+
+
+def test_a_schedule_of_deepspeeds_own_starts_anew_and_says_so(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    first, second = metrics_of(out / "scheduled-zero2-ddp")
+    assert [first["step"], second["step"]] == [3, 4]
+    assert first["learning_rate"] == 0.0 < second["learning_rate"]
+    assert "under no DeepSpeed, this run is under ZeRO stage 2 on 2 ranks: weights and step go on, schedule" in printed
 
 
 def trainer_alone(model: Path, data: Path, out: Path) -> GRPOTrainer:
