@@ -170,7 +170,7 @@ def pack(
     return [_collate(groups, sorted(chosen), company) for chosen in bins]
 
 
-def idle_batch(company: Prompt | None, *, old_logprobs: bool = False) -> PackedBatch:
+def idle_batch(company: Prompt | None) -> PackedBatch:
     """A micro-batch of weight zero, for a rank that has fewer of them than others."""
     one = torch.zeros(1)
     batch = _collate([], [], company or ONE_TOKEN)
@@ -184,7 +184,6 @@ def idle_batch(company: Prompt | None, *, old_logprobs: bool = False) -> PackedB
         advantages=one,
         cu_seqlens=torch.tensor([0, 1]),
         sampling_logprobs=one,
-        old_logprobs=one if old_logprobs else None,
     )
 
 

@@ -194,8 +194,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
 
     def advantages(self, groups: Sequence[RolloutGroup]) -> Advantages:
         """Group-relative advantages."""
-        none = torch.zeros(0, len(self.reward_functions))
-        rewards = torch.cat([group.rewards for group in groups] or [none])
+        rewards = torch.cat([torch.zeros(0, len(self.reward_functions)), *(group.rewards for group in groups)])
         size, scale, batch_std = self.config.num_generations, self.config.scale_rewards, None
         if scale == "batch":
             mine = group_advantages(rewards, size, self.reward_weights, "none").rewards

@@ -77,16 +77,21 @@ class WholeCheckpoints(Trainer):
             theirs = load_state(Path(resume_from_checkpoint)).get("sharding", mine)
         if resume_from_checkpoint is None or theirs == mine:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        schedule = Path(resume_from_checkpoint) / SCHEDULER_NAME
+        # DeepSpeed keeps a schedule of its own config in its own files, and cannot read another's.
+        plugin = self.accelerator.state.deepspeed_plugin
+        has_schedule = schedule.is_file() and (plugin is None or "scheduler" not in plugin.deepspeed_config)
         if self.is_world_process_zero():
+            anew = "the optimizer's moments start anew" if has_schedule else "schedule and optimizer start anew"
+            rounded = "" if theirs is None else " (16 bits of them, where DeepSpeed trained in those)"
             logger.warning(
                 f"{resume_from_checkpoint} was saved under {_named(theirs)}, this run is under {_named(mine)}: "
-                "weights, step and schedule go on, the optimizer's moments start anew."
+                f"weights{rounded}{', step and schedule' if has_schedule else ' and step'} go on, {anew}."
             )
         if self.is_deepspeed_enabled:  # without it, transformers has just loaded them
             self._load_from_checkpoint(resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        schedule = Path(resume_from_checkpoint) / SCHEDULER_NAME
-        if schedule.is_file():
+        if has_schedule:
             self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate  # otherwise the optimizer's own state brings it

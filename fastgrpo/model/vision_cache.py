@@ -110,7 +110,8 @@ class VisionCache:
         parameters = _tower_parameters(self.tower)
         if any(p.requires_grad or hasattr(p, "ds_id") for p in parameters.values()):
             return False
-        if any("base_layer" in name for name in parameters):  # peft's adapters, which may be switched off
+        # peft's adapters, which may be switched off
+        if any("base_layer" in name or "modules_to_save" in name for name in parameters):
             return False
         weights = _fingerprint(parameters)
         if weights != self._weights:

@@ -164,8 +164,12 @@ class SamplerEngine:
             max_new_tokens=params.max_new_tokens,
             short_of_memory=runner.limits.pages < self.served.pages,
         )
-        for group in groups:
-            scheduler.add(group)
+        try:
+            for group in groups:
+                scheduler.add(group)
+        except ValueError:
+            self.runner = None  # the next call looks anew at how much memory is free
+            raise
         progress = ProgressMeter(self.on_progress, scheduler)
         self._is_busy = True
         try:
@@ -181,9 +185,11 @@ class SamplerEngine:
     def abort(self, row_id: int) -> None:
         """Ends a prompt's completions at the next look at the decode; call it between two groups, or in `on_progress`.
 
-        They come with what was drawn of them, nothing if they had not begun, and with finish reason "abort".
+        They come with what was drawn of them, nothing if they had not begun, and with finish reason "abort". When no
+        call is under way, there is nothing to end.
         """
-        self._aborted.add(row_id)
+        if self._is_busy:
+            self._aborted.add(row_id)
 
     def _admit(self, scheduler: Scheduler, runner: Runner) -> None:
         """Lets in who fits; where nobody does, closes ranks once that makes a step cheaper."""

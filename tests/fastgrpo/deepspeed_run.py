@@ -19,6 +19,7 @@ from fastgrpo.types import SamplingParams
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS, SAVED = 4, 2
+WARMUP = {"type": "WarmupLR", "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")}
 PROMPT_ROW, GREEDY_TOKENS = 3, 8
 
 
@@ -56,7 +57,7 @@ def scripted(model: str, out: Path, zero: str, engine: str, ranks: int = 2) -> N
 
 
 def adam(
-    model: str, data: str, out: Path, zero: str, steps: int, resume: Path | None = None, native: bool = False
+    model: str, data: str, out: Path, zero: str, steps: int, resume: Path | None = None, deepspeed: Any = None
 ) -> GRPOTrainer:
     """A run with a real rollout, Adam, a warm-up, and a reference that is the policy of the step before."""
     settings = config(
@@ -64,7 +65,7 @@ def adam(
         per_device_train_batch_size=4, gradient_accumulation_steps=2, max_completion_length=6, learning_rate=0.01,
         lr_scheduler_type="constant_with_warmup", warmup_steps=6, logging_steps=1, sync_ref_model=True,
         ref_model_mixup_alpha=1.0, ref_model_sync_steps=1,
-        **({"deepspeed": str(CONFIGS / f"{zero}.json")} if native else {}),
+        **({} if deepspeed is None else {"deepspeed": deepspeed}),
     )  # fmt: skip
     trainer = GRPOTrainer(model, token_sum, settings, load_rows(data))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -95,9 +96,11 @@ def main() -> None:
         elif kind == "short":
             adam(model, data, out, zero, 1)
         elif kind == "native":
-            adam(model, data, out, zero, 1, native=True)
-        else:  # resumed-ZERO-ORIGIN
-            adam(model, data, out, zero, STEPS, resume=Path(folder) / f"whole-{more[0]}" / f"checkpoint-{SAVED}")
+            adam(model, data, out, zero, 1, deepspeed=str(CONFIGS / f"{zero}.json"))
+        else:  # resumed-ZERO-ORIGIN; or scheduled-ZERO-ORIGIN, by DeepSpeed's own schedule
+            checkpoint = Path(folder) / f"whole-{more[0]}" / f"checkpoint-{SAVED}"
+            settings = shipped(zero) | {"scheduler": WARMUP} if kind == "scheduled" else None
+            adam(model, data, out, zero, STEPS, resume=checkpoint, deepspeed=settings)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

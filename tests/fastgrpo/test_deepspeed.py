@@ -23,7 +23,7 @@ SCRIPTED = ("scripted-zero2-fast", "scripted-zero3-fast", "scripted-zero2-refere
 # DDP first: once a process has used DeepSpeed, its later runs do.
 RUNS = (
     "whole-ddp", *SCRIPTED, "whole-zero3", "resumed-zero3-zero3", "resumed-zero2-zero3", "short-zero2_offload",
-    "short-zero3_offload",
+    "short-zero3_offload", "scheduled-zero2-ddp",
 )  # fmt: skip
 FIGURES = ("loss", "grad_norm", "learning_rate", "entropy", "reward")
 
@@ -127,6 +127,14 @@ def test_another_stage_goes_on_with_a_fresh_optimizer(finished: tuple[Path, str]
     assert "the optimizer's moments start anew" in printed
 
 
+def test_a_schedule_of_deepspeeds_own_starts_anew_and_says_so(finished: tuple[Path, str]) -> None:
+    out, printed = finished
+    first, second = metrics_of(out / "scheduled-zero2-ddp")
+    assert [first["step"], second["step"]] == [3, 4]
+    assert first["learning_rate"] == 0.0 < second["learning_rate"]
+    assert "under no DeepSpeed, this run is under ZeRO stage 2 on 2 ranks: weights and step go on, schedule" in printed
+
+
 def trainer_alone(model: Path, data: Path, out: Path) -> GRPOTrainer:
     config = GRPOConfig(
         output_dir=str(out), use_cpu=True, report_to=[], save_strategy="no", max_steps=3, num_generations=4,
@@ -141,11 +149,12 @@ def test_a_checkpoint_of_zero_3_goes_on_without_deepspeed(
 ) -> None:
     checkpoint = out / "whole-zero3" / "checkpoint-2"
     trainer = trainer_alone(tiny_model_dir, sat_file, tmp_path / "run")
-    weights = {}
+    weights, rates = {}, []
     accumulate = trainer.policy.accumulate
 
     def spy(groups: Any) -> Any:
         weights.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        rates.extend(group["lr"] for group in trainer.optimizer.param_groups)
         return accumulate(groups)
 
     trainer.policy.accumulate = spy
@@ -155,6 +164,7 @@ def test_a_checkpoint_of_zero_3_goes_on_without_deepspeed(
     (step,) = metrics_of(tmp_path / "run")
     assert step["step"] == 3
     assert step["learning_rate"] == pytest.approx(0.01 * 2 / 6), "the third of a warm-up that starts at 0"
+    assert set(rates) == {step["learning_rate"]}, "not only said: the step is taken with it"
     pieces = tmp_path / "pieces"
     shutil.copytree(checkpoint, pieces, ignore=shutil.ignore_patterns("model.safetensors"))
     with pytest.raises(ValueError, match="holds no whole weights"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastgrpo_kernels import PagedLayout, paged_attention
 from fastgrpo_kernels.backend import Backend
+from fastgrpo_kernels.reference.attention import _plan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -197,6 +198,8 @@ def test_pages_in_order_are_read_where_they_lie(suffix: int) -> None:
         prefix_tables[i, : len(moved[i + 1])] = torch.arange(start, int(bounds[i + 1]))
     suffix_tables = torch.arange(5 * columns, dtype=torch.int32).view(5, columns).to(DEVICE)
     case.layout = replace(layout, suffix_tables=suffix_tables, prefix_tables=prefix_tables)
+    own, prefixes = _plan(case.layout, case.key_cache.shape)
+    assert all(tokens.strides is not None for tokens in (own, *(prefix for *_, prefix in prefixes)))
     for grouped in (True, False):
         torch.testing.assert_close(case.run("torch", grouped), expected, rtol=0, atol=2e-6)
 

@@ -173,10 +173,16 @@ def test_a_reference_with_another_tower_sees_for_itself(qwen2_vl: Any) -> None:
     assert (cache.hits, cache.misses) == (1, 1)
 
 
-def test_adapters_in_the_tower_keep_the_cache_out(qwen2_vl: Any) -> None:
+@pytest.mark.parametrize("adapters", [{"target_modules": ["qkv"]}, {"modules_to_save": ["patch_embed"]}])
+def test_adapters_in_the_tower_keep_the_cache_out(qwen2_vl: Any, adapters: dict[str, Any]) -> None:
     """Frozen ones too: the reference's pass switches them off."""
     model = copy.deepcopy(qwen2_vl.model).requires_grad_(False)
-    adapted = get_peft_model(model, LoraConfig(target_modules=["qkv"], init_lora_weights=False)).requires_grad_(False)
+    config = LoraConfig(**{"target_modules": ["q_proj"], "init_lora_weights": False} | adapters)
+    adapted = get_peft_model(model, config).requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
     tower, prompts = vision_tower(adapted), [qwen2_vl.prompts["one image"]]
     cache = VisionCache(tower, PLENTY)
     image_features(tower, prompts, cache)
