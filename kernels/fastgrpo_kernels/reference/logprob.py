@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fastgrpo_kernels.reference.checks import check_range, check_temperature, computing_dtype, shape_of
 from fastgrpo_kernels.types import LogprobOutput
 
-_TILE_BYTES = 8 << 20
+_TILE_BYTES = 2 << 20
 """Bytes of one tile of logits [T, columns]: small enough to stay in a CPU's caches from product to product."""
 _MIN_COLUMNS = 256
 """Narrower tiles make slow products; only the byte budget takes them."""
