@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from data_parallel_run import ScriptedEngine, rows, some_reward
+from peft import LoraConfig
 from transformers.utils import logging
 
 from fastgrpo import GRPOConfig, GRPOTrainer
@@ -20,6 +21,7 @@ from fastgrpo.types import SamplingParams
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS, SAVED = 4, 2
 WARMUP = {"type": "WarmupLR", "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")}
+ADAPTERS = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=["merger"])
 PROMPT_ROW, GREEDY_TOKENS = 3, 8
 
 
@@ -43,14 +45,14 @@ def token_sum(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
-def scripted(model: str, out: Path, zero: str, engine: str, ranks: int = 2) -> None:
+def scripted(model: str, out: Path, zero: str, engine: str, ranks: int = 2, adapters: LoraConfig | None = None) -> None:
     """Three SGD steps on uneven rows: kinds differ between ranks, and one rank has none but corrupt ones."""
     settings = config(
         out, zero, engine=engine, loss_type="grpo", max_steps=3, num_generations=2,
         per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=2, shuffle_dataset=False,
         max_completion_length=6, optim="sgd", learning_rate=0.5,
     )  # fmt: skip
-    trainer = GRPOTrainer(model, some_reward, settings, rows())
+    trainer = GRPOTrainer(model, some_reward, settings, rows(), peft_config=adapters)
     trainer.engine = ScriptedEngine()
     trainer.train()
     trainer.save_model()
@@ -91,6 +93,8 @@ def main() -> None:
         kind, zero, *more = name.split("-")
         if kind == "scripted":
             scripted(model, out, zero, *more)
+        elif kind == "lora":
+            scripted(model, out, zero, "fast", adapters=ADAPTERS)
         elif kind == "whole":
             greedy(adam(model, data, out, zero, STEPS), out)
         elif kind == "short":

@@ -22,8 +22,8 @@ SCRIPT = Path(__file__).with_name("deepspeed_run.py")
 SCRIPTED = ("scripted-zero2-fast", "scripted-zero3-fast", "scripted-zero2-reference")
 # DDP first: once a process has used DeepSpeed, its later runs do.
 RUNS = (
-    "whole-ddp", *SCRIPTED, "whole-zero3", "resumed-zero3-zero3", "resumed-zero2-zero3", "short-zero2_offload",
-    "short-zero3_offload", "scheduled-zero2-ddp",
+    "whole-ddp", *SCRIPTED, "lora-zero3", "whole-zero3", "resumed-zero3-zero3", "resumed-zero2-zero3",
+    "short-zero2_offload", "short-zero3_offload", "scheduled-zero2-ddp",
 )  # fmt: skip
 FIGURES = ("loss", "grad_norm", "learning_rate", "entropy", "reward")
 
@@ -96,6 +96,22 @@ def test_uneven_rows_and_a_rank_without_any(out: Path, alone: Path, tiny_model_d
         assert difference < 0.01 * update, key
     for ours, theirs in zip(metrics_of(out / name), metrics_of(alone), strict=True):
         assert ours["skipped_rows"] == theirs["skipped_rows"]
+        for figure in ("loss", "grad_norm", "entropy", "kl"):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4, abs=1e-6), (figure, theirs["step"])
+
+
+def test_adapters_under_zero_3_train_as_in_one_process(
+    out: Path, script: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Their reference is the model with them off; the merger is saved whole."""
+    script["scripted"](str(tiny_model_dir), tmp_path, "ddp", "fast", ranks=1, adapters=script["ADAPTERS"])
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, out / "lora-zero3"))
+    assert one.keys() == two.keys()
+    assert any("merger" in name for name in one)
+    for name, value in one.items():
+        assert (two[name] - value).abs().max() < 1e-6, name
+        assert "lora_B" not in name or value.any(), f"{name} has not moved"
+    for ours, theirs in zip(metrics_of(out / "lora-zero3"), metrics_of(tmp_path), strict=True):
         for figure in ("loss", "grad_norm", "entropy", "kl"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-4, abs=1e-6), (figure, theirs["step"])
 
