@@ -56,7 +56,7 @@ def test_a_flipped_sign_is_refused_a_timing(build):
     ours, theirs = build(OURS), build(PLAIN)
     right = ours.policy
     ours.policy = FlippedPolicy(
-        right.model, right.loss_params, token_budget=right.token_budget, accelerator=right.accelerator
+        right.model, right.loss_params, token_budget=right.token_budget, accelerator=right.accumulation.accelerator
     )
     found = gate.compare(ours, theirs, gate.FP32)
     assert any(line.startswith("gradient of") for line in found.failures)
