@@ -29,10 +29,10 @@ from transformers.utils import logging
 
 from fastgrpo.arguments import ScriptArguments, parse
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.sampler import RolloutSampler
-from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.launch import load_model, load_training_rows
+from fastgrpo.model.load import load_processing
 from fastgrpo.profile.gate import checkpoint_as_in_training
 from fastgrpo.rewards import resolve_reward_functions
 from fastgrpo.timed_steps import TimedSteps
@@ -103,14 +103,7 @@ class RunData:
             template=config.prompt_template,
             chat_template_kwargs=config.template_kwargs,
         )
-        rows = load_rows(
-            script.dataset_name,
-            split=script.dataset_train_split,
-            config_name=script.dataset_config,
-            max_samples=script.max_samples,
-            seed=config.seed,
-            single_image_only=script.single_image_only,
-        )
+        rows = load_training_rows(script, config.seed)
         sampler = RolloutSampler(
             len(rows),
             config.prompts_per_rollout,
@@ -155,14 +148,7 @@ def build_trainer(config: GRPOConfig, script: ScriptArguments, **overrides: Any)
     """TRL's trainer on the model, data and rewards of the flags."""
     data = RunData(config, script)
     return TurnTakingTrainer(
-        model=load_policy(
-            script.model_name_or_path,
-            dtype=script.dtype,
-            attn_implementation=script.attn_implementation,
-            freeze_vision=script.freeze_vision,
-            freeze_llm=script.freeze_llm,
-            model_init_kwargs=config.model_kwargs,
-        ),
+        model=load_model(script, config),
         reward_funcs=resolve_reward_functions(script.reward_funcs),
         args=trl_settings(config, **overrides),
         train_dataset=datasets.Dataset.from_list(data.rows),

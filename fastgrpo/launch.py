@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from fastgrpo.arguments import ScriptArguments
 from fastgrpo.checkpoint import find_checkpoint, write_aside
@@ -35,25 +36,10 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     output_dir = Path(config.output_dir)
     require_writable(output_dir)
     resuming = find_checkpoint(config.resume_from_checkpoint, output_dir) is not None
-    rows = load_rows(
-        script.dataset_name,
-        split=script.dataset_train_split,
-        config_name=script.dataset_config,
-        max_samples=script.max_samples,
-        seed=config.seed,
-        single_image_only=script.single_image_only,
-    )
+    rows = load_training_rows(script, config.seed)
     held_out = load_held_out(script, config.seed)
     trainer = GRPOTrainer(
-        model=load_policy(
-            script.model_name_or_path,
-            dtype=script.dtype,
-            attn_implementation=script.attn_implementation,
-            freeze_vision=script.freeze_vision,
-            freeze_llm=script.freeze_llm,
-            trust_remote_code=config.trust_remote_code,
-            model_init_kwargs=config.model_kwargs,
-        ),
+        model=load_model(script, config),
         reward_funcs=script.reward_funcs,
         args=config,
         train_dataset=rows,
@@ -115,6 +101,31 @@ def require_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}. Choose another.") from error
+
+
+def load_model(script: ScriptArguments, config: GRPOConfig) -> PreTrainedModel:
+    """The policy that the flags name, with what they freeze frozen."""
+    return load_policy(
+        script.model_name_or_path,
+        dtype=script.dtype,
+        attn_implementation=script.attn_implementation,
+        freeze_vision=script.freeze_vision,
+        freeze_llm=script.freeze_llm,
+        trust_remote_code=config.trust_remote_code,
+        model_init_kwargs=config.model_kwargs,
+    )
+
+
+def load_training_rows(script: ScriptArguments, seed: int) -> RowDataset:
+    """The rows that the flags name."""
+    return load_rows(
+        script.dataset_name,
+        split=script.dataset_train_split,
+        config_name=script.dataset_config,
+        max_samples=script.max_samples,
+        seed=seed,
+        single_image_only=script.single_image_only,
+    )
 
 
 def load_held_out(script: ScriptArguments, seed: int) -> RowDataset | None:

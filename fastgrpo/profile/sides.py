@@ -10,9 +10,8 @@ from fastgrpo_profiling.worker import WorkerSide
 
 from fastgrpo.arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.loading import load_rows
-from fastgrpo.launch import lora_config
-from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.launch import load_model, load_training_rows, lora_config
+from fastgrpo.model.load import load_processing
 from fastgrpo.profile.paper import paper_parts
 from fastgrpo.reference import ReferenceEngine, ReferencePolicy
 from fastgrpo.trainer import GRPOTrainer
@@ -36,25 +35,10 @@ def build_trainer(
         config = copy.copy(config)
         config.engine = "reference"
     trainer = trainer_class(
-        model=load_policy(
-            script.model_name_or_path,
-            dtype=script.dtype,
-            attn_implementation=script.attn_implementation,
-            freeze_vision=script.freeze_vision,
-            freeze_llm=script.freeze_llm,
-            trust_remote_code=config.trust_remote_code,
-            model_init_kwargs=config.model_kwargs,
-        ),
+        model=load_model(script, config),
         reward_funcs=script.reward_funcs,
         args=config,
-        train_dataset=load_rows(
-            script.dataset_name,
-            split=script.dataset_train_split,
-            config_name=script.dataset_config,
-            max_samples=script.max_samples,
-            seed=config.seed,
-            single_image_only=script.single_image_only,
-        ),
+        train_dataset=load_training_rows(script, config.seed),
         processing_class=load_processing(
             script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
         ),
