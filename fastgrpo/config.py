@@ -110,6 +110,9 @@ class GRPOConfig(TrainingArguments):
     loss_type: str = _option("dapo", "How token losses are aggregated: " + ", ".join(LOSS_TYPES) + ".")
     beta: float = _option(0.0, "Weight of the KL term; at 0 no reference model is kept.")
     sync_ref_model: bool = _option(False, "Draw the reference model after the policy (TR-DPO).")
+    ref_model_on_cpu: bool = _option(
+        False, "Keep the reference model's weights on the host and run it there: frees its GPU memory, and is slow."
+    )
     ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in the reference at each such update.")
     ref_model_sync_steps: int = _option(512, "Optimizer steps between them.")
     epsilon: float = _option(0.2, "Lower clipping range of the probability ratio.")
@@ -326,6 +329,8 @@ class GRPOConfig(TrainingArguments):
         _check("beta", self.beta, self.beta >= 0, "0 or more")
         if self.sync_ref_model and self.beta == 0:
             raise ValueError("sync_ref_model=True, but with beta=0.0 there is no reference: set beta above 0.")
+        if self.ref_model_on_cpu and self.beta == 0:
+            raise ValueError("ref_model_on_cpu=True, but with beta=0.0 there is no reference: set beta above 0.")
         _check(
             "ref_model_mixup_alpha",
             self.ref_model_mixup_alpha,

@@ -153,7 +153,8 @@ class PackedPolicy:
         if self.loss_params.beta == 0.0:
             return None
         with frozen_reference(self.model, self.reference_model) as model:
-            return self._forward(model, batch, entropy=False).logprobs
+            own = batch.to(next(model.parameters()).device)  # it may stay on the host
+            return self._forward(model, own, entropy=False).logprobs.to(self._device)
 
     @contextmanager
     def _fast_layers(self) -> Iterator[None]:

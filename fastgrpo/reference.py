@@ -230,7 +230,7 @@ class ReferencePolicy:
 
     def _forward(self, model: Any, batch: list[tuple[Prompt, Completion]]) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [T] of the batch's completion tokens, one completion after the other."""
-        device = self._device
+        device = next(model.parameters()).device
         first = min((len(prompt.input_ids) for prompt, _ in batch), default=1) - 1  # no completion is read before it
         if not batch or (self._company is not None and all(prompt.pixel_values is None for prompt, _ in batch)):
             batch = [*batch, (self._company or ONE_TOKEN, NO_COMPLETION)]
@@ -267,7 +267,7 @@ class ReferencePolicy:
         if self.loss_params.beta == 0.0:
             return None
         with frozen_reference(self.model, self.reference_model) as model:
-            return self._forward(model, batch)[0]
+            return self._forward(model, batch)[0].to(self._device)
 
     @property
     def _device(self) -> torch.device:

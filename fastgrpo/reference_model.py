@@ -22,7 +22,7 @@ def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
     """A copy of the whole policy; none with beta 0, or when the policy without its adapters is the reference.
 
     Raises:
-        ValueError: `sync_ref_model` with adapters, whose reference is no copy.
+        ValueError: `sync_ref_model` or `ref_model_on_cpu` with adapters, whose reference is no copy.
     """
     has_adapters = hasattr(model, "disable_adapter")
     if config.sync_ref_model and has_adapters:
@@ -30,11 +30,21 @@ def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
             "sync_ref_model=True needs a copy to update, but with adapters the reference is the model without them. "
             "Leave it off, or train without peft_config."
         )
+    if config.ref_model_on_cpu and has_adapters:
+        raise ValueError(
+            "ref_model_on_cpu=True needs a copy to keep there, but with adapters the reference is the model without "
+            "them. Leave it off, or train without peft_config."
+        )
     return None if config.beta == 0 or has_adapters else copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator: Accelerator) -> PreTrainedModel:
-    """Placed, autocast and, under DeepSpeed, cast as the policy is: their log-probs are compared."""
+    """Placed, autocast and, under DeepSpeed, cast as the policy is: their log-probs are compared.
+
+    With `ref_model_on_cpu` it stays on the host, in its own dtype.
+    """
+    if config.ref_model_on_cpu:
+        return reference.to("cpu")
     if accelerator.state.deepspeed_plugin is not None and (config.bf16 or config.fp16):
         cast_parameters(reference, torch.bfloat16 if config.bf16 else torch.float16)
     placed: PreTrainedModel = accelerator.prepare_model(reference, evaluation_mode=True)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.data.loading import load_rows
-from fastgrpo.reference_model import mix
+from fastgrpo.reference_model import mix, place_reference
 
 ALPHA = 0.3
 
@@ -113,6 +113,28 @@ def test_a_resumed_run_has_the_same_reference(build: Any, tmp_path: Path) -> Non
     shutil.rmtree(tmp_path / "forgetful" / "checkpoint-3" / "reference")
     build("forgetful", max_steps=5, **settings).train(resume_from_checkpoint=True)
     assert kl_of(tmp_path / "forgetful")[3:] != kl_of(tmp_path / "whole")[3:], "the reference is part of the state"
+
+
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_it_may_stay_on_the_host(build: Any, tmp_path: Path, engine: str) -> None:
+    for on_cpu in (False, True):
+        build(f"{on_cpu}", engine=engine, max_steps=2, ref_model_on_cpu=on_cpu).train()
+    assert kl_of(tmp_path / "True") == kl_of(tmp_path / "False")
+    assert kl_of(tmp_path / "True")[-1] > 0
+
+
+def test_on_the_host_it_is_not_handed_to_accelerate() -> None:
+    reference = torch.nn.Linear(2, 2, device="meta").to_empty(device="cpu")
+    accelerator: Any = None  # would be asked to place it
+    config = GRPOConfig(use_cpu=True, beta=0.04, ref_model_on_cpu=True, report_to=[])
+    assert place_reference(reference, config, accelerator) is reference  # type: ignore[arg-type]
+
+
+def test_on_the_host_there_must_be_a_copy(build: Any) -> None:
+    with pytest.raises(ValueError, match="ref_model_on_cpu=True needs a copy"):
+        build("peft", ref_model_on_cpu=True, peft_config=LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"ref_model_on_cpu=True, but with beta=0\.0"):
+        build("beta", ref_model_on_cpu=True, beta=0.0)
 
 
 def test_what_cannot_work_is_refused(build: Any) -> None:
