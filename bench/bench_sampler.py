@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from fastgrpo.model.decoder import KVCache
-from fastgrpo.reference import vision_inputs
+from fastgrpo.plain.engine import vision_inputs
+from fastgrpo.sampler.decoder import KVCache
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.types import Prompt, SamplingParams
 

@@ -32,9 +32,9 @@ from harness import Result, parser, print_table, synchronize
 from scaling_fit import NEGLIGIBLE, Axis, exponent, ranks_sentence, sentence
 
 from fastgrpo.demo.base_model import tiny_model
-from fastgrpo.policy import PackedPolicy
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.types import Completion, Prompt, SamplingParams, WeightedGroup
+from fastgrpo.update.updater import PackedPolicy
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -26,9 +26,9 @@ from harness import Result, parser
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 
-from fastgrpo.data.synthetic import write_sat_parquet
 from fastgrpo.demo.base_model import build_config, load_tokenizer, save_model
 from fastgrpo.demo.documents import DEMO_KINDS
+from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile import gate, sides
 from fastgrpo.profile.run import QUIET, ProfileOptions, run_profile
 

@@ -19,9 +19,9 @@ from harness import Result, in_fresh_process, paired_ratio, paired_seconds, pars
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from fastgrpo.policy import PackedPolicy
-from fastgrpo.reference import ReferencePolicy
+from fastgrpo.plain.updater import ReferencePolicy
 from fastgrpo.types import Completion, Policy, Prompt, WeightedGroup
+from fastgrpo.update.updater import PackedPolicy
 
 RAGGED = (1, 5, 9, 17, 26, 38, 51, 64)
 """Completion lengths of the ragged workload."""

@@ -27,15 +27,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen2VLProcessor, Qwen2VLVideoProcessor
 from transformers.utils import logging
 
-from fastgrpo.arguments import ScriptArguments, parse
+from fastgrpo.cli.arguments import ScriptArguments, parse
+from fastgrpo.cli.train import load_model, load_training_rows
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder
-from fastgrpo.data.sampler import RolloutSampler
-from fastgrpo.launch import load_model, load_training_rows
+from fastgrpo.data.row_order import RolloutSampler
 from fastgrpo.model.load import load_processing
 from fastgrpo.profile.gate import checkpoint_as_in_training
-from fastgrpo.rewards import resolve_reward_functions
-from fastgrpo.timed_steps import TimedSteps
+from fastgrpo.scoring.rewards import resolve_reward_functions
+from fastgrpo.training.timed_steps import TimedSteps
 
 # Renders a message's parts as they stand: prompts come already worded by our `PromptBuilder`.
 VERBATIM = (

@@ -7,18 +7,18 @@ import sys
 
 import torch
 
-from fastgrpo.advantages import group_advantages
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.model.load import load_policy, load_processing
-from fastgrpo.objective import loss_params
-from fastgrpo.policy import PackedPolicy
-from fastgrpo.resolve import sampling_params
-from fastgrpo.rewards import accuracy_reward, format_reward, score
 from fastgrpo.sampler.engine import SamplerEngine
+from fastgrpo.scoring.advantages import group_advantages
+from fastgrpo.scoring.rewards import accuracy_reward, format_reward, score
+from fastgrpo.training.setup import sampling_params
 from fastgrpo.types import RolloutGroup
-from fastgrpo.update_plan import plan_updates, token_masks
+from fastgrpo.update.objective import loss_params
+from fastgrpo.update.plan import plan_updates, token_masks
+from fastgrpo.update.updater import PackedPolicy
 
 path, data, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = GRPOConfig(batch_unit="prompts", per_device_train_batch_size=4, max_completion_length=48, report_to="none")

@@ -1,7 +1,7 @@
 """GRPO for vision-language models."""
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.training.trainer import GRPOTrainer
 
 __version__ = "0.1.0"
 

@@ -20,8 +20,8 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import logging
 
-from fastgrpo.data.synthetic import write_cvbench_parquet, write_sat_parquet
 from fastgrpo.demo.base_model import build_config, build_tokenizer, save_model
+from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

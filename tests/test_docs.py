@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fastgrpo.arguments import parse
+from fastgrpo.cli.arguments import parse
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,7 +23,7 @@ from fastgrpo_profiling.roofline import measure_ceilings
 from harness import Result, paired_seconds, print_table
 from torch import Tensor
 
-from fastgrpo.reference import vision_inputs
+from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.sampler.engine import SamplerEngine
 from stages.ceilings import compute_dtype
 

@@ -18,9 +18,9 @@ from fastgrpo_profiling.report import Cost, SideFigures, side_figures
 from fastgrpo_profiling.roofline import ModelShape, Update, measure_ceilings
 from harness import Result, print_table
 
-from fastgrpo.arguments import parse
-from fastgrpo.data.synthetic import write_sat_parquet
+from fastgrpo.cli.arguments import parse
 from fastgrpo.demo.documents import DEMO_KINDS
+from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile import gate, sides
 from fastgrpo.profile.run import ProfileOptions, run_profile, training_flags
 from stages import NotHereError

@@ -9,7 +9,7 @@ from bench_sampler import build_engine, build_model
 from fastgrpo_profiling.roofline import measure_ceilings
 from harness import Result, paired_seconds, print_table, spread
 
-from fastgrpo.model.decoder import text_model
+from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine
 from stages.ceilings import compute_dtype
 

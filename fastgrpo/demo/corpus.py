@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastgrpo.data.synthetic import SceneQuestion
+from fastgrpo.demo.scenes import SceneQuestion
 
 PLACES = 5
 """Places counted along each side of a picture."""

@@ -13,8 +13,8 @@ from fastgrpo.data.cvbench import convert_cvbench
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
-from fastgrpo.data.synthetic import Kind, SceneQuestion, cvbench_row, render, sat_row, scene_question
 from fastgrpo.demo.corpus import completion, description
+from fastgrpo.demo.scenes import Kind, SceneQuestion, cvbench_row, render, sat_row, scene_question
 
 DEMO_KINDS: tuple[Kind, ...] = ("count", "left_right", "above_below", "depth")
 """The kinds of question this small a model learns."""

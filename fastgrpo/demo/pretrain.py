@@ -31,12 +31,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import BASE_PROMPT, PromptBuilder
-from fastgrpo.data.synthetic import COLOURS, SHAPES, cvbench_row, scene_question
 from fastgrpo.demo.base_model import build_config, build_image_processor_config, build_tokenizer, save_model
 from fastgrpo.demo.corpus import PLACES, corpus_texts, place
 from fastgrpo.demo.documents import DEMO_KINDS, Example, load_pool, make_batch, pixel_values, question_row
+from fastgrpo.demo.scenes import COLOURS, SHAPES, cvbench_row, scene_question
 from fastgrpo.evaluation.benchmark import evaluate
-from fastgrpo.reference import ReferenceEngine
+from fastgrpo.plain.engine import ReferenceEngine
 
 PRETRAIN_SEED = 90_000_000
 """Pictures of pretraining come from this stream on, which neither training nor evaluation of the demo uses."""

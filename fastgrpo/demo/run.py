@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastgrpo.arguments import parse
-from fastgrpo.data.synthetic import write_cvbench_parquet, write_sat_parquet
+from fastgrpo.cli.arguments import parse
+from fastgrpo.cli.train import require_writable, run_training
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
-from fastgrpo.launch import require_writable, run_training
+from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
 
 SETTINGS = Path(__file__).parent / "demo.yaml"
 DEMO_STEPS = 200

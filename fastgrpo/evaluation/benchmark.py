@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastgrpo.answers import answers_match, parse_answer
-from fastgrpo.checkpoint import write_aside
+from fastgrpo.atomic_files import write_aside
 from fastgrpo.data.loading import RowDataset
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
-from fastgrpo.reflection import is_reflective
-from fastgrpo.rewards import format_reward
+from fastgrpo.scoring.answers import answers_match, parse_answer
+from fastgrpo.scoring.reflection import is_reflective
+from fastgrpo.scoring.rewards import format_reward
 from fastgrpo.types import Completion, Engine, Prompt, RowError, SamplingParams, SkippedRow
 
 Progress = Callable[[int, int], None]

@@ -1,1 +1,1 @@
-"""Hub checkpoints in: a model to train, and the tokenizer and image processor its prompts are built with."""
+"""What sampler and update both use: hub checkpoints in, where things are in a model, its view of pictures."""

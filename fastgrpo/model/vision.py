@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgrpo.model.decoder import base_model
+from fastgrpo.model.families import base_model
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt

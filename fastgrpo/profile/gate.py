@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgrpo.resolve import sampling_params
-from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.training.setup import sampling_params
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import Completion, Prompt, WeightedGroup
 
 MAX_PROMPTS = 2

@@ -15,14 +15,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastgrpo.reference import (
-    ReferenceEngine,
-    ReferencePolicy,
-    is_multimodal,
-    rollout_seed,
-    sequence_positions,
-    vision_inputs,
-)
+from fastgrpo.model.families import is_multimodal
+from fastgrpo.plain.engine import ReferenceEngine, rollout_seed, vision_inputs
+from fastgrpo.plain.updater import ReferencePolicy, sequence_positions
 from fastgrpo.types import Completion, Prompt, SamplingParams
 
 

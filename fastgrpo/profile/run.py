@@ -21,18 +21,18 @@ from fastgrpo_profiling.worker import WorkerSide
 from rich.console import Console
 from rich.table import Table
 
-from fastgrpo.arguments import ScriptArguments, parse
-from fastgrpo.checkpoint import write_aside
+from fastgrpo.atomic_files import write_aside
+from fastgrpo.cli.arguments import ScriptArguments, parse
+from fastgrpo.cli.train import require_writable
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.synthetic import write_sat_parquet
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
-from fastgrpo.launch import require_writable
-from fastgrpo.live_figures import compute_dtype, update_of
+from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile import gate, sides
 from fastgrpo.profile.page import write_page
 from fastgrpo.profile.trl import compare_with_trl
-from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.training.live_figures import compute_dtype, update_of
+from fastgrpo.training.trainer import GRPOTrainer
 
 console = Console(stderr=True)
 

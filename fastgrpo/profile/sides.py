@@ -8,17 +8,18 @@ from pathlib import Path
 
 from fastgrpo_profiling.worker import WorkerSide
 
-from fastgrpo.arguments import ScriptArguments
+from fastgrpo.cli.arguments import ScriptArguments
+from fastgrpo.cli.train import load_model, load_training_rows, lora_config
 from fastgrpo.config import GRPOConfig
-from fastgrpo.launch import load_model, load_training_rows, lora_config
 from fastgrpo.model.load import load_processing
+from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.plain.updater import ReferencePolicy
 from fastgrpo.profile.paper import paper_parts
-from fastgrpo.reference import ReferenceEngine, ReferencePolicy
-from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.training.trainer import GRPOTrainer
 
 OURS, PLAIN, PAPER, TRL = "ours", "plain", "paper", "trl"
 OPPONENTS = {
-    PLAIN: "HF generate and one padded batch (fastgrpo.reference)",
+    PLAIN: "HF generate and one padded batch (fastgrpo.plain.engine)",
     PAPER: "the published code's way (fastgrpo.profile.paper)",
     TRL: "TRL's GRPOTrainer, as installed in its own environment",
 }

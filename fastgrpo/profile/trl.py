@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo.profile import gate
 from fastgrpo.profile.sides import TRL, TRL_WORKER, require_trl, trl_environment
-from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.training.trainer import GRPOTrainer
 
 
 def compare_with_trl(

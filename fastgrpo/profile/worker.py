@@ -15,11 +15,11 @@ from fastgrpo_profiling.worker import TurnTaker, claim_stdout
 from torch import nn
 from transformers.utils import logging
 
-from fastgrpo.advantages import Advantages
-from fastgrpo.arguments import parse
-from fastgrpo.live_figures import trained_part, work_of
+from fastgrpo.cli.arguments import parse
 from fastgrpo.profile.sides import build_trainer
-from fastgrpo.trainer import GRPOTrainer
+from fastgrpo.scoring.advantages import Advantages
+from fastgrpo.training.live_figures import trained_part, work_of
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import PromptBatch, RolloutGroup
 
 

@@ -5,7 +5,7 @@ import re
 
 from markupsafe import Markup, escape
 
-from fastgrpo.reflection import REFLECTION
+from fastgrpo.scoring.reflection import REFLECTION
 
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
 _PICTURE = re.compile(r"(?:<\|vision_start\|>)?(?:<\|image_pad\|>)+(?:<\|vision_end\|>)?")

@@ -13,7 +13,6 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from fastgrpo.reflection import count_reflections
 from fastgrpo.report import charts
 from fastgrpo.report.curves import enclosing_spans
 from fastgrpo.report.examples import pick_held_out, pick_trajectories
@@ -21,6 +20,7 @@ from fastgrpo.report.markup import completion_html, picture_uri, question_of
 from fastgrpo.report.plots import PALETTE
 from fastgrpo.report.run import Evaluation, Headline, Run, TaskScore, flatten, read_run
 from fastgrpo.report.verdict import PERCENT, Verdict, judge_reasoning, judge_seeing, percent
+from fastgrpo.scoring.reflection import count_reflections
 
 _OWN_SETTINGS = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint"})
 """Settings in which runs that differ by seed alone may differ."""

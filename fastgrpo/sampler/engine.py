@@ -13,16 +13,17 @@ from fastgrpo_kernels import SampleParams
 from fastgrpo_profiling import span
 from torch import Tensor
 
-from fastgrpo.model.decoder import Decoder, DecoderShape, KVCache, base_model, unsupported
+from fastgrpo.model.families import base_model
 from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
+from fastgrpo.sampler.decoder import Decoder, DecoderShape, KVCache, unsupported
 from fastgrpo.sampler.prefill import Prefill
 from fastgrpo.sampler.runner import Ended, Limits, Runner
 from fastgrpo.sampler.scheduler import Scheduler
 from fastgrpo.sampler.sequence import PromptGroup
+from fastgrpo.sampler.weight_sync import sync_tower, sync_weights
 from fastgrpo.types import Completion, FinishReason, Prompt, SamplingParams
-from fastgrpo.weight_sync import sync_tower, sync_weights
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from fastgrpo_profiling import span
 from torch import Tensor
 
-from fastgrpo.model.decoder import Chunk, Decoder, KVCache
 from fastgrpo.model.vision import image_features
 from fastgrpo.model.vision_cache import VisionCache
+from fastgrpo.sampler.decoder import Chunk, Decoder, KVCache
 from fastgrpo.sampler.sequence import PromptGroup
 
 

@@ -15,8 +15,8 @@ from fastgrpo_kernels import PagedLayout, SampleParams, sample
 from fastgrpo_profiling import span
 from torch import Tensor
 
-from fastgrpo.model.decoder import Decoder, KVCache
 from fastgrpo.sampler.cuda_graph import StepGraphs
+from fastgrpo.sampler.decoder import Decoder, KVCache
 from fastgrpo.sampler.sequence import PromptGroup, Sequence
 
 

@@ -13,9 +13,9 @@ from harness import Result
 from kernel_ops import decode_ops
 from stages import STAGES, kernels, rollout
 
-import fastgrpo.model.decoder
-import fastgrpo.policy
-import fastgrpo.weight_sync
+import fastgrpo.sampler.decoder
+import fastgrpo.sampler.weight_sync
+import fastgrpo.update.updater
 
 DECODE_OPS = ("attention", "rope", "sample")
 QUICK = ("environment", "ceilings", "kernels", "head", "decode_ops", "rollout", "update", "sync", "memory")
@@ -80,9 +80,9 @@ def test_a_wrong_op_is_not_timed(stage: str, op: str, broken: tuple[Any, ...], m
     ("stage", "broken"),
     [
         ("kernels", (attention_sides, "paged_attention")),
-        ("rollout", (fastgrpo.model.decoder, "paged_attention")),
-        ("update", (fastgrpo.policy, "grpo_loss", "loss")),
-        ("step", (fastgrpo.policy, "grpo_loss", "loss")),
+        ("rollout", (fastgrpo.sampler.decoder, "paged_attention")),
+        ("update", (fastgrpo.update.updater, "grpo_loss", "loss")),
+        ("step", (fastgrpo.update.updater, "grpo_loss", "loss")),
     ],
 )
 def test_what_stands_on_a_wrong_op_is_not_timed(
@@ -96,12 +96,12 @@ def test_what_stands_on_a_wrong_op_is_not_timed(
 
 
 def test_a_sync_that_forgets_a_weight_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fastgrpo.weight_sync._copy_packed
+    right = fastgrpo.sampler.weight_sync._copy_packed
 
     def forgets_the_last(modules: Any, weight: Any, bias: Any = None) -> None:
         right(list(modules)[:-1], weight, bias)
 
-    monkeypatch.setattr(fastgrpo.weight_sync, "_copy_packed", forgets_the_last)
+    monkeypatch.setattr(fastgrpo.sampler.weight_sync, "_copy_packed", forgets_the_last)
     result = last_of("sync")
     assert result.checks == {"weights are the policy's": False}
     assert result.figures == {}

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastgrpo.config import LOSS_TYPES
-from fastgrpo.objective import loss_params, sequence_weights
+from fastgrpo.update.objective import loss_params, sequence_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with safe_open(Path(__file__).parent / "data" / "trl_losses.safetensors", framework="pt", device=DEVICE) as file:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from fastgrpo_profiling import record, span
 
-from fastgrpo.model.decoder import KVCache
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.reference import ReferenceEngine
+from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.sampler.decoder import KVCache
 from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
 from fastgrpo.sampler.runner import Limits
 from fastgrpo.sampler.sequence import completion_seed

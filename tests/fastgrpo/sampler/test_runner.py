@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgrpo.model.decoder import Decoder, DecoderShape
+from fastgrpo.sampler.decoder import Decoder, DecoderShape
 from fastgrpo.sampler.runner import Limits, RowState, Runner
 from fastgrpo.sampler.sequence import PromptGroup
-from fastgrpo.weight_sync import sync_weights
+from fastgrpo.sampler.weight_sync import sync_weights
 
 LIMITS = Limits(rows=8, groups=3, prefix_pages=4, suffix_pages=3, max_new_tokens=33, pages=64)
 SETTINGS = [

@@ -17,9 +17,9 @@ from fastgrpo.data.prompts import image_digests
 from fastgrpo.model.load import load_policy
 from fastgrpo.model.vision import image_features, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.policy import PackedPolicy
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.types import Completion, Prompt, SamplingParams, WeightedGroup
+from fastgrpo.update.updater import PackedPolicy
 
 PLENTY = 1 << 30
 

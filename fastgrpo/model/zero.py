@@ -1,0 +1,18 @@
+"""Parameters that ZeRO-3 holds in pieces."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Holds partitioned parameters whole for a while."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed  # loaded already, by whoever partitioned them
+
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
+    return context

@@ -1,0 +1,162 @@
+"""Rollouts in plain torch and transformers: HF `generate`."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from fastgrpo_profiling import span
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fastgrpo.model.families import unwrap
+from fastgrpo.plain.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
+from fastgrpo.types import Completion, Prompt, SamplingParams
+
+
+def rollout_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one rank's batch of completions at one step, the same after any resume."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1  # torch takes 63 bits
+
+
+class ReferenceEngine:
+    """`Engine` over HF `generate`: a left-padded batch that holds every prompt G times.
+
+    HF draws a batch from one random stream, so a completion depends on the batch it is in: the stream is seeded by
+    (run seed, step, rank, first prompt) instead of by completion, which keeps runs and resumed runs equal.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rank: int = 0,
+        max_batch: int = 64,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """`max_batch` bounds the completions of a `generate` call, `autocast` is the context it runs in."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rank = rank
+        self.max_batch = max_batch
+        self.autocast = autocast
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        names = ("image_token_id", "video_token_id")
+        # A sampled image placeholder has no picture behind it and breaks the next forward pass.
+        self.suppressed = [t for name in names if (t := getattr(model.config, name, None)) is not None]
+
+    def generate(
+        self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
+    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+        """See `Engine.generate`; groups come in the order of `prompts`."""
+        per_call = max(1, self.max_batch // num_generations)
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        for start in range(0, len(prompts), per_call):
+            chunk = prompts[start : start + per_call]
+            # Never around a `yield`: whoever takes the groups may draw random numbers of their own in between.
+            with span("rollout/generate"), torch.random.fork_rng(devices=devices):
+                torch.manual_seed(rollout_seed(params.seed, step, self.rank) + start)
+                completions = self._generate([p for p in chunk for _ in range(num_generations)], params)
+            for i, prompt in enumerate(chunk):
+                group = completions[i * num_generations : (i + 1) * num_generations]
+                yield prompt, tuple(Completion(prompt.row_id, index, *fields) for index, fields in enumerate(group))
+
+    def sync(self) -> None:
+        """Nothing to do: it draws from the policy itself."""
+
+    @torch.no_grad()
+    def _generate(self, prompts: list[Prompt], params: SamplingParams) -> list[tuple[Any, ...]]:
+        """Per prompt: token_ids, text, finish_reason, logprobs, sampling_logprobs."""
+        device = self.model.device
+        input_ids = pad_sequence(
+            [p.input_ids for p in prompts], batch_first=True, padding_value=self.pad_id, padding_side="left"
+        ).to(device)
+        width = input_ids.shape[1]
+        lengths = torch.tensor([len(p.input_ids) for p in prompts], device=device)
+        attention_mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()  # [B, width]
+        full, drawn = LogprobRecorder(params.temperature or 1.0), LogprobRecorder(1.0)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with own_defaults_off(self.model), self.autocast():
+                sequences = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    **vision_inputs(self.model, prompts, input_ids),
+                    generation_config=self._generation_config(params),
+                    logits_processor=self._processors(params, full, drawn, attention_mask),
+                )
+        finally:
+            self.model.train(was_training)
+        tokens = sequences[:, width:]  # [B, longest completion]
+        logprobs, sampling_logprobs = full.finish(tokens).cpu(), drawn.finish(tokens).cpu()
+        is_end = torch.isin(tokens, torch.tensor(self.eos_ids, device=device)).cpu()
+        stopped = is_end.any(dim=1).tolist()
+        ends = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()
+        ids = [row[:end] for row, end in zip(tokens.cpu(), ends, strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            (ids[i], texts[i], "stop" if stopped[i] else "length", logprobs[i, :end], sampling_logprobs[i, :end])
+            for i, end in enumerate(ends)
+        ]
+
+    def _generation_config(self, params: SamplingParams) -> GenerationConfig:
+        # Every filter is off here and stated in `_processors`, so that both log-probs can be read around them.
+        sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            **(sampled if params.temperature > 0 else {"do_sample": False}),
+            max_new_tokens=params.max_new_tokens,
+            repetition_penalty=1.0,
+            eos_token_id=self.eos_ids,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+        )
+
+    def _processors(
+        self, params: SamplingParams, full: LogitsProcessor, drawn: LogitsProcessor, prompt_mask: Tensor
+    ) -> LogitsProcessorList:
+        chain: list[LogitsProcessor] = [full]
+        if self.suppressed:
+            chain.append(SuppressTokensLogitsProcessor(self.suppressed, device=str(self.model.device)))
+        if params.repetition_penalty != 1.0:
+            chain.append(RepetitionPenalty(params.repetition_penalty, prompt_mask))
+        if params.temperature > 0:
+            if params.temperature != 1.0:
+                chain.append(TemperatureLogitsWarper(float(params.temperature)))
+            if params.top_k > 0:
+                chain.append(TopKLogitsWarper(params.top_k))
+            if params.top_p < 1.0:
+                chain.append(TopPLogitsWarper(params.top_p))
+            if params.min_p > 0.0:
+                chain.append(MinPLogitsWarper(params.min_p))
+        return LogitsProcessorList([*chain, drawn])
+
+
+def vision_inputs(model: Any, prompts: Sequence[Prompt], input_ids: Tensor) -> dict[str, Tensor]:
+    """The image arguments of a forward pass over a batch [B, L]; none when no prompt has a picture."""
+    pixel_values = [p.pixel_values for p in prompts if p.pixel_values is not None]
+    grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+    if not grids:
+        return {}
+    return {
+        "pixel_values": torch.cat(pixel_values).to(input_ids.device),
+        "image_grid_thw": torch.cat(grids).to(input_ids.device),
+        "mm_token_type_ids": (input_ids == unwrap(model).config.image_token_id).int(),
+    }

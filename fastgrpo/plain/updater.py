@@ -1,0 +1,163 @@
+"""The update in plain torch and transformers: one padded batch, full-vocabulary logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from fastgrpo_kernels import LossParams, grpo_loss, logprob_from_logits
+from fastgrpo_profiling import span
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from fastgrpo.model.families import is_multimodal, unwrap
+from fastgrpo.plain.engine import vision_inputs
+from fastgrpo.types import Completion, Prompt, UpdateResult, WeightedGroup
+from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference, update_result
+from fastgrpo.update.packed_forward import company_prompt
+from fastgrpo.update.packing import ONE_TOKEN
+from fastgrpo.update.sums import sampling_mismatch
+
+NO_COMPLETION = Completion(-1, 0, torch.zeros(0, dtype=torch.int64), "", "abort", torch.zeros(0), torch.zeros(0))
+
+
+class ReferencePolicy:
+    """`Policy` on the HF model: right-padded micro-batches of `micro_batch_size` completions.
+
+    The frozen reference of the KL term is `reference_model`, or the model itself with its adapters off (peft).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss_params: LossParams,
+        *,
+        micro_batch_size: int,
+        temperature: float = 1.0,
+        reference_model: PreTrainedModel | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.model = model
+        """Called for the forward pass; the trainer puts the DDP- or autocast-wrapped module here."""
+        self.loss_params = loss_params
+        self.micro_batch_size = micro_batch_size
+        self.temperature = temperature
+        self.reference_model = reference_model
+        self.accumulation = GradientAccumulation(accelerator)
+        self.version = 0
+        # Ranks wait for each other's gradients of the vision tower, pictures or not.
+        self._company = company_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
+
+    @torch.no_grad()
+    def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
+        """See `Policy.logprobs`."""
+        pieces: list[Tensor] = []
+        for batch in self._micro_batches(groups):
+            # Not through DDP, whose forward broadcasts buffers.
+            flat = self._forward(unwrap(self.model), batch)[0]
+            pieces += flat.split([len(c.token_ids) for _, c in batch])
+        by_group = iter(pieces)
+        return [tuple(next(by_group) for _ in group.completions) for group in groups]
+
+    def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
+        """See `Policy.accumulate`. With several processes, all of them must call it, with groups or without."""
+        batches = self._micro_batches(groups)
+        outputs, offset = [], 0
+        for i, batch in enumerate(batches):
+            fields = _loss_inputs(groups, slice(offset, offset + len(batch)), self._device)
+            offset += len(batch)
+            with self.accumulation.micro_batch(self.model, is_last=i == len(batches) - 1):
+                with span("update/reference_model"):
+                    ref_logprobs = self._reference_logprobs(batch)
+                with span("update/forward"):
+                    logprobs, entropy = self._forward(self.model, batch)
+                    output = grpo_loss(
+                        logprobs, params=self.loss_params, ref_logprobs=ref_logprobs, entropy=entropy.detach(), **fields
+                    )
+                with span("update/backward"):
+                    self.accumulation.backward(self.model, output.loss)
+            with span("update/metrics"):
+                drawn = _joined([completion.sampling_logprobs for _, completion in batch]).to(self._device)
+                outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
+        if batches:
+            self.accumulation.step(self.model)
+        return update_result(outputs, self._device)
+
+    def _micro_batches(self, groups: Sequence[WeightedGroup]) -> list[list[tuple[Prompt, Completion]]]:
+        """The same number on every rank, empty ones behind: a collective inside a micro-batch waits for all of them."""
+        flat = [(group.prompt, completion) for group in groups for completion in group.completions]
+        batches = [flat[i : i + self.micro_batch_size] for i in range(0, len(flat), self.micro_batch_size)]
+        return batches + [[]] * (self.accumulation.most(len(batches), self._device) - len(batches))
+
+    def _forward(self, model: Any, batch: list[tuple[Prompt, Completion]]) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [T] of the batch's completion tokens, one completion after the other."""
+        device = next(model.parameters()).device
+        first = min((len(prompt.input_ids) for prompt, _ in batch), default=1) - 1  # no completion is read before it
+        if not batch or (self._company is not None and all(prompt.pixel_values is None for prompt, _ in batch)):
+            batch = [*batch, (self._company or ONE_TOKEN, NO_COMPLETION)]
+        ids = [torch.cat([prompt.input_ids, completion.token_ids]) for prompt, completion in batch]
+        input_ids = pad_sequence(ids, batch_first=True).to(device)  # [B, L], right-padded
+        lengths = torch.tensor([len(row) for row in ids], device=device)
+        attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+        positions = [sequence_positions(prompt, len(completion.token_ids)) for prompt, completion in batch]
+        position_ids = torch.nn.utils.rnn.pad_sequence([p.T for p in positions], batch_first=True)  # [B, L, 3]
+        position_ids = position_ids.permute(2, 0, 1).to(device)  # [3, B, L]
+        kept = input_ids.shape[1] - first
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids if is_multimodal(model) else position_ids[0],
+            **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
+            use_cache=False,
+            logits_to_keep=kept,
+        ).logits  # [B, kept, V]
+        # The logits at position i predict token i + 1: a completion is read from its prompt's last position on.
+        rows = torch.cat(
+            [
+                torch.arange(len(prompt.input_ids), len(row)) - 1 - first + b * kept
+                for b, (row, (prompt, _)) in enumerate(zip(ids, batch, strict=True))
+            ]
+        ).to(device)
+        targets = torch.cat([completion.token_ids for _, completion in batch]).to(device)
+        output = logprob_from_logits(logits.flatten(0, 1)[rows], targets, temperature=self.temperature, entropy=True)
+        assert output.entropy is not None
+        return output.logprobs, output.entropy
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: list[tuple[Prompt, Completion]]) -> Tensor | None:
+        if self.loss_params.beta == 0.0:
+            return None
+        with frozen_reference(self.model, self.reference_model) as model:
+            return self._forward(model, batch)[0].to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def _loss_inputs(groups: Sequence[WeightedGroup], chosen: slice, device: torch.device) -> dict[str, Any]:
+    """The arguments of `grpo_loss` for a slice of the flattened groups' completions."""
+    weights = [w for group in groups for w in group.token_weights][chosen]
+    masks = [m for group in groups for m in group.masks][chosen]
+    advantages = _joined([group.advantages for group in groups])[chosen]
+    old = [o for group in groups for o in group.old_logprobs or ()][chosen]
+    lengths = torch.tensor([0, *map(len, weights)])
+    return {
+        "advantages": advantages.to(device),
+        "weights": _joined(weights).to(device),
+        "mask": _joined(masks).bool().to(device),
+        "cu_seqlens": lengths.cumsum(0).to(device),
+        "old_logprobs": torch.cat(old).to(device) if old else None,
+    }
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces or [torch.zeros(0)])
+
+
+def sequence_positions(prompt: Prompt, completion_length: int) -> Tensor:
+    """[3, P + C] int64 M-RoPE positions: a completion restarts at max(prompt) + 1 on all three axes."""
+    start = int(prompt.position_ids.max()) + 1
+    completion = torch.arange(start, start + completion_length).expand(3, -1)
+    return torch.cat([prompt.position_ids, completion], dim=1)

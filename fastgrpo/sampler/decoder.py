@@ -1,0 +1,268 @@
+"""A compact decoder with weights of its own, packed for sampling: Qwen2 and the text side of Qwen2-VL and Qwen2.5-VL.
+
+It computes what transformers' decoders compute, from a paged KV cache, for one new token per row (`decode`) or for the
+tokens of some prompts (`prefill`). Its weights never move, so that a captured CUDA graph stays valid;
+`weight_sync` fills and refreshes them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fastgrpo_kernels import PagedLayout, paged_attention, rope_and_cache
+from torch import Tensor
+
+from fastgrpo.model.families import base_model, is_multimodal, text_model
+
+FAMILIES = ("qwen2", "qwen2_vl", "qwen2_5_vl")
+"""`model_type` of the models that the decoder computes."""
+STATIC_ROPE = ("default", "linear", "yarn", "llama3")
+"""Rotary embeddings whose frequencies do not depend on the length so far."""
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes and constants of a decoder."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    norm_eps: float
+    tied_head: bool
+    """The head's weight is the embedding's."""
+    mrope_sections: tuple[int, ...] | None
+    """How many frequencies rotate by each of the three position axes; None: all by the first."""
+
+    @classmethod
+    def of(cls, model: Any) -> "DecoderShape":
+        """The shape of a transformers model that `unsupported` finds nothing wrong with."""
+        config = text_model(model).config
+        head, embed = base_model(model).lm_head, text_model(model).embed_tokens
+        adapted = any(hasattr(module, "active_adapters") for module in (head, embed))
+        sections = config.rope_parameters.get("mrope_section") if is_multimodal(model) else None
+        return cls(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocabulary=config.vocab_size,
+            norm_eps=config.rms_norm_eps,
+            tied_head=head.weight is embed.weight and not adapted,
+            mrope_sections=tuple(sections or (16, 24, 24)) if is_multimodal(model) else None,
+        )
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Packed weights of one decoder layer; Hq, Hkv heads of D, hidden size H, intermediate size I."""
+
+    input_norm: Tensor
+    """[H]"""
+    qkv: Tensor
+    """[(Hq + 2 Hkv) · D, H]"""
+    qkv_bias: Tensor
+    """[(Hq + 2 Hkv) · D]"""
+    out: Tensor
+    """[H, Hq · D]"""
+    post_norm: Tensor
+    """[H]"""
+    gate_up: Tensor
+    """[2 I, H]"""
+    down: Tensor
+    """[H, I]"""
+
+
+class KVCache(NamedTuple):
+    """Paged keys and values of all layers."""
+
+    keys: list[Tensor]
+    """Of each layer, [pages, page_size, Hkv, D]."""
+    values: list[Tensor]
+    """The same."""
+
+    @classmethod
+    def empty(cls, shape: DecoderShape, pages: int, page_size: int, dtype: torch.dtype, device: Any) -> "KVCache":
+        """A cache without anything in it."""
+        size = (pages, page_size, shape.kv_heads, shape.head_dim)
+        return cls(*([torch.empty(size, dtype=dtype, device=device) for _ in range(shape.layers)] for _ in range(2)))
+
+    @staticmethod
+    def page_bytes(shape: DecoderShape, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes that one page takes in all layers."""
+        return 2 * shape.layers * page_size * shape.kv_heads * shape.head_dim * dtype.itemsize
+
+
+class Chunk(NamedTuple):
+    """Tokens `start` … `end` of one prompt, which follow each other in a prefill pass."""
+
+    start: int
+    end: int
+    pages: Tensor
+    """[pages of the prompt] int64."""
+
+
+class Decoder:
+    """Embedding, layers and head over packed weights; no autograd, no modules, no state beside the weights."""
+
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, device: Any) -> None:
+        """Allocates the weights without filling them."""
+
+        def empty(*size: int) -> Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        self.shape = shape
+        self.dtype = dtype
+        self.device = torch.device(device)
+        hidden, attended = shape.hidden, shape.heads * shape.head_dim
+        packed = attended + 2 * shape.kv_heads * shape.head_dim
+        self.embed = empty(shape.vocabulary, hidden)
+        self.layers = [
+            LayerWeights(
+                input_norm=empty(hidden),
+                qkv=empty(packed, hidden),
+                qkv_bias=empty(packed),
+                out=empty(hidden, attended),
+                post_norm=empty(hidden),
+                gate_up=empty(2 * shape.intermediate, hidden),
+                down=empty(hidden, shape.intermediate),
+            )
+            for _ in range(shape.layers)
+        ]
+        self.final_norm = empty(hidden)
+        self.head_weight = self.embed if shape.tied_head else empty(shape.vocabulary, hidden)
+        self.inverse_frequencies = torch.empty(shape.head_dim // 2, dtype=torch.float32, device=device)
+        self.rope_scaling = 1.0
+        sections = shape.mrope_sections or (shape.head_dim // 2,)
+        axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
+        self.rope_axes = torch.tensor(axes, device=device)
+        """[D / 2]: which of the three position axes a frequency rotates by."""
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, layout: PagedLayout, cache: KVCache) -> Tensor:
+        """Logits [B, V] after one more token per row.
+
+        Args:
+            tokens: [B] int64.
+            positions: [B] int64; past the prompt the three axes of M-RoPE agree.
+            slots: [B] int64, where the token's key and value go; −1: nowhere.
+            layout: pages that each row reads, the new token's included.
+        """
+        cos, sin = self._rotary(positions.unsqueeze(1) * self.inverse_frequencies)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            query = rope_and_cache(query, key, value, cos, sin, keys, values, slots)
+            return paged_attention(query, keys, values, layout, scale=self.shape.head_dim**-0.5)
+
+        hidden = F.embedding(tokens, self.embed)
+        for layer in range(self.shape.layers):
+            hidden = self._layer(layer, hidden, attend)
+        return self.head(hidden)
+
+    def prefill(
+        self, hidden: Tensor, positions: Tensor, slots: Tensor, chunks: Sequence[Chunk], cache: KVCache
+    ) -> Tensor:
+        """Writes the keys and values of some prompts' tokens; returns each chunk's last hidden state [chunks, H].
+
+        Args:
+            hidden: [T, H], token embeddings with the pictures' features in place.
+            positions: [3, T] int64.
+            slots: [T] int64.
+            chunks: one after the other along T; what comes before a chunk's start is in the cache already.
+        """
+        angles = positions[self.rope_axes].T.float() * self.inverse_frequencies  # [T, D / 2]
+        cos, sin = self._rotary(angles)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = cache.keys[layer], cache.values[layer]
+            query = rope_and_cache(query, key, value, cos, sin, keys, values, slots)
+            parts = query.split([chunk.end - chunk.start for chunk in chunks])
+            return torch.cat([_attend_chunk(*part, keys, values) for part in zip(parts, chunks, strict=True)])
+
+        last = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0) - 1
+        last = last.to(hidden.device)
+        for layer in range(self.shape.layers):
+            # Of the last layer, only what the first new token is drawn from.
+            kept = last if layer == self.shape.layers - 1 else None
+            hidden = self._layer(layer, hidden, attend, kept)
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of last hidden states [N, H]."""
+        hidden = F.rms_norm(hidden, (self.shape.hidden,), self.final_norm, self.shape.norm_eps)
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            # In half precision a logit of 32 would be off by 0.06, and its log-prob with it.
+            return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
+        return F.linear(hidden, self.head_weight)
+
+    def _layer(
+        self, index: int, hidden: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor], kept: Any = None
+    ) -> Tensor:
+        """[T, H] → [T, H], or the rows `kept` of it."""
+        shape, weights = self.shape, self.layers[index]
+        normed = F.rms_norm(hidden, (shape.hidden,), weights.input_norm, shape.norm_eps)
+        packed = F.linear(normed, weights.qkv, weights.qkv_bias).unflatten(-1, (-1, shape.head_dim))
+        query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)  # [T, heads, D]
+        attended = attend(index, query, key, value).flatten(1)
+        if kept is not None:
+            hidden, attended = hidden[kept], attended[kept]
+        hidden = torch.addmm(hidden, attended, weights.out.T)
+        normed = F.rms_norm(hidden, (shape.hidden,), weights.post_norm, shape.norm_eps)
+        gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
+        return torch.addmm(hidden, F.silu(gate).mul_(up), weights.down.T)
+
+    def _rotary(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D] of angles [T, D / 2]."""
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
+
+
+def _attend_chunk(query: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal attention of a chunk's queries [t, Hq, D] to its prompt up to there, read back from the cache."""
+    repeats = query.shape[1] // keys.shape[2]
+    read = [cache.index_select(0, chunk.pages).flatten(0, 1)[: chunk.end] for cache in (keys, values)]
+    key, value = (x.transpose(0, 1).repeat_interleave(repeats, dim=0)[None] for x in read)  # [1, Hq, end, D]
+    mask = None
+    if chunk.start:
+        ends = torch.arange(chunk.start, chunk.end, device=query.device)
+        mask = torch.arange(chunk.end, device=query.device) <= ends[:, None]  # [t, end]
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None], key, value, attn_mask=mask, is_causal=mask is None
+    )
+    return attended[0].transpose(0, 1)
+
+
+def unsupported(model: Any) -> str | None:
+    """Why the decoder cannot compute this model; None when it can."""
+    config = base_model(model).config
+    if config.model_type not in FAMILIES:
+        return f"model type {config.model_type} is none of {', '.join(FAMILIES)}"
+    text = text_model(model).config
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        return "it uses sliding-window attention"
+    if text.hidden_act != "silu":
+        return f"its activation is {text.hidden_act}, not silu"
+    rope = text.rope_parameters.get("rope_type", "default")
+    if rope not in STATIC_ROPE:
+        return f"its rotary embedding is of type {rope}"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "it is tuned by a learnt prompt"
+    for module in (*text_model(model).modules(), *base_model(model).lm_head.modules()):
+        if hasattr(module, "get_base_layer") and not _is_plain_lora(module):
+            return "its adapters are not plain LoRA"
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            return "its weights are quantized"
+    return None
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """Whether a layer of peft's adds W + scaling · B A and nothing else."""
+    return hasattr(layer, "lora_A") and not layer.lora_variant and not any(layer.lora_bias.values())

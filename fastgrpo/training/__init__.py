@@ -1,0 +1,1 @@
+"""A run: transformers' Trainer around the step, its checkpoints, logs and progress."""

@@ -1,0 +1,85 @@
+"""A step's figures under TRL's metric names, from device sums and from the completions of all ranks."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from fastgrpo_kernels import LossMetrics
+
+from fastgrpo.types import SamplingMismatch, UpdateResult
+from fastgrpo.update.sums import combine
+
+
+def update_metrics(result: UpdateResult, beta: float, accelerator: Accelerator) -> dict[str, float]:
+    """The metrics of an update over all ranks; of one that trained on nothing, the loss alone."""
+    local = torch.stack([value.float() for value in (result.loss, *result.metrics, *result.mismatch)])
+    ranks = accelerator.gather(local[None]).cpu()  # [ranks, fields]
+    loss = ranks[:, 0].sum().item()
+    split = 1 + len(LossMetrics._fields)
+    sums = combine([LossMetrics(*row[1:split]) for row in ranks])
+    mismatch = combine([SamplingMismatch(*row[split:]) for row in ranks])
+    if sums.token_count == 0:
+        return {"loss": loss}
+    tokens = sums.token_count.item()
+    clipped = max(sums.clip_count.item(), 1.0)
+    metrics = {
+        "loss": loss,
+        "entropy": sums.entropy_sum.item() / tokens,
+        "clip_ratio/low_mean": sums.clip_low_sum.item() / clipped,
+        "clip_ratio/low_min": sums.clip_low_seq_min.item(),
+        "clip_ratio/high_mean": sums.clip_high_sum.item() / clipped,
+        "clip_ratio/high_max": sums.clip_high_seq_max.item(),
+        "clip_ratio/region_mean": sums.clip_region_sum.item() / clipped,
+        "sampling/sampling_logp_difference/mean": mismatch.difference_sum.item() / tokens,
+        "sampling/sampling_logp_difference/max": mismatch.difference_max.item(),
+        "sampling/importance_sampling_ratio/min": mismatch.ratio_min.item(),
+        "sampling/importance_sampling_ratio/mean": mismatch.ratio_sum.item() / tokens,
+        "sampling/importance_sampling_ratio/max": mismatch.ratio_max.item(),
+    }
+    if beta > 0:
+        metrics["kl"] = sums.kl_sum.item() / tokens
+    # A loss that is not finite is told, not hidden.
+    return {name: value for name, value in metrics.items() if name == "loss" or math.isfinite(value)}
+
+
+def rollout_metrics(rows: Sequence[dict[str, Any]], reward_names: Sequence[str]) -> dict[str, float]:
+    """The metrics of a rollout from its completion records (`run_log.completion_rows`), all ranks together."""
+    if not rows:
+        return {}
+    lengths = [row["length"] for row in rows]
+    terminated = [row["length"] for row in rows if row["finish_reason"] == "stop"]
+    rewards = torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows])
+    metrics = {
+        **_spread("completions/{}_length", lengths),
+        # TRL's value when nothing terminated.
+        **_spread("completions/{}_terminated_length", terminated or [0]),
+        "completions/clipped_ratio": 1 - len(terminated) / len(rows),
+        "reward": rewards.nanmean().item(),
+        "reward_std": _nan_std(rewards.tolist()),
+        "frac_reward_zero_std": _mean(row["zero_std"] for row in rows),
+        "reflection_rate": _mean(row["reflective"] for row in rows),
+    }
+    for name in reward_names:
+        values = [row[name] for row in rows if row[name] is not None]
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/std"] = _nan_std(values)
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    statistics = {"mean": _mean(values), "min": float(min(values)), "max": float(max(values))}
+    return {name.format(statistic): value for statistic, value in statistics.items()}
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def _nan_std(values: Iterable[float]) -> float:
+    """Bessel's standard deviation of the values that are not NaN; 0 for fewer than two."""
+    numbers = [value for value in values if not math.isnan(value)]
+    mean = _mean(numbers)
+    return math.sqrt(sum((x - mean) ** 2 for x in numbers) / (len(numbers) - 1)) if len(numbers) > 1 else 0.0

@@ -1,0 +1,151 @@
+"""The files a run leaves step by step: metrics.jsonl and the completions, each step in them once."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastgrpo.atomic_files import write_aside
+from fastgrpo.scoring.advantages import ZERO_STD, Advantages
+from fastgrpo.scoring.reflection import is_reflective
+from fastgrpo.types import RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+OF_A_RUN = (
+    *("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "settings.json", "checkpoint-*"),
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "preprocessor_config.json"),
+    *("tokenizer*", "chat_template.jinja", "training_args.bin", "adapter_config.json"),
+)
+"""What a run leaves in its folder: logs, checkpoints, the trained model. Anything else there is the user's."""
+
+
+class RunLog:
+    """Appends to a run's logs. Only the main process makes one.
+
+    Args:
+        folder: the run's output folder; created when missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.metrics_file = folder / "metrics.jsonl"
+        self.completions_folder = folder / "completions"
+
+    def start_over(self) -> None:
+        """Moves what an earlier run left in the folder into previous-N/, so that nothing is lost or mixed."""
+        if not self.metrics_file.exists():
+            return
+        self._move_aside([path for pattern in OF_A_RUN for path in self.folder.glob(pattern)])
+
+    def continue_after(self, step: int) -> None:
+        """Drops what was logged after `step`: those steps will run, and be logged, again.
+
+        Checkpoints of later steps, a branch that is left by resuming from an earlier one, move to previous-N/.
+        """
+        if self.metrics_file.exists():
+            kept = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
+            write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+        for path in self.completions_folder.glob("completions_*.parquet"):
+            if int(path.stem.split("_")[1]) > step:
+                path.unlink()
+        later = [path for path in self.folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > step]
+        if later:
+            self._move_aside(later)
+
+    def _move_aside(self, paths: Sequence[Path]) -> None:
+        candidates = (self.folder / f"previous-{number}" for number in count(1))
+        aside = next(path for path in candidates if not path.exists())
+        aside.mkdir()
+        for path in paths:
+            path.rename(aside / path.name)
+        logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
+
+    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line and hands it to the operating system, so that it outlives this process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.metrics_file.open("a") as file:
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def completions(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes completions/completions_{step:05d}.parquet."""
+        if not rows:
+            return
+        self.completions_folder.mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist([{"step": step, **_without_internals(row)} for row in rows])
+        write_aside(
+            self.completions_folder / f"completions_{step:05d}.parquet",
+            lambda path: pq.write_table(table, path, compression="zstd"),
+        )
+
+    def sync(self) -> None:
+        """Forces the metrics to disk: a checkpoint never knows of steps that the log lost."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("a") as file:
+                os.fsync(file.fileno())
+
+
+def completion_rows(
+    groups: Sequence[RolloutGroup],
+    reward_names: Sequence[str],
+    advantages: Advantages,
+    *,
+    thumbnails: bool,
+    extra: Mapping[str, Sequence[Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """A record per completion, for the log and for `metrics.rollout_metrics`."""
+    rows = []
+    totals, values, stds = advantages.rewards.tolist(), advantages.advantages.tolist(), advantages.group_std.tolist()
+    places = [(g, group, completion) for g, group in enumerate(groups) for completion in group.completions]
+    for n, (g, group, completion) in enumerate(places):
+        prompt = group.prompt
+        scores = [_none_if_nan(value) for value in group.rewards[completion.index].tolist()]
+        rows.append(
+            {
+                "row_id": prompt.row_id,
+                "index": completion.index,
+                "prompt": prompt.text,
+                "completion": completion.text,
+                "finish_reason": completion.finish_reason,
+                "length": len(completion.token_ids),
+                "advantage": values[n],
+                "reward": _none_if_nan(totals[n]),
+                **dict(zip(reward_names, scores, strict=True)),
+                "task": _text_or_none(prompt.columns.get("task")),
+                "solution": _text_or_none(prompt.columns.get("solution")),
+                # Once a group: eight copies would be most of the file.
+                "thumbnail": prompt.thumbnail if thumbnails and completion.index == 0 else None,
+                "zero_std": stds[g] <= ZERO_STD,
+                "reflective": is_reflective(completion.text),
+                **{name: column[n] for name, column in (extra or {}).items()},
+                "prompt_length": len(prompt.input_ids),
+            }
+        )
+    return rows
+
+
+def _without_internals(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("zero_std", "reflective", "prompt_length")}
+
+
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # a line cut off by a crash belongs to no finished step

@@ -1,0 +1,195 @@
+"""What users pass to the trainer, in its many forms, into what the trainer works with: model, engine and policy."""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from fastgrpo.config import GRPOConfig
+from fastgrpo.data.loading import RowDataset
+from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.model.load import Processing, load_policy, load_processing
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
+from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.plain.updater import ReferencePolicy
+from fastgrpo.sampler.decoder import unsupported
+from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
+from fastgrpo.types import Engine, Policy, RowError, SamplingParams
+from fastgrpo.update.objective import loss_params
+from fastgrpo.update.updater import PackedPolicy
+
+logger = logging.getLogger(__name__)
+
+
+def sampling_params(config: GRPOConfig) -> SamplingParams:
+    """How a run draws its completions."""
+    return SamplingParams(
+        max_new_tokens=config.max_completion_length,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=config.repetition_penalty,
+        seed=config.seed,
+    )
+
+
+def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
+    """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
+    args = copy.copy(config)
+    args.per_device_train_batch_size = config.prompts_per_rollout
+    args.gradient_accumulation_steps = 1
+    settings = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
+    if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
+        settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
+        settings["gradient_accumulation_steps"] = 1
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
+        args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # the policies run the vision tower on ranks without pictures too
+    return args
+
+
+def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing:
+    """Tokenizer and image processor, from a processor, a tokenizer, or the model's own folder."""
+    if isinstance(given, Processing):
+        return given
+    if given is None:
+        path = model if isinstance(model, str) else model.config._name_or_path
+        return load_processing(path, trust_remote_code=config.trust_remote_code)
+    return Processing(getattr(given, "tokenizer", given), getattr(given, "image_processor", None))
+
+
+def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTrainedModel:
+    """The policy: loaded when named, wrapped in adapters when asked, dropout off when asked."""
+    if isinstance(model, str):
+        model = load_policy(model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs)
+    elif config.beta > 0 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"beta={config.beta} needs a frozen copy, but the model is partitioned by ZeRO-3. Pass its name or folder "
+            "as model, or load it before GRPOConfig(deepspeed=…) is made."
+        )
+    if peft_config is not None:
+        set_seed(config.seed)  # for the adapters' first values, as transformers' Trainer does a little later
+        model = get_peft_model(model, peft_config)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"nothing to train: every parameter of {type(model).__name__} is frozen. Unfreeze some, or train adapters "
+            "(peft_config)."
+        )
+    if config.disable_dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    return model
+
+
+def resolve_reward_weights(config: GRPOConfig, count: int) -> Tensor:
+    """[count] float32, one weight per reward function."""
+    weights = config.reward_weights or [1.0] * count
+    if len(weights) != count:
+        raise ValueError(
+            f"reward_weights={weights}: {len(weights)} values for {count} reward functions, give one each."
+        )
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def require_a_good_row(rows: RowDataset, builder: PromptBuilder) -> None:
+    """Looks for the first row that becomes a prompt, so that a data set without any fails before training."""
+    first_reason = ""
+    for index in range(len(rows)):
+        row_id, raw = rows[index]
+        try:
+            builder.build(rows.convert(row_id, raw))
+        except RowError as error:
+            first_reason = first_reason or f"row {row_id}: {error}"
+        else:
+            return
+    raise ValueError(f"none of the {len(rows)} rows can be used; {first_reason}")
+
+
+def build_vision_cache(model: Any, config: GRPOConfig) -> VisionCache | None:
+    """What engine and policy share where the vision tower is frozen; None for text models and where it is off."""
+    if config.engine != "fast" or config.vision_cache_bytes == 0 or unsupported(model) is not None:
+        return None
+    tower = vision_tower(model)
+    return None if tower is None else VisionCache(tower, config.vision_cache_bytes)
+
+
+def build_engine(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GRPOConfig,
+    accelerator: Accelerator,
+    version: Callable[[], int],
+    vision_cache: VisionCache | None = None,
+) -> Engine:
+    """The paged sampler; HF `generate` for `engine="reference"`, and with a warning for models it does not know.
+
+    `version` tells the policy's version: the sampler refreshes its weights when that has changed.
+    """
+    reason = unsupported(model)
+    if config.engine == "fast" and reason is None:
+        return SamplerEngine(
+            model,
+            tokenizer,
+            version=version,
+            options=SamplerOptions(max_rows=config.sampler_max_rows, max_cache_tokens=config.sampler_max_cache_tokens),
+            device=accelerator.device,  # the model itself may be moved there later
+            dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
+            autocast=accelerator.autocast,
+            vision_cache=vision_cache,
+        )
+    if config.engine == "fast":
+        logger.warning(
+            "Rollouts fall back to transformers' generate: the sampler cannot run this model, %s. Lost are speed (each "
+            "prompt is processed once per completion) and completions that depend on their own seed alone.",
+            reason,
+        )
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError("deepspeed: ZeRO stage 3 leaves no rank whole weights for transformers' generate. Use 2.")
+    return ReferenceEngine(
+        model,
+        tokenizer,
+        rank=accelerator.process_index,
+        max_batch=max(config.completions_per_micro_batch, config.per_device_eval_batch_size * config.num_generations),
+        autocast=accelerator.autocast,
+    )
+
+
+def build_policy(
+    model: Any,
+    reference_model: PreTrainedModel | None,
+    config: GRPOConfig,
+    accelerator: Accelerator,
+    vision_cache: VisionCache | None = None,
+) -> Policy:
+    """The packed update; padded batches for `engine="reference"`, and with a warning for models it cannot pack."""
+    shared: dict[str, Any] = {
+        "temperature": config.temperature,
+        "reference_model": reference_model,
+        "accelerator": accelerator,
+    }
+    if config.engine == "fast":
+        try:
+            return PackedPolicy(
+                model,
+                loss_params(config),
+                token_budget=config.token_budget,
+                attn_backend=config.attn_backend,
+                logprob_bytes=config.logprob_bytes,
+                vision_cache=vision_cache,
+                **shared,
+            )
+        except ValueError as error:
+            logger.warning("The packed update cannot train this model: %s Padded batches are used, slower.", error)
+    return ReferencePolicy(model, loss_params(config), micro_batch_size=config.completions_per_micro_batch, **shared)

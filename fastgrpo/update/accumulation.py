@@ -1,0 +1,110 @@
+"""Many micro-batches, one optimizer step: what DDP and DeepSpeed want around them, whatever the policy."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from fastgrpo_kernels import LossOutput, LossParams, grpo_loss
+from torch import Tensor
+
+from fastgrpo.model.families import unwrap
+from fastgrpo.types import SamplingMismatch, UpdateResult
+from fastgrpo.update.sums import combine, sampling_mismatch
+
+
+class GradientAccumulation:
+    """Adds gradients up over micro-batches, and has processes exchange them in the last one alone.
+
+    Methods take the model as the trainer wraps it: plain, in DDP, or a DeepSpeed engine.
+    """
+
+    def __init__(self, accelerator: Accelerator | None) -> None:
+        self.accelerator = accelerator
+        self.ranks = 1 if accelerator is None else accelerator.num_processes
+        if accelerator is not None and type(accelerator.scaler) is torch.amp.GradScaler:
+            accelerator.scaler = GradScaler.like(accelerator.scaler, accelerator.device)
+
+    def most(self, count: int, device: torch.device) -> int:
+        """The largest `count` of any process: so many micro-batches must each of them run, since those that a
+        collective is in wait for all. Every process must call it."""
+        if self.ranks == 1:
+            return count
+        counts = torch.tensor(count, device=device)
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
+        return int(counts)
+
+    def micro_batch(self, model: Any, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Goes around a micro-batch's forward and backward pass."""
+        if is_deepspeed(model):
+            model.set_gradient_accumulation_boundary(is_last)
+        elif self.accelerator is not None and not is_last:
+            context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
+            return context
+        return nullcontext()
+
+    def backward(self, model: Any, loss: Tensor) -> None:
+        """The gradients of a micro-batch's share of the loss of all processes."""
+        if not loss.requires_grad:  # text alone on a model of which only the vision tower trains
+            return
+        if self.accelerator is None:
+            loss.backward()
+        elif is_deepspeed(model):
+            # accelerate's own backward would step the engine after every micro-batch.
+            model.backward(loss * self.ranks, scale_wrt_gas=False)
+        else:
+            # Ranks average their gradients; the weights already divide by the whole batch, so undo that mean.
+            self.accelerator.backward(loss * self.ranks)
+
+    def step(self, model: Any) -> None:
+        """Behind the last micro-batch: DeepSpeed steps here, and the caller's `optimizer.step()` then does nothing."""
+        if is_deepspeed(model):
+            model.step()
+
+
+class GradScaler(torch.amp.GradScaler):
+    """For fp16: torch's own takes a step without any gradient for a mistake; here it moves nothing, as elsewhere."""
+
+    @classmethod
+    def like(cls, scaler: torch.amp.GradScaler, device: torch.device) -> "GradScaler":
+        """With the settings of `scaler`, ready for a first step that has no gradients."""
+        own = cls(device.type, enabled=scaler.is_enabled())
+        if scaler.is_enabled():
+            own.load_state_dict(scaler.state_dict())
+            own.scale(torch.zeros(1, device=device))  # torch makes its tensors at the first loss
+        return own
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        # By device: whether a gradient was not finite. Without gradients none was.
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16) or {found_inf.device: found_inf}
+
+
+def is_deepspeed(model: Any) -> bool:
+    """Whether the trainer wrapped the model in a DeepSpeed engine."""
+    return hasattr(model, "set_gradient_accumulation_boundary")
+
+
+@contextmanager
+def frozen_reference(model: Any, reference_model: Any | None) -> Iterator[Any]:
+    """The reference of the KL term: `reference_model`, or the model itself, meanwhile with its adapters off (peft)."""
+    if reference_model is not None:
+        yield reference_model
+        return
+    with unwrap(model).disable_adapter():
+        yield unwrap(model)
+
+
+def update_result(outputs: Sequence[tuple[LossOutput, SamplingMismatch]], device: torch.device) -> UpdateResult:
+    """What all micro-batches add up to; without any, what no completions at all give."""
+    if not outputs:
+        none = torch.zeros(0, device=device)
+        lengths = torch.zeros(1, dtype=torch.int64, device=device)
+        outputs = [(grpo_loss(none, none, none, lengths, LossParams()), sampling_mismatch(none, none, none.bool()))]
+    return UpdateResult(
+        torch.stack([output.loss.detach() for output, _ in outputs]).sum(),
+        combine([output.metrics for output, _ in outputs]),
+        combine([mismatch for _, mismatch in outputs]),
+    )

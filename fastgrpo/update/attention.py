@@ -1,0 +1,306 @@
+"""Variable-length attention that returns its log-sum-exp, and its backward for a given output and log-sum-exp.
+
+Every backend is a pair of functions over flat tokens, one signature for all:
+forward(q, k, v, segments, causal, scale) → out, lse; backward(grad_out, q, k, v, out, lse, segments, causal, scale) →
+dq, dk, dv. q [Tq, H, D], k and v [Tk, Hkv, D] with H a multiple of Hkv, lse [H, Tq]. The backward takes the output and
+log-sum-exp of the *whole* softmax, of which these keys may be a part: P = exp(q k scale − lse), and the row sum of
+dO · O stands for the whole, too. So attentions over parts of the keys merge exactly, which autograd through a backend's
+log-sum-exp would not give.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastgrpo.config import ATTN_BACKENDS
+from fastgrpo.update.packing import Segments
+
+logger = logging.getLogger(__name__)
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Forward(Protocol):
+    """out [Tq, H, D], lse [H, Tq]."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class Backward(Protocol):
+    """dq, dk, dv."""
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        segments: Segments,
+        causal: bool,
+        scale: float,
+    ) -> Gradients: ...
+
+
+class Backend(NamedTuple):
+    """A way to compute attention."""
+
+    name: str
+    forward: Forward
+    backward: Backward
+
+
+def pick_attention(q: Tensor, forced: str = "auto") -> Backend:
+    """The backend for queries [T, H, D], by device, dtype and head size: torch's flash attention for half precision on
+    CUDA (`varlen`), torch's flash attention on CPU (`cpu`), else plain torch (`math`). Logged once per choice.
+
+    Raises:
+        ValueError: `forced` is unknown, or cannot work on this device, dtype or head size, or is not installed.
+    """
+    return _pick(forced, q.device.type, q.dtype, q.shape[-1])
+
+
+@functools.cache
+def _pick(forced: str, device: str, dtype: torch.dtype, head_size: int) -> Backend:
+    if forced not in ATTN_BACKENDS:
+        raise ValueError(f"attn_backend={forced!r} is not valid: use one of {', '.join(ATTN_BACKENDS)}.")
+    flash = device == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+    possible = {
+        "varlen": flash,
+        "cpu": device == "cpu" and dtype != torch.float16,
+        "math": True,
+        "flash_attn": flash and importlib.util.find_spec("flash_attn") is not None,  # when forced: see its docstring
+    }
+    name = next(name for name in possible if possible[name]) if forced == "auto" else forced
+    if not possible[name]:
+        raise ValueError(f"attn_backend={name!r} cannot serve {device}, {dtype}, heads of {head_size} here: use auto.")
+    logger.info("shared-prefix attention: %s (%s, %s, heads of %d)", name, device, dtype, head_size)
+    return named_backend(name)
+
+
+def named_backend(name: str) -> Backend:
+    """The backend of that name, whether or not it can run here."""
+    if name == "varlen":
+        return Backend(name, _varlen_forward, _varlen_backward)
+    if name == "flash_attn":
+        return Backend(name, _flash_attn_forward, _flash_attn_backward)
+    dense_forward, dense_backward = (_cpu_forward, _cpu_backward) if name == "cpu" else (_math_forward, _math_backward)
+    return Backend(
+        name, functools.partial(_tiled_forward, dense_forward), functools.partial(_tiled_backward, dense_backward)
+    )
+
+
+# Dense attention, tile by tile
+
+
+class _Tile(NamedTuple):
+    """Consecutive segments, padded on the right to the longest: a causal query never sees a padded key."""
+
+    q: slice
+    k: slice
+    lengths: list[int]
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """[tokens, H, D] to [n, H, L, D]."""
+        if min(self.lengths) == max(self.lengths):
+            return flat.unflatten(0, (len(self.lengths), -1)).transpose(1, 2)
+        return pad_sequence(flat.split(self.lengths), batch_first=True).transpose(1, 2)
+
+    def flatten(self, padded: Tensor) -> Tensor:
+        """The other way round."""
+        rows = padded.transpose(1, 2)
+        if min(self.lengths) == max(self.lengths):
+            return rows.flatten(0, 1)
+        return torch.cat([row[:n] for row, n in zip(rows, self.lengths, strict=True)])
+
+
+def _tiles(segments: Segments, causal: bool) -> Iterator[_Tile]:
+    first = q_start = k_start = 0
+    for count in segments.tiles:
+        assert causal or count == 1, "without a causal mask padded keys would be seen"
+        lengths = list(segments.q_lengths[first : first + count])
+        q_stop = q_start + sum(lengths)
+        k_stop = k_start + sum(segments.k_lengths[first : first + count])
+        if q_stop > q_start:
+            yield _Tile(slice(q_start, q_stop), slice(k_start, k_stop), lengths)
+        first, q_start, k_start = first + count, q_stop, k_stop
+
+
+DenseForward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+DenseBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], Gradients]
+
+
+def _tiled_forward(
+    dense: DenseForward, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    for tile in _tiles(segments, causal):
+        tile_out, tile_lse = dense(tile.pad(q[tile.q]), tile.pad(k[tile.k]), tile.pad(v[tile.k]), causal, scale)
+        out[tile.q] = tile.flatten(tile_out)
+        lse[:, tile.q] = tile.flatten(tile_lse[..., None])[..., 0].T
+    return out, lse
+
+
+def _tiled_backward(
+    dense: DenseBackward,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # keys that no query sees get 0
+    for tile in _tiles(segments, causal):
+        # Padding is 0 in all of these, so padded rows have P = 1, but nothing to spread: dO = O = 0.
+        tile_grad, tile_q, tile_out = (tile.pad(tensor[tile.q]) for tensor in (grad_out, q, out))
+        tile_lse = tile.pad(lse[:, tile.q].T[..., None])[..., 0]
+        gradients = dense(
+            tile_grad, tile_q, tile.pad(k[tile.k]), tile.pad(v[tile.k]), tile_out, tile_lse, causal, scale
+        )
+        dq[tile.q], dk[tile.k], dv[tile.k] = (tile.flatten(gradient) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out: Tensor
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _cpu_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    gradients: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
+    )
+    return gradients
+
+
+def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, causal, scale)
+    lse = scores.logsumexp(dim=-1)
+    out = (scores - lse[..., None]).exp() @ _per_query_head(v, q).to(scores.dtype)
+    return out.to(q.dtype), lse
+
+
+def _math_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    dtype = lse.dtype
+    grad_out, wide_k, wide_v = grad_out.to(dtype), _per_query_head(k, q).to(dtype), _per_query_head(v, q).to(dtype)
+    probs = (_scores(q, k, causal, scale) - lse[..., None]).exp()  # [n, H, L, Lk]
+    row_sum = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True)
+    d_scores = probs * (grad_out @ wide_v.transpose(-1, -2) - row_sum) * scale
+    dq = (d_scores @ wide_k).to(q.dtype)
+    dk, dv = d_scores.transpose(-1, -2) @ q.to(dtype), probs.transpose(-1, -2) @ grad_out
+    shared = (k.shape[1], q.shape[1] // k.shape[1])
+    return dq, dk.unflatten(1, shared).sum(2).to(k.dtype), dv.unflatten(1, shared).sum(2).to(v.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    """[n, H, L, Lk], in float32 for half precision."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).transpose(-1, -2) * scale
+    if not causal:
+        return scores
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(future, -math.inf)
+
+
+def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1)
+
+
+# Variable-length attention on CUDA
+
+
+def _varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """torch's flash attention. Its public `torch.nn.attention.varlen` hides the backward, hence the operators."""
+    out: Tensor
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _varlen_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
+    unused = torch.empty(0, device=q.device)
+    bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
+    gradients: Gradients = torch.ops.aten._flash_attention_backward(
+        grad_out, q, k, v, out, lse, *bounds, 0.0, causal, seed, unused, scale=scale
+    )
+    return gradients
+
+
+def _flash_attn_forward(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """flash-attn 2.8's own functions. Written from its interface and never run yet, so only taken when forced."""
+    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
+    out: Tensor
+    out, lse, *_ = interface._flash_attn_varlen_forward(q, k, v, *bounds, 0.0, scale, causal)
+    return out, lse
+
+
+def _flash_attn_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Segments,
+    causal: bool,
+    scale: float,
+) -> Gradients:
+    interface = importlib.import_module("flash_attn.flash_attn_interface")
+    bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    interface._flash_attn_varlen_backward(
+        grad_out, q, k, v, out, lse, dq, dk, dv, *bounds, 0.0, scale, causal, -1, -1, 0.0, None, False
+    )
+    return dq, dk, dv

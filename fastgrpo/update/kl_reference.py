@@ -1,0 +1,87 @@
+"""The reference model of the KL term: a copy of the policy, frozen or, when asked, drawn after it (TR-DPO)."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+
+from fastgrpo.config import GRPOConfig
+from fastgrpo.model.families import unwrap
+from fastgrpo.model.load import cast_parameters, load_weights
+from fastgrpo.model.zero import gathered
+
+FOLDER = "reference"
+"""In a checkpoint, where the reference moves."""
+
+
+def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
+    """A copy of the whole policy; none with beta 0, or when the policy without its adapters is the reference.
+
+    Raises:
+        ValueError: `sync_ref_model` or `ref_model_on_cpu` with adapters, whose reference is no copy.
+    """
+    has_adapters = hasattr(model, "disable_adapter")
+    if config.sync_ref_model and has_adapters:
+        raise ValueError(
+            "sync_ref_model=True needs a copy to update, but with adapters the reference is the model without them. "
+            "Leave it off, or train without peft_config."
+        )
+    if config.ref_model_on_cpu and has_adapters:
+        raise ValueError(
+            "ref_model_on_cpu=True needs a copy to keep there, but with adapters the reference is the model without "
+            "them. Leave it off, or train without peft_config."
+        )
+    return None if config.beta == 0 or has_adapters else copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator: Accelerator) -> PreTrainedModel:
+    """Placed, autocast and, under DeepSpeed, cast as the policy is: their log-probs are compared.
+
+    With `ref_model_on_cpu` it stays on the host, in its own dtype.
+    """
+    if config.ref_model_on_cpu:
+        return reference.to("cpu")
+    if accelerator.state.deepspeed_plugin is not None and (config.bf16 or config.fp16):
+        cast_parameters(reference, torch.bfloat16 if config.bf16 else torch.float16)
+    placed: PreTrainedModel = accelerator.prepare_model(reference, evaluation_mode=True)
+    return placed
+
+
+@torch.no_grad()
+def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+    """reference ← alpha · policy + (1 − alpha) · reference, one parameter at a time.
+
+    Mixed in float32. Under ZeRO-3 all ranks must call it together.
+    """
+    for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+        if not new.requires_grad:  # equal, and features kept of a frozen vision tower stay good
+            continue
+        with gathered([new]):
+            old.copy_(torch.lerp(old.float(), new.to(old.device, torch.float32), alpha))
+
+
+class ReferenceSync(TrainerCallback):
+    """Mixes the policy into the reference every `ref_model_sync_steps` optimizer steps (arXiv 2404.09656, eq. 5)."""
+
+    def __init__(self, reference: PreTrainedModel, config: GRPOConfig) -> None:
+        self.reference = reference
+        self.config = config
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.config.ref_model_sync_steps == 0:
+            mix(unwrap(self.reference), unwrap(kwargs["model"]), self.config.ref_model_mixup_alpha)
+
+
+def save_reference(reference: PreTrainedModel, checkpoint: Path) -> None:
+    """Writes a reference that moves: without it a resumed run would be another."""
+    unwrap(reference).save_pretrained(checkpoint / FOLDER)
+
+
+def load_reference(reference: PreTrainedModel, checkpoint: Path) -> None:
+    """What `save_reference` wrote; where there is none, the reference had not moved."""
+    if (checkpoint / FOLDER).is_dir():
+        load_weights(unwrap(reference), checkpoint / FOLDER)

@@ -1,0 +1,127 @@
+"""A transformers model on a packed batch: log-probs of its completion tokens, logits never kept.
+
+Everything happens inside one call of the (wrapped) model, so that the hooks of DDP and DeepSpeed, ZeRO 3 among them,
+see an ordinary forward pass: transformers embeds tokens and pictures and runs the decoder; the attention is replaced
+through the layout keyword (`shared_prefix`), and the head, for the length of the call, by the fused log-prob.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
+from fastgrpo_profiling import span
+from torch import Tensor, nn
+
+from fastgrpo.model.families import is_multimodal, unwrap
+from fastgrpo.model.replaced_forward import replaced_forward
+from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision_cache import VisionCache
+from fastgrpo.types import Prompt
+from fastgrpo.update.packing import PackedBatch
+from fastgrpo.update.shared_prefix import SharedPrefix, require_support
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings of text configs that change logits behind the head."""
+
+
+def require_packed_support(model: Any) -> None:
+    """Raises a ValueError that says why a model cannot be trained on packed groups; others can."""
+    config = model.config.get_text_config()
+    require_support(model)
+    for name in LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} has config.{name}={getattr(config, name)}: its head is not linear."
+            )
+    if is_multimodal(model):
+        company_prompt(model)
+
+
+def packed_logprobs(
+    model: Any,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    attn_backend: str = "auto",
+    logprob_bytes: int = 1 << 30,
+    vision_cache: VisionCache | None = None,
+) -> LogprobOutput:
+    """Log-probs and entropies [N] float32 of a batch's completion tokens, with gradient.
+
+    Call it, and the backward pass, within `shared_prefix_layers(unwrap(model))`.
+
+    Args:
+        model: a transformers model, or one wrapped in peft, DDP or a DeepSpeed engine.
+        batch: on the model's device.
+        attn_backend: one of `config.ATTN_BACKENDS`.
+        logprob_bytes: scratch of the head, `linear_logprob`'s byte budget.
+        vision_cache: features of pictures, where the tower is frozen.
+    """
+    pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
+    options = {"temperature": temperature, "entropy": entropy}
+    with _logprob_head(unwrap(model), batch, options, logprob_bytes), _kept_pictures(vision_cache, model, batch):
+        found = model(
+            input_ids=batch.input_ids[None],
+            attention_mask=None,
+            # Always stated: what transformers would work out may be left from the last `generate`.
+            position_ids=batch.position_ids[:, None] if is_multimodal(model) else batch.position_ids[:1],
+            **(pictures if batch.pixel_values is not None else {}),
+            use_cache=False,
+            shared_prefix=SharedPrefix(batch.layout, attn_backend),
+        ).logits
+    return LogprobOutput(*found.unbind()) if entropy else LogprobOutput(found[0], None)
+
+
+def _logprob_head(
+    model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int
+) -> AbstractContextManager[None]:
+    """Meanwhile the model's head answers [1, T, H] with log-probs and entropies [2, N] in the place of logits."""
+    head = model.get_output_embeddings()
+    own_forward = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        # Without gradients it is part of the reference's pass, or of that for the old log-probs.
+        with span("update/head") if torch.is_grad_enabled() else nullcontext():
+            if type(head) is nn.Linear and head.bias is None:
+                output = linear_logprob(
+                    hidden[0], head.weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options
+                )
+            else:  # adapters, a bias, a quantized head
+                logits = own_forward(hidden[0, batch.rows])
+                output = logprob_from_logits(logits, batch.targets, **options)
+        return torch.stack([part for part in output if part is not None])
+
+    return replaced_forward(head, forward)
+
+
+def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) -> AbstractContextManager[None]:
+    """Meanwhile the model's vision tower takes from the cache what is there."""
+    if cache is None or batch.pixel_values is None:
+        return nullcontext()
+    return cache.serving(vision_tower(unwrap(model)), batch.image_digests)
+
+
+def company_prompt(model: Any) -> Prompt:
+    """The smallest prompt with a picture, one black patch group: it takes gradients through the vision tower.
+
+    Raises:
+        ValueError: a vision tower that is not of the Qwen2-VL kind.
+    """
+    config, vision = unwrap(model).config, unwrap(model).config.vision_config
+    try:
+        merge = vision.spatial_merge_size
+        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        token = config.image_token_id
+    except AttributeError as error:
+        raise ValueError(f"{type(unwrap(model)).__name__} has no vision tower like Qwen2-VL's: {error}") from error
+    return Prompt(
+        row_id=-1,
+        input_ids=torch.tensor([token]),
+        position_ids=torch.zeros(3, 1, dtype=torch.int64),
+        pixel_values=torch.zeros(merge**2, patch_dim),
+        image_grid_thw=torch.tensor([[1, merge, merge]]),
+        text="",
+        image_digests=(b"company",),
+    )

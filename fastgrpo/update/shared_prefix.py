@@ -1,0 +1,167 @@
+"""Attention over packed groups that share their prompts, plugged into transformers' models for the update.
+
+A prompt's tokens see themselves; a completion's see themselves and their prompt. The latter two are computed apart and
+merged by log-sum-exp, so a prompt's keys and values exist once however many completions read them.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+
+from fastgrpo.update.attention import Backend, pick_attention
+from fastgrpo.update.packing import SharedPrefixLayout
+
+NAME = "fastgrpo_shared_prefix"
+"""Under which the attention is registered."""
+
+UNKNOWN_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias")
+"""Of transformers' attention functions: what changes the attention, and is not computed here."""
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """What the attention layers need to know of a packed batch; travels as the keyword `shared_prefix`."""
+
+    layout: SharedPrefixLayout
+    backend: str = "auto"
+    """One of `config.ATTN_BACKENDS`."""
+
+
+def shared_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """softmax(q kᵀ scale) v, each token over what `layout` lets it see; differentiable in q, k and v.
+
+    Args:
+        q: [T, H, D].
+        k, v: [T, Hkv, D], H a multiple of Hkv.
+        scale: None is 1 / √D.
+
+    Returns:
+        [T, H, D].
+
+    Raises:
+        ValueError: the layout is not one of T tokens, or the backend cannot serve these tensors.
+    """
+    tokens = layout.prompt_tokens + sum(layout.completions.q_lengths)
+    if len(q) != tokens:
+        raise ValueError(f"q has {len(q)} tokens, the layout {tokens}: pass the layout of this batch.")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out: Tensor = _SharedPrefixAttention.apply(q, k, v, layout, scale, pick_attention(q, backend))
+    return out
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, backend: Backend
+    ) -> Tensor:
+        p = layout.prompt_tokens
+        out, lse = backend.forward(q[:p], k[:p], v[:p], layout.prompts, True, scale)  # [P, H, D], [H, P]
+        if len(q) > p:
+            own, own_lse = backend.forward(q[p:], k[p:], v[p:], layout.completions, True, scale)
+            read, read_lse = backend.forward(q[p:], k[:p], v[:p], layout.across, False, scale)
+            merged_lse = torch.logaddexp(own_lse, read_lse)  # [H, T − P]
+            # In lse's dtype, float32 for half precision: the sum is rounded once.
+            merged = own * _shares(own_lse, merged_lse) + read * _shares(read_lse, merged_lse)
+            out, lse = torch.cat([out, merged.to(out.dtype)]), torch.cat([lse, merged_lse], dim=1)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        layout, p = ctx.layout, ctx.layout.prompt_tokens
+        grad_out = grad_out.contiguous()
+
+        def gradients(queries: slice, keys: slice, segments: Any, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            lse_part = lse[:, queries].contiguous()
+            parts = (grad_out[queries], q[queries], k[keys], v[keys], out[queries], lse_part)
+            result: tuple[Tensor, Tensor, Tensor] = ctx.backend.backward(*parts, segments, causal, ctx.scale)
+            return result
+
+        prompts, completions = slice(0, p), slice(p, None)
+        dq, dk, dv = gradients(prompts, prompts, layout.prompts, True)
+        if len(q) > p:
+            dq_own, dk_own, dv_own = gradients(completions, completions, layout.completions, True)
+            dq_read, dk_read, dv_read = gradients(completions, prompts, layout.across, False)
+            dq = torch.cat([dq, dq_own + dq_read])
+            dk, dv = torch.cat([dk + dk_read, dk_own]), torch.cat([dv + dv_read, dv_own])
+        return dq, dk, dv, None, None, None
+
+
+def _shares(part_lse: Tensor, whole_lse: Tensor) -> Tensor:
+    """[T, H, 1]: how much of the softmax lies on a part of the keys."""
+    return (part_lse - whole_lse).exp().T[..., None]
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    shared_prefix: SharedPrefix | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
+    assert shared_prefix is not None, "the model does not hand its keywords on to its attention"
+    for name in UNKNOWN_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(f"shared-prefix attention does not support {name}={arguments[name]!r} of this model.")
+    assert attention_mask is None
+    assert dropout == 0.0
+    # Under autocast rotated queries and keys come in float32, values in half precision.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+    with torch.autocast(kind, enabled=False):
+        out = shared_prefix_attention(q, k, v, shared_prefix.layout, scale=scaling, backend=shared_prefix.backend)
+    return out[None], None
+
+
+# Registered without a mask function: transformers then builds no mask.
+AttentionInterface.register(NAME, _attention_function)
+
+
+def require_support(model: Any) -> None:
+    """Raises a ValueError that says why a transformers model cannot be trained on packed groups."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface.")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if kinds or window is not None:
+        raise ValueError(
+            f"{name} has layers of {', '.join(sorted(kinds)) or 'sliding_attention'} (config.sliding_window={window}): "
+            "shared-prefix attention sees all of the prompt; set use_sliding_window=False if prompts are shorter."
+        )
+    if dropout := getattr(config, "attention_dropout", 0.0):
+        raise ValueError(f"{name} has config.attention_dropout={dropout}: set it to 0.")
+
+
+@contextmanager
+def shared_prefix_layers(*models: Any) -> Iterator[None]:
+    """Has the language models' layers use shared-prefix attention meanwhile: their forward *and* backward passes, since
+    gradient checkpointing runs the forward again. Outside of it the models are as they were."""
+    configs = [model.config.get_text_config() for model in models]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name

@@ -1,0 +1,41 @@
+"""An update's sums over tokens, on the device, and many micro-batches' as one."""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastgrpo.types import SamplingMismatch
+
+Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
+
+
+def sampling_mismatch(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> SamplingMismatch:
+    """Compares [T] log-probs where `mask` [T] is true."""
+    difference = torch.where(mask, logprobs.detach() - sampling_logprobs, 0.0)
+    ratio = difference.exp()
+    nothing = difference.new_full((1,), math.inf)
+    return SamplingMismatch(
+        mask.sum(),
+        difference.abs().sum(),
+        torch.cat([difference.abs(), difference.new_zeros(1)]).max(),
+        torch.where(mask, ratio, 0.0).sum(),
+        torch.cat([torch.where(mask, ratio, math.inf), nothing]).min(),
+        torch.cat([torch.where(mask, ratio, -math.inf), -nothing]).max(),
+    )
+
+
+def combine(parts: Sequence[Sums]) -> Sums:
+    """One record of many: fields named …_min and …_max by minimum and maximum, all others by sum."""
+    first = parts[0]
+    names = getattr(first, "_fields")  # noqa: B009
+    stacked = (torch.stack([part[i].float() for part in parts]) for i in range(len(names)))
+    reduce = {"min": torch.amin, "max": torch.amax}
+    return type(first)(
+        *(
+            reduce.get(name.rsplit("_", 1)[-1], torch.sum)(values, dim=0)
+            for name, values in zip(names, stacked, strict=True)
+        )
+    )

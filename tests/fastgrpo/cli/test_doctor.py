@@ -1,0 +1,62 @@
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastgrpo.cli import doctor
+from fastgrpo.cli.doctor import OPTIONAL, examine
+from fastgrpo.cli.main import main
+
+
+def found(part: str) -> doctor.Finding:
+    [finding] = [finding for finding in examine() if finding.part == part]
+    return finding
+
+
+def missing(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def version(name: str) -> str:
+        if name in names:
+            raise PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(doctor, "version", version)
+
+
+def test_every_part_is_told_once() -> None:
+    parts = [finding.part for finding in examine()]
+    assert len(parts) == len(set(parts))
+    assert {"python", "torch", "device", "transformers", *OPTIONAL} <= set(parts)
+    assert {"triton", "flash-attn", "liger-kernel", "deepspeed", "torchvision"} <= set(parts)
+    assert found("torch").found == torch.__version__
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_a_missing_part_says_what_it_costs(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    missing(monkeypatch, name)
+    gives, costs = OPTIONAL[name]
+    assert (found(name).found, found(name).consequence) == ("missing", costs)
+    missing(monkeypatch)
+    assert (found(name).found, found(name).consequence) == ("1.2.3", gives)
+
+
+def test_device_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert found("device").found.startswith("cpu, ")
+    assert "no CUDA device" in found("device").consequence
+
+
+@pytest.mark.parametrize(("bf16", "consequence"), [(True, "bf16 by default"), (False, "no bf16: float32, slower")])
+def test_device_with_cuda(monkeypatch: pytest.MonkeyPatch, bf16: bool, consequence: str) -> None:
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert (found("device").found, found("device").consequence) == ("4 × NVIDIA H200, 140 GiB", consequence)
+
+
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("torch", "device", *OPTIONAL))

@@ -1,0 +1,28 @@
+"""`fastgrpo profile --against trl`, where TRL's own environment has been made (`make install-bench`)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastgrpo.cli.main import main
+
+TRL_PYTHON = Path(__file__).parents[3] / ".venv-bench" / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRL_PYTHON.exists(), reason="TRL's environment is missing: make install-bench")
+def test_trl_does_the_same_step(tiny_model_dir, sat_file, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "{batch_unit: prompts, per_device_train_batch_size: 2, num_generations: 2, max_completion_length: 6, "
+        "beta: 0.04, use_cpu: true}"
+    )
+    given = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(sat_file)]
+    options = ["--against", "trl", "--steps", "2", "--trl_python", str(TRL_PYTHON), "--output_dir", str(tmp_path)]
+    assert main(["profile", str(config), *options, *given]) == 0
+    record = json.loads((tmp_path / "profile.json").read_text())
+    assert record["gate"]["prompts that differ"] == 0
+    assert record["sides"]["trl"]["tokens"] > 0
+    for phase in ("vision", "prefill", "decode", "reference", "forward", "backward", "optimizer"):
+        assert record["sides"]["trl"]["phases"][phase] > 0, phase

@@ -1,0 +1,92 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from fastgrpo import atomic_files
+from fastgrpo.atomic_files import publish, write_aside
+
+
+def make_checkpoint(folder: Path, *files: str) -> Path:
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The paths synced to disk, in order."""
+    paths: list[Path] = []
+    sync = atomic_files._sync
+    monkeypatch.setattr(atomic_files, "_sync", lambda path: (paths.append(path), sync(path)))
+    return paths
+
+
+def test_write_aside_shows_the_whole_file_at_once(tmp_path: Path, synced: list[Path]) -> None:
+    target = tmp_path / "metrics.jsonl"
+    target.write_text("old")
+
+    def write(path: Path) -> None:
+        path.write_text("half")
+        assert target.read_text() == "old"
+        path.write_text("new")
+
+    write_aside(target, write)
+    assert target.read_text() == "new"
+    assert [path.name for path in synced] == [".metrics.jsonl.part"]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_failing_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "summary.json"
+    target.write_text("old")
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_aside(target, fail)
+    assert target.read_text() == "old"
+    write_aside(target, lambda path: path.write_text("new"))  # what was left beside it is no obstacle
+    assert target.read_text() == "new"
+
+
+def test_publish_syncs_every_file_before_the_rename(tmp_path: Path, synced: list[Path]) -> None:
+    aside = make_checkpoint(tmp_path / ".saving" / "checkpoint-2", "model.safetensors", "optimizer.pt")
+    make_checkpoint(aside / "global_step2", "shard.pt")
+    publish(aside, tmp_path / "checkpoint-2")
+    assert not aside.exists()
+    assert (tmp_path / "checkpoint-2" / "global_step2" / "shard.pt").read_text() == "shard.pt"
+    assert {path.name for path in synced[:-1]} == {
+        "checkpoint-2", "global_step2", "shard.pt", "model.safetensors", "optimizer.pt",
+    }  # fmt: skip
+    assert synced[-1] == tmp_path
+
+
+def test_publish_replaces_an_existing_checkpoint(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "checkpoint-2", "model.safetensors", "stale.pt")
+    aside = make_checkpoint(tmp_path / ".saving" / "checkpoint-2", "model.safetensors")
+    (aside / "model.safetensors").write_text("new")
+    publish(aside, tmp_path / "checkpoint-2")
+    assert os.listdir(tmp_path / "checkpoint-2") == ["model.safetensors"]
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").read_text() == "new"
+    assert os.listdir(tmp_path / ".saving") == []
+
+
+def test_publish_killed_while_replacing_never_leaves_half_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stops, checkpoint-2 is the old one, the new one, or absent."""
+    old = make_checkpoint(tmp_path / "checkpoint-2", "a", "b", "c")
+    aside = make_checkpoint(tmp_path / ".saving" / "checkpoint-2", "new")
+
+    def killed(path: Path, **_: object) -> None:
+        next(Path(path).iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(aside, old)
+    assert os.listdir(old) == ["new"]
