@@ -38,7 +38,7 @@ LEAST_LIMIT = 120.0
 """Seconds that any stage may take, where time is left."""
 KERNELS_ALONE = ("environment", "ceilings", "kernels", "head", "decode_ops")
 """Stages that import nothing of `fastgrpo`."""
-FASTGRPO_NEEDS = ("accelerate", "datasets", "jinja2", "math_verify", "matplotlib", "peft", "PIL", "pyarrow", "xxhash")
+FASTGRPO_NEEDS = ("accelerate", "jinja2", "matplotlib", "peft", "PIL", "pyarrow", "xxhash")
 """What `fastgrpo` imports at once and a machine that came with PyTorch and transformers may lack."""
 
 

@@ -1,12 +1,13 @@
 """Data sets by name or path, read without filling memory, and the schema their columns show."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import fsspec
 import pyarrow
 import pyarrow.compute
@@ -18,6 +19,11 @@ from fastgrpo.data.chat import convert_chat
 from fastgrpo.data.cvbench import convert_cvbench
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
+
+try:
+    import datasets
+except ImportError:  # a machine that only measures may lack it: see `_read_without_datasets`
+    datasets = None
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +132,7 @@ def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDa
         raise ValueError(f"{name} is a {type(dataset).__name__} without length or index: pass a map-style data set")
     if not len(dataset):
         raise ValueError(f"{name} has no rows")
-    if isinstance(dataset, datasets.Dataset):
+    if datasets is not None and isinstance(dataset, datasets.Dataset):
         dataset = _without_decoding(dataset)
         columns = dataset.column_names
     elif isinstance(dataset[0], dict):
@@ -144,8 +150,10 @@ def _detect_schema(columns: Sequence[str], name: str) -> str:
     raise ValueError(f"{name} has the columns {', '.join(columns)}, which fit no schema. Wanted, {wanted}")
 
 
-def _load_records(name_or_path: str, split: str, config_name: str | None, max_samples: int | None) -> datasets.Dataset:
+def _load_records(name_or_path: str, split: str, config_name: str | None, max_samples: int | None) -> Any:
     path = Path(name_or_path).expanduser()
+    if datasets is None:
+        return _read_without_datasets(name_or_path, path, max_samples)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _load_saved(path, split, max_samples)
     if split == "train" and name_or_path in ALIASES and not path.exists():
@@ -170,6 +178,17 @@ def _load_records(name_or_path: str, split: str, config_name: str | None, max_sa
         return builder.as_dataset(split=split)
     except Exception as error:  # Arrow, JSON and CSV parsers, and the hub once more
         raise ValueError(f"dataset_name={name_or_path!r} cannot be read: {_one_line(error)}") from error
+
+
+def _read_without_datasets(name_or_path: str, path: Path, max_samples: int | None) -> list[dict[str, Any]]:
+    """A parquet file's rows, held in memory: all that can be read where the `datasets` package is missing."""
+    if path.suffix != ".parquet" or not path.is_file():
+        raise ValueError(
+            f"dataset_name={name_or_path!r} needs the datasets package, which is not installed: pip install datasets. "
+            "Without it only a local .parquet file can be read."
+        )
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows[:max_samples]
 
 
 def _builder_arguments(name_or_path: str, path: Path, split: str, config_name: str | None) -> dict[str, Any]:
@@ -277,7 +296,9 @@ def _undecoded(feature: Any) -> Any:
     return feature
 
 
-def _drop_multi_image(records: datasets.Dataset) -> datasets.Dataset:
+def _drop_multi_image(records: Any) -> Any:
+    if isinstance(records, list):  # read without `datasets`
+        return [row for row in records if len(row.get("image_bytes") or row.get("images") or ()) <= 1]
     for column in ("image_bytes", "images"):
         if column not in records.column_names:
             continue

@@ -5,6 +5,7 @@ texts without regard to case, white space, quotes, end punctuation or a leading 
 around the answer ("it is on the left") earns nothing, so an article "a" is never taken for option A.
 """
 
+import functools
 import logging
 import re
 import string
@@ -12,7 +13,12 @@ import unicodedata
 from collections.abc import Sequence
 from fractions import Fraction
 
-import math_verify
+try:
+    import math_verify
+except ImportError:  # answers written in LaTeX are then equal only where their texts are: `_same_number` says so once
+    math_verify = None
+
+logger = logging.getLogger(__name__)
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MAX_NUMBER_CHARS = 40  # a completion must not choose how long a comparison takes
@@ -106,8 +112,18 @@ def _same_number(first: str, second: str) -> bool:
         return values[0] == values[1]
     if not (_is_latex(first) and _is_latex(second)):
         return False
+    if math_verify is None:
+        _warn_of_missing_math_verify()
+        return False
     given, gold = (math_verify.parse(f"${text}$", parsing_timeout=None) for text in (first, second))
     return bool(math_verify.verify(gold, given, timeout_seconds=None))
+
+
+@functools.cache
+def _warn_of_missing_math_verify() -> None:
+    logger.warning(
+        "math-verify is not installed: answers in LaTeX count only as the same text. pip install math-verify"
+    )
 
 
 def _value(text: str) -> Fraction | None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +14,8 @@ from torch.utils.data import Dataset
 from fastgrpo.data import loading
 from fastgrpo.data.loading import RowDataset, as_rows, load_rows
 from fastgrpo.types import RowError
+
+datasets = pytest.importorskip("datasets")
 
 SAT_SCHEMA = pa.schema(
     {

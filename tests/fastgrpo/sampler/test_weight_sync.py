@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +17,8 @@ from fastgrpo.sampler.decoder import Decoder, DecoderShape, unsupported
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.sampler.weight_sync import sync_weights
 from fastgrpo.types import Prompt, SamplingParams
+
+deepspeed = pytest.importorskip("deepspeed")
 
 GREEDY = SamplingParams(12, temperature=0.0)
 

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.model.load import load_processing
 
+Dataset = pytest.importorskip("datasets").Dataset
+
 TRL_IMPORT = "from trl import GRPOConfig, GRPOTrainer"
 
 SCRIPT = """
 import re
 
-from datasets import Dataset
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer

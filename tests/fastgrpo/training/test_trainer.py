@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,6 +17,8 @@ from transformers import Qwen2VLForConditionalGeneration, TrainerCallback
 from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.data.loading import load_rows
 from fastgrpo.model.load import load_policy, load_processing
+
+datasets = pytest.importorskip("datasets")
 
 ROOT = Path(__file__).parents[3]
 
