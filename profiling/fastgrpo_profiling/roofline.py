@@ -138,6 +138,29 @@ class ModelShape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden * self.intermediate
 
+    @property
+    def text_parameters(self) -> int:
+        """Of the decoder, a tied head counted once; vectors left out."""
+        return self.layers * self.layer_weights + self.hidden * self.vocab
+
+    @property
+    def vision_parameters(self) -> int:
+        """Of the vision tower and its merger; vectors left out."""
+        width = self.vision_hidden
+        merged = width * self.merged_patches
+        blocks = self.vision_layers * (4 * width**2 + self.vision_mlp_weights)
+        return blocks + self.patch_dim * width + merged * (merged + self.hidden) * (width > 0)
+
+    @property
+    def parameters(self) -> int:
+        """All of them, vectors left out."""
+        return self.text_parameters + self.vision_parameters
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of a token in a KV cache of half precision, all layers."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
     def text_flops(self, tokens: float, pairs: float) -> float:
         """Forward pass of the decoder layers over `tokens`, of which `pairs` (query, key) attend."""
         return self.layers * (2 * self.layer_weights * tokens + 4 * self.heads * self.head_dim * pairs)

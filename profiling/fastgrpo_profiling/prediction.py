@@ -1,0 +1,194 @@
+"""What a training step should take on a GPU, counted from FLOPs, bytes and launches, before anything runs there.
+
+A phase is predicted as its matrix products at the measured product rate, its attention at the measured share of that
+rate, its elementwise work at the measured copy rate, and what starting kernels costs. How far each is from its ceiling
+was read once from an H100 (`bench/results/h100-first-step.json`) and stands in `Efficiency`.
+"""
+
+from dataclasses import dataclass
+
+from fastgrpo_profiling.roofline import ModelShape, StepWork
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Ceilings that were measured on such a card."""
+
+    name: str
+    flops_per_s: float
+    """Of a large bfloat16 product on random data."""
+    bytes_per_s: float
+    """Read and written by a large copy."""
+    memory_bytes: float
+    """That a process can have."""
+
+
+GPUS = {
+    "h100": Gpu("H100 80GB HBM3", 776e12, 2.97e12, 83.7e9),
+    "h200": Gpu("H200", 788e12, 4.3e12, 149e9),
+}
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of a ceiling that were reached on an H100 by the code of the first run."""
+
+    attention: float = 0.28
+    """Of the product rate, by flash attention of packed groups and of pictures: 220 TFLOP/s."""
+    elementwise: float = 0.80
+    """Of the copy rate, by kernels that read and write activations once."""
+    decode_products: float = 0.62
+    """Of the copy rate, by the four products of a decoder layer over 64 rows: 51 us a layer, 31.5 at the ceiling."""
+    decode_head: float = 0.86
+    """Of the copy rate, by the head's product over 64 rows: 181 us."""
+    graph_gap_s: float = 0.46e-6
+    """Between two kernels of a replayed graph."""
+    small_kernel_s: float = 2.8e-6
+    """A kernel that moves next to nothing."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an implementation moves and starts. Bytes are per token (or patch) and layer, weights left out."""
+
+    text_forward_bytes: float
+    text_backward_bytes: float
+    vision_forward_bytes: float
+    vision_backward_bytes: float
+    decode_elementwise: int
+    """Kernels of a decode layer beside products and attention."""
+    decode_attention_share: float
+    """Of the copy rate, by the decode attention."""
+    sample_s: float
+    """Drawing a token for 64 rows of 151,936 logits with top-k, on an H100."""
+    head_share: float
+    """Of the product rate, by the head's three products and what lies between them."""
+    checkpointing: bool
+    images_in_step: bool
+    """Whether pictures are prepared while the GPU waits."""
+    prefill_host_s: float
+    """Host time of vision and prefill that the GPU waits for."""
+    half_reference: bool
+
+
+BEFORE = Counts(
+    text_forward_bytes=375e3,
+    text_backward_bytes=761e3,
+    vision_forward_bytes=266e3,
+    vision_backward_bytes=479e3,
+    decode_elementwise=8,
+    decode_attention_share=0.34,
+    sample_s=0.68e-3,
+    head_share=0.53,
+    checkpointing=True,
+    images_in_step=True,
+    prefill_host_s=0.2,
+    half_reference=False,
+)
+"""The code that the first GPU run measured: eager elementwise work, eight small kernels in a decode layer."""
+
+NOW = Counts(
+    text_forward_bytes=125e3,
+    text_backward_bytes=253e3,
+    vision_forward_bytes=88e3,
+    vision_backward_bytes=160e3,
+    decode_elementwise=4,
+    decode_attention_share=0.7,
+    sample_s=0.15e-3,
+    head_share=0.82,
+    checkpointing=True,
+    images_in_step=False,
+    prefill_host_s=0.03,
+    half_reference=True,
+)
+"""This code: elementwise work fused (bounds that `tests/.../test_counts.py` keeps), decode in few kernels."""
+
+HEAD_PRODUCTS = 3
+IMAGE_S = 0.025
+"""Preparing one picture of 401,408 pixels on the host: 0.2 s for eight, measured."""
+
+
+def decode_step_seconds(gpu: Gpu, shape: ModelShape, rows: int, kv_bytes: float, counts: Counts) -> dict[str, float]:
+    """One token for every row, by part.
+
+    Args:
+        kv_bytes: keys and values read, all layers: a prompt's once for its group.
+    """
+    share = Efficiency()
+    kernels = shape.layers * (4 + 2 + counts.decode_elementwise) + 30
+    return {
+        "products": 2 * shape.layers * shape.layer_weights / (gpu.bytes_per_s * share.decode_products),
+        "head": 2 * shape.hidden * shape.vocab / (gpu.bytes_per_s * share.decode_head),
+        "attention": kv_bytes / (gpu.bytes_per_s * counts.decode_attention_share),
+        "elementwise": shape.layers * counts.decode_elementwise * share.small_kernel_s,
+        "sampling": counts.sample_s * rows / 64,
+        "gaps": kernels * share.graph_gap_s,
+    }
+
+
+def decode_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts) -> float:
+    """All decode steps of a rollout whose completions run together; the longest decides how many there are."""
+    lengths = [max(length - 1, 0) for group in work.completions for length in group]
+    steps = max(lengths, default=0)
+    own = sum(n * (n + 1) / 2 for n in lengths)
+    shared = sum(
+        p * max((c - 1 for c in group), default=0) for p, group in zip(work.prompts, work.completions, strict=True)
+    )
+    mean_kv = shape.kv_bytes * (own + shared) / max(steps, 1)
+    return steps * sum(decode_step_seconds(gpu, shape, len(lengths), mean_kv, counts).values())
+
+
+def step_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts, *, beta: bool = True) -> dict[str, float]:
+    """A whole step by phase, seconds."""
+    share = Efficiency()
+    tokens = sum(work.prompts) + work.fed_tokens
+    pairs = work.prompt_pairs + work.fed_pairs
+    patches = sum(work.pictures)
+
+    def products(flops: float) -> float:
+        return flops / gpu.flops_per_s
+
+    def attention(flops: float) -> float:
+        return flops / (gpu.flops_per_s * share.attention)
+
+    def moved(size: float) -> float:
+        return size / (gpu.bytes_per_s * share.elementwise)
+
+    def text(tokens: float, pairs: float, times: float, size: float) -> float:
+        """`times` forward passes' worth of products; attention's backward computes 5 products for 2."""
+        heavier = 1.25 if times > 1 else 1.0
+        return (
+            products(times * shape.text_flops(tokens, 0))
+            + attention(times * heavier * shape.text_flops(0, pairs))
+            + moved(size * tokens * shape.layers)
+        )
+
+    picture_flops = sum(map(shape.vision_flops, work.pictures))
+    picture_pairs = 4 * shape.vision_hidden * shape.vision_layers * sum(n * n for n in work.pictures)
+
+    def vision(times: float, size: float) -> float:
+        heavier = 1.25 if times > 1 else 1.0
+        return (
+            products(times * (picture_flops - picture_pairs))
+            + attention(times * heavier * picture_pairs)
+            + moved(size * patches * shape.vision_layers)
+        )
+
+    head = shape.head_flops(work.completion_tokens)
+    forward = text(tokens, pairs, 1, counts.text_forward_bytes) + vision(1, counts.vision_forward_bytes)
+    backward = text(tokens, pairs, 2, counts.text_backward_bytes) + vision(2, counts.vision_backward_bytes)
+    found = {
+        "images": IMAGE_S * len(work.pictures) * counts.images_in_step,
+        "vision": vision(1, counts.vision_forward_bytes),
+        "prefill": text(sum(work.prompts), work.prompt_pairs, 1, counts.text_forward_bytes) + counts.prefill_host_s,
+        "decode": decode_seconds(gpu, shape, work, counts),
+        "sync": (4 + 2) * shape.text_parameters / (gpu.bytes_per_s * share.elementwise),
+        "reference": beta * (forward + head / (gpu.flops_per_s * counts.head_share)),
+        "forward": forward,
+        "recompute": forward * counts.checkpointing,
+        "head": HEAD_PRODUCTS * head / (gpu.flops_per_s * counts.head_share),
+        "backward": backward,
+        # Adam reads four float32 values of each parameter and writes three; clipping reads the gradients.
+        "optimizer": (7 + 1) * 4 * shape.parameters / (gpu.bytes_per_s * share.elementwise),
+    }
+    return {name: seconds for name, seconds in found.items() if seconds > 0}
