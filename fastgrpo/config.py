@@ -1,5 +1,6 @@
 """`GRPOConfig`: transformers' training arguments plus those of GRPO, under the names TRL 1.16 gives them."""
 
+import os
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -170,9 +171,13 @@ class GRPOConfig(TrainingArguments):
     pad_to_multiple_of: str | None = _ignored(None)
 
     def __post_init__(self) -> None:
+        # Without a GPU transformers trains on the CPU anyway, but refuses bf16 unless that was asked for.
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
+            launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch --mixed_precision`
+            self.fp16: bool = self.fp16 or launcher == "fp16"
             on_cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = on_cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.fp16 and (launcher == "bf16" or (on_cuda and torch.cuda.is_bf16_supported()))
         super().__post_init__()
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         if self.load_best_model_at_end and getattr(self, "metric_for_best_model", None) in (None, "loss"):

@@ -21,6 +21,7 @@ from fastgrpo.plain.engine import ReferenceEngine
 from fastgrpo.plain.updater import ReferencePolicy
 from fastgrpo.sampler.decoder import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
+from fastgrpo.training.deepspeed_settings import take_whole_steps
 from fastgrpo.types import Engine, Policy, RowError, SamplingParams
 from fastgrpo.update.objective import loss_params
 from fastgrpo.update.updater import PackedPolicy
@@ -43,13 +44,10 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
 
 def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
+    take_whole_steps(config)
     args = copy.copy(config)
     args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
-    settings = {} if args.deepspeed_plugin is None else args.deepspeed_plugin.deepspeed_config
-    if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
-        settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
-        settings["gradient_accumulation_steps"] = 1
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
         args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces

@@ -204,3 +204,9 @@ def test_trl_settings_without_meaning_are_named_in_one_warning(make: Any, caplog
 def test_profile_steps_is_a_range_counted_from_1(value, tmp_path):
     with pytest.raises(ValueError, match="FIRST:LAST"):
         GRPOConfig(output_dir=str(tmp_path), report_to="none", profile_steps=value)
+
+
+def test_without_a_gpu_a_run_is_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    config = GRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=True)
+    assert (config.use_cpu, config.bf16, config.device.type) == (True, True, "cpu")

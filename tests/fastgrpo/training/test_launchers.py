@@ -26,6 +26,25 @@ ONE_NODE = (*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "fastgrpo"
 STEPS, COMPLETIONS = 2, 4
 UNEVEN = "def reward(completion_ids, **_):\n    return [float(sum(ids) % 7) for ids in completion_ids]\n"
 
+ACCELERATE_FILE = """compute_environment: LOCAL_MACHINE
+deepspeed_config:
+  deepspeed_multinode_launcher: standard
+  offload_optimizer_device: none
+  offload_param_device: none
+  zero3_init_flag: {is_3}
+  zero3_save_16bit_model: {is_3}
+  zero_stage: {stage}
+distributed_type: DEEPSPEED
+machine_rank: 0
+main_training_function: main
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+use_cpu: false
+"""
+
 
 def shipped(name: str) -> dict[str, Any]:
     """A shipped DeepSpeed config, with torch's own Adam: DeepSpeed's needs a compiler."""
@@ -119,6 +138,24 @@ def test_accelerate_launch(tiny_model_dir: Path, sat_file: Path, tmp_path: Path,
     launchers = [(*ACCELERATE, *shared, *meet, "--machine_rank", str(rank), "-m", "fastgrpo") for rank in range(nodes)]
     lines = train(launchers, tiny_model_dir, sat_file, tmp_path / "out", "--save_strategy", "no")
     assert [line["step"] for line in lines] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_launch_with_a_deepspeed_file(
+    tiny_model_dir: Path, sat_file: Path, tmp_path: Path, stage: int
+) -> None:
+    """A file such as `accelerate config` writes and TRL ships, two micro-batches a step."""
+    file = tmp_path / f"zero{stage}.yaml"
+    file.write_text(ACCELERATE_FILE.format(stage=stage, is_3=str(stage == 3).lower()))
+    launcher = (*ACCELERATE[:3], "--config_file", str(file), "--main_process_port", free_port(), "-m", "fastgrpo")
+    accumulation = ("--gradient_accumulation_steps", "2", "--per_device_train_batch_size", str(COMPLETIONS // 2))
+    out = tmp_path / "out"
+    lines = train([launcher], tiny_model_dir, sat_file, out, *accumulation, "--beta", "0.04")
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["grad_norm"] > 1e-3 for line in lines)
+    _, loading = Qwen2VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,29 @@
+"""DeepSpeed's settings for a batch that is one whole optimizer step, wherever they come from."""
+
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+from fastgrpo.config import GRPOConfig
+
+
+def take_whole_steps(config: GRPOConfig) -> None:
+    """Fills in what says "auto" from `config`, then sets DeepSpeed's accumulation to 1. No DeepSpeed: nothing to do.
+
+    Settings come from `--deepspeed FILE`, which transformers has filled in already, or from `accelerate launch
+    --config_file FILE`, whose values reach us through the environment and are "auto" until the Trainer runs.
+
+    Args:
+        config: the user's own settings, whose batch is a micro-batch. Its DeepSpeed settings are changed in place.
+    """
+    plugin = config.deepspeed_plugin
+    if plugin is None:
+        return
+    if getattr(config, "hf_deepspeed_config", None) is None:
+        # As transformers does with --deepspeed; it would do this later, with a batch that is a whole step.
+        filled_in = HfTrainerDeepSpeedConfig(plugin.hf_ds_config.config)
+        filled_in.trainer_config_process(config)
+        config.hf_deepspeed_config = plugin.hf_ds_config = filled_in
+        plugin.deepspeed_config = filled_in.config
+    settings = plugin.deepspeed_config
+    if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
+        settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
+        settings["gradient_accumulation_steps"] = 1
