@@ -1,17 +1,79 @@
-"""What is where in a transformers model, wrapped or not, of whatever family."""
+"""Model families: what differs from one to the next, one record each, and where things are in any model."""
 
+from dataclasses import dataclass, replace
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the project knows of a family of models. A model of no family here may still train on text."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """`config.model_type` of its models."""
+    image_token: str | None = None
+    """Placeholder of one merged patch in a prompt's text; None: we do not know how to place its pictures, if any."""
+    image_markers: tuple[str, str] = ("", "")
+    """What stands before and behind a picture's placeholders."""
+    mrope_sections: tuple[int, int, int] | None = None
+    """Where `rope_parameters` names no `mrope_section`, the one that transformers assumes; None for 1-D positions."""
+    has_packed_decoder: bool = False
+    """Whether the sampler's own decoder computes its text layers."""
+    cached_tower: str | None = None
+    """`vision_config.model_type` of a tower whose one output is its merger's, a row for each image token: what stands
+    in front of the merger can be cached."""
+
+    @property
+    def image_place(self) -> str:
+        """A whole picture in a prompt's text, its placeholder not yet repeated; "" where we cannot place pictures."""
+        return "" if self.image_token is None else self.image_token.join(self.image_markers)
+
+
+QWEN2 = Family("Qwen2", ("qwen2",), has_packed_decoder=True)
+QWEN2_VL = Family(
+    "Qwen2-VL",
+    ("qwen2_vl",),
+    image_token="<|image_pad|>",
+    image_markers=("<|vision_start|>", "<|vision_end|>"),
+    mrope_sections=(16, 24, 24),
+    has_packed_decoder=True,
+    cached_tower="qwen2_vl_vision",
+)
+QWEN2_5_VL = replace(QWEN2_VL, name="Qwen2.5-VL", model_types=("qwen2_5_vl",), cached_tower="qwen2_5_vl_vision")
+QWEN3_VL = replace(
+    QWEN2_VL,
+    name="Qwen3-VL",
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    mrope_sections=(24, 20, 20),
+    has_packed_decoder=False,
+    cached_tower=None,
+)
+QWEN3_5 = replace(QWEN3_VL, name="Qwen3.5", model_types=("qwen3_5", "qwen3_5_moe"), mrope_sections=(11, 11, 10))
+
+FAMILIES = (QWEN2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
+
+VISION_TOWERS = ("visual", "vision_tower", "vision_model")
+"""Names under which models keep their vision tower."""
+
+PICTURE_TOKENS = ("image_token_id", "image_token_index", "video_token_id")
+"""Names under which configs keep the ids of placeholders."""
+
+
+def family_of(config: Any) -> Family | None:
+    """The family of a model with this transformers config; None for one we do not know."""
+    return next((family for family in FAMILIES if config.model_type in family.model_types), None)
 
 
 def unwrap(model: Any) -> Any:
     """The transformers (or peft) model inside DDP or DeepSpeed."""
-    return getattr(model, "module", model)
+    while hasattr(model, "module"):
+        model = model.module
+    return model
 
 
 def base_model(model: Any) -> Any:
     """The transformers model inside DDP, DeepSpeed or peft wrappers."""
-    while hasattr(model, "module"):
-        model = model.module
+    model = unwrap(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -24,3 +86,34 @@ def text_model(model: Any) -> Any:
 def is_multimodal(model: Any) -> bool:
     """Whether a model takes pictures."""
     return hasattr(base_model(model).config, "vision_config")
+
+
+def mrope_sections(model: Any) -> tuple[int, ...] | None:
+    """Frequencies that rotate by each of the axes time, height, width; None for a model with 1-D positions."""
+    config = base_model(model).config
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if sections := rope.get("mrope_section"):
+        return tuple(sections)
+    family = family_of(config)
+    return None if family is None else family.mrope_sections
+
+
+def placeholder_ids(model: Any) -> list[int]:
+    """Tokens that stand for pictures or videos: sampled, they have nothing behind them and break the next forward
+    pass."""
+    config = base_model(model).config
+    ids = (getattr(config, name, None) for name in PICTURE_TOKENS)
+    return sorted({token for token in ids if isinstance(token, int)})
+
+
+def patch_sizes(model: Any) -> tuple[int, int]:
+    """(patches merged per side, values in a patch) of a Qwen-like vision tower.
+
+    Raises:
+        ValueError: a vision tower of another kind.
+    """
+    vision = base_model(model).config.vision_config
+    try:
+        return vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    except AttributeError as error:
+        raise ValueError(f"{type(base_model(model)).__name__} has no vision tower like Qwen2-VL's: {error}") from error

@@ -24,10 +24,9 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
-logger = logging.getLogger(__name__)
+from fastgrpo.model.families import VISION_TOWERS
 
-VISION_TOWERS = ("visual", "vision_tower", "vision_model")
-"""Names under which model families keep their vision tower."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from fastgrpo.model.families import FAMILIES
 from fastgrpo.model.replaced_forward import replaced_forward
-
-TOWERS = ("qwen2_vl_vision", "qwen2_5_vl_vision")
-"""`model_type` of the towers whose one output is their merger's, a row for each image token."""
 
 Fingerprint = list[tuple[int, int]]
 """Of each parameter: address, and how often it was written in place."""
@@ -32,8 +30,9 @@ class VisionCache:
 
     def __init__(self, tower: Any, max_bytes: int) -> None:
         """`tower`: the policy's. `max_bytes`: of features, on the tower's device; the longest unseen go first."""
-        if tower.config.model_type not in TOWERS:
-            raise ValueError(f"tower: {tower.config.model_type} is not one of {', '.join(TOWERS)}; use no VisionCache.")
+        cached = [family.cached_tower for family in FAMILIES if family.cached_tower is not None]
+        if tower.config.model_type not in cached:
+            raise ValueError(f"tower: {tower.config.model_type} is not one of {', '.join(cached)}; use no VisionCache.")
         if max_bytes < 0:
             raise ValueError(f"max_bytes={max_bytes} is not valid: use 0 or more.")
         self.tower = tower

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fastgrpo.model.families import unwrap
+from fastgrpo.model.families import placeholder_ids, unwrap
 from fastgrpo.plain.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
 from fastgrpo.types import Completion, Prompt, SamplingParams
 
@@ -58,9 +58,7 @@ class ReferenceEngine:
         eos = model.generation_config.eos_token_id
         self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
-        names = ("image_token_id", "video_token_id")
-        # A sampled image placeholder has no picture behind it and breaks the next forward pass.
-        self.suppressed = [t for name in names if (t := getattr(model.config, name, None)) is not None]
+        self.suppressed = placeholder_ids(model)
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int

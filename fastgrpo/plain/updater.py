@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastgrpo.model.families import is_multimodal, unwrap
+from fastgrpo.model.families import is_multimodal, mrope_sections, unwrap
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.types import Completion, Prompt, UpdateResult, WeightedGroup
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference, update_result
@@ -107,7 +107,7 @@ class ReferencePolicy:
         logits = model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids if is_multimodal(model) else position_ids[0],
+            position_ids=position_ids if mrope_sections(model) else position_ids[0],
             **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
             use_cache=False,
             logits_to_keep=kept,

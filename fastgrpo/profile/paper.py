@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from fastgrpo.model.families import is_multimodal
+from fastgrpo.model.families import mrope_sections
 from fastgrpo.plain.engine import ReferenceEngine, rollout_seed, vision_inputs
 from fastgrpo.plain.updater import ReferencePolicy, sequence_positions
 from fastgrpo.types import Completion, Prompt, SamplingParams
@@ -54,7 +54,7 @@ class FullLogitsPolicy(ReferencePolicy):
         logits = model(
             input_ids=input_ids,
             attention_mask=(torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long(),
-            position_ids=position_ids if is_multimodal(model) else position_ids[0],
+            position_ids=position_ids if mrope_sections(model) else position_ids[0],
             **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
             use_cache=False,
         ).logits  # [B, L, V]

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from fastgrpo_kernels import PagedLayout, paged_attention, rope_and_cache
 from torch import Tensor
 
-from fastgrpo.model.families import base_model, is_multimodal, text_model
+from fastgrpo.model.families import FAMILIES, base_model, family_of, mrope_sections, text_model
 
-FAMILIES = ("qwen2", "qwen2_vl", "qwen2_5_vl")
-"""`model_type` of the models that the decoder computes."""
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on the length so far."""
 
@@ -45,7 +43,6 @@ class DecoderShape:
         config = text_model(model).config
         head, embed = base_model(model).lm_head, text_model(model).embed_tokens
         adapted = any(hasattr(module, "active_adapters") for module in (head, embed))
-        sections = config.rope_parameters.get("mrope_section") if is_multimodal(model) else None
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -56,7 +53,7 @@ class DecoderShape:
             vocabulary=config.vocab_size,
             norm_eps=config.rms_norm_eps,
             tied_head=head.weight is embed.weight and not adapted,
-            mrope_sections=tuple(sections or (16, 24, 24)) if is_multimodal(model) else None,
+            mrope_sections=mrope_sections(model),
         )
 
 
@@ -242,8 +239,10 @@ def _attend_chunk(query: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> 
 def unsupported(model: Any) -> str | None:
     """Why the decoder cannot compute this model; None when it can."""
     config = base_model(model).config
-    if config.model_type not in FAMILIES:
-        return f"model type {config.model_type} is none of {', '.join(FAMILIES)}"
+    family = family_of(config)
+    if family is None or not family.has_packed_decoder:
+        known = ", ".join(name for known in FAMILIES if known.has_packed_decoder for name in known.model_types)
+        return f"model type {config.model_type} is none of {known}"
     text = text_model(model).config
     if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
         return "it uses sliding-window attention"

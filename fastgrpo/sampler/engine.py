@@ -13,7 +13,7 @@ from fastgrpo_kernels import SampleParams
 from fastgrpo_profiling import span
 from torch import Tensor
 
-from fastgrpo.model.families import base_model
+from fastgrpo.model.families import base_model, placeholder_ids
 from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
@@ -111,9 +111,7 @@ class SamplerEngine:
         policy = base_model(model)
         eos = policy.generation_config.eos_token_id
         self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
-        names = ("image_token_id", "video_token_id")
-        # A sampled image placeholder has no picture behind it and breaks the next forward pass.
-        self.suppressed = [t for name in names if (t := getattr(policy.config, name, None)) is not None]
+        self.suppressed = placeholder_ids(policy)
         self.decoder = Decoder(DecoderShape.of(model), dtype or policy.dtype, device or policy.device)
         image_token = getattr(policy.config, "image_token_id", None)
         self.prefill = Prefill(

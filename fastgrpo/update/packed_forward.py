@@ -13,7 +13,7 @@ from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
 from fastgrpo_profiling import span
 from torch import Tensor, nn
 
-from fastgrpo.model.families import is_multimodal, unwrap
+from fastgrpo.model.families import base_model, is_multimodal, mrope_sections, patch_sizes, unwrap
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
@@ -66,7 +66,7 @@ def packed_logprobs(
             input_ids=batch.input_ids[None],
             attention_mask=None,
             # Always stated: what transformers would work out may be left from the last `generate`.
-            position_ids=batch.position_ids[:, None] if is_multimodal(model) else batch.position_ids[:1],
+            position_ids=batch.position_ids[:, None] if mrope_sections(model) else batch.position_ids[:1],
             **(pictures if batch.pixel_values is not None else {}),
             use_cache=False,
             shared_prefix=SharedPrefix(batch.layout, attn_backend),
@@ -109,16 +109,10 @@ def company_prompt(model: Any) -> Prompt:
     Raises:
         ValueError: a vision tower that is not of the Qwen2-VL kind.
     """
-    config, vision = unwrap(model).config, unwrap(model).config.vision_config
-    try:
-        merge = vision.spatial_merge_size
-        patch_dim = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        token = config.image_token_id
-    except AttributeError as error:
-        raise ValueError(f"{type(unwrap(model)).__name__} has no vision tower like Qwen2-VL's: {error}") from error
+    merge, patch_dim = patch_sizes(model)
     return Prompt(
         row_id=-1,
-        input_ids=torch.tensor([token]),
+        input_ids=torch.tensor([base_model(model).config.image_token_id]),
         position_ids=torch.zeros(3, 1, dtype=torch.int64),
         pixel_values=torch.zeros(merge**2, patch_dim),
         image_grid_thw=torch.tensor([[1, merge, merge]]),
