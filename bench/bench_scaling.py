@@ -33,8 +33,8 @@ from scaling_fit import NEGLIGIBLE, Axis, exponent, ranks_sentence, sentence
 
 from fastgrpo.demo.base_model import tiny_model
 from fastgrpo.sampler.engine import SamplerEngine
-from fastgrpo.types import Completion, Prompt, SamplingParams, WeightedGroup
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.types import Completion, Prompt, SamplingParams, TrainingGroup
+from fastgrpo.update.updater import PackedUpdater
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -105,11 +105,11 @@ class Stepper:
         rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         self.prompts = [build_prompt(row, point, model) for row in range(rank, point.prompts, ranks)]
         self.engine = SamplerEngine(model, NoTexts())
-        self.policy = PackedPolicy(
+        self.updater = PackedUpdater(
             model.train(), LossParams(beta=0.04), token_budget=16_384, reference_model=frozen, accelerator=accelerator
         )
         if accelerator is not None:
-            self.policy.model = accelerator.prepare_model(model)
+            self.updater.model = accelerator.prepare_model(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         self.taken = 0
 
@@ -125,7 +125,7 @@ class Stepper:
             params = SamplingParams(self.point.new_tokens)
             drawn = self.engine.generate(self.prompts, self.point.group, params, step=self.taken)
             groups = [self.weighted(prompt, completions) for prompt, completions in drawn]
-            result = self.policy.accumulate(groups)
+            result = self.updater.accumulate(groups)
             with span("update/optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -136,11 +136,11 @@ class Stepper:
         mismatch = result.mismatch.difference_sum / result.mismatch.token_count
         return seconds, phase_seconds(own, seconds), mismatch.item()
 
-    def weighted(self, prompt: Prompt, completions: Sequence[Completion]) -> WeightedGroup:
+    def weighted(self, prompt: Prompt, completions: Sequence[Completion]) -> TrainingGroup:
         """Every token counts alike; advantages that no reward decides. Full-softmax log-probs are compared."""
         advantages = torch.randn(len(completions), generator=torch.Generator().manual_seed(prompt.row_id))
         count = self.point.prompts * self.point.group * self.point.new_tokens
-        return WeightedGroup(
+        return TrainingGroup(
             prompt,
             tuple(replace(completion, sampling_logprobs=completion.logprobs) for completion in completions),
             advantages,
@@ -220,7 +220,7 @@ def take_rank_steps(device: str, rounds: int) -> None:
     stepper.step()
     steps = sorted((stepper.step()[:2] for _ in range(rounds)), key=lambda step: step[0])
     fixed = [scripted(prompt, stepper) for prompt in stepper.prompts]
-    loss = accelerator.reduce(stepper.policy.accumulate(fixed).loss, "sum").item()
+    loss = accelerator.reduce(stepper.updater.accumulate(fixed).loss, "sum").item()
     if accelerator.is_main_process:
         seconds, phases = steps[len(steps) // 2]
         print(json.dumps({"seconds": seconds, "phases": phases, "loss": loss}), flush=True)
@@ -228,7 +228,7 @@ def take_rank_steps(device: str, rounds: int) -> None:
         torch.distributed.destroy_process_group()
 
 
-def scripted(prompt: Prompt, stepper: Stepper) -> WeightedGroup:
+def scripted(prompt: Prompt, stepper: Stepper) -> TrainingGroup:
     """Completions that depend on the row alone, so that the loss of all ranks together can be compared."""
     draw = torch.Generator().manual_seed(1000 + prompt.row_id)
     length = stepper.point.new_tokens

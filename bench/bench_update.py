@@ -1,7 +1,7 @@
 """The update's forward and backward pass: packed groups that share their prompts, against the naive padded batch.
 
 Naive has TRL's shape: each completion in a row of its own behind its whole prompt, padded to the longest, the vision
-tower once per row, log-probs of the completion alone. It is `ReferencePolicy`; ours is `PackedPolicy`; timed is the
+tower once per row, log-probs of the completion alone. It is `PlainUpdater`; ours is `PackedUpdater`; timed is the
 whole of `accumulate`: loss, metrics and gradients. Same dtype, threads and model; no checkpointing on either side.
 
 On CPU the model is a Qwen2-VL of 3.6 M parameters in float32, on CUDA one of Qwen2-VL-2B's shape in bfloat16.
@@ -19,9 +19,9 @@ from harness import Result, in_fresh_process, paired_ratio, paired_seconds, pars
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from fastgrpo.plain.updater import ReferencePolicy
-from fastgrpo.types import Completion, Policy, Prompt, WeightedGroup
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.plain.updater import PlainUpdater
+from fastgrpo.types import Completion, Prompt, TrainingGroup, Updater
+from fastgrpo.update.updater import PackedUpdater
 
 RAGGED = (1, 5, 9, 17, 26, 38, 51, 64)
 """Completion lengths of the ragged workload."""
@@ -98,12 +98,12 @@ def build_model(device: str) -> Any:
     return model.to(torch.bfloat16 if device == "cuda" else torch.float32).train()
 
 
-def build_groups(workload: Workload, vocabulary: int) -> list[WeightedGroup]:
+def build_groups(workload: Workload, vocabulary: int) -> list[TrainingGroup]:
     """Random tokens, pictures and advantages; every token counts."""
     return [_group(workload, row, vocabulary) for row in range(workload.prompts)]
 
 
-def _group(workload: Workload, row: int, vocabulary: int) -> WeightedGroup:
+def _group(workload: Workload, row: int, vocabulary: int) -> TrainingGroup:
     draw = torch.Generator().manual_seed(row)
     height, width = (side // 2 for side in GRID)
     words = torch.randint(10, vocabulary, (workload.text_tokens,), generator=draw)
@@ -120,7 +120,7 @@ def _group(workload: Workload, row: int, vocabulary: int) -> WeightedGroup:
     lengths, total = workload.lengths, workload.prompts * sum(workload.lengths)
     guess = [torch.full((n,), -8.0) for n in lengths]
     ids = [torch.randint(10, vocabulary, (n,), generator=draw) for n in lengths]
-    return WeightedGroup(
+    return TrainingGroup(
         prompt,
         tuple(Completion(row, i, ids[i], "", "stop", guess[i], guess[i]) for i in range(len(lengths))),
         torch.randn(len(lengths), generator=draw),
@@ -129,20 +129,20 @@ def _group(workload: Workload, row: int, vocabulary: int) -> WeightedGroup:
     )
 
 
-def policies(model: Any, device: str) -> dict[str, Policy]:
+def updaters(model: Any, device: str) -> dict[str, Updater]:
     """The two sides. A micro-batch of the naive one is a group."""
     params = LossParams(epsilon_high=0.28)
     budget = 16_384 if device == "cuda" else 4096
     return {
-        "naive": ReferencePolicy(model, params, micro_batch_size=8),
-        "packed": PackedPolicy(model, params, token_budget=budget),
+        "naive": PlainUpdater(model, params, micro_batch_size=8),
+        "packed": PackedUpdater(model, params, token_budget=budget),
     }
 
 
-def gradients_of(model: Any, policy: Policy, groups: list[WeightedGroup]) -> tuple[float, dict[str, Tensor]]:
+def gradients_of(model: Any, updater: Updater, groups: list[TrainingGroup]) -> tuple[float, dict[str, Tensor]]:
     """Loss and every parameter's gradient, float32."""
     model.zero_grad()
-    loss = policy.accumulate(groups).loss.item()
+    loss = updater.accumulate(groups).loss.item()
     return loss, {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -153,10 +153,10 @@ def max_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
     return max((ours[n] - g).norm().item() / max(g.norm().item(), least) for n, g in theirs.items())
 
 
-def step(model: Any, policy: Policy, groups: list[WeightedGroup], *, keep_gradients: bool = False) -> None:
+def step(model: Any, updater: Updater, groups: list[TrainingGroup], *, keep_gradients: bool = False) -> None:
     """One update; `keep_gradients` zeroes them where they lie rather than freeing them."""
     model.zero_grad(set_to_none=not keep_gradients)
-    policy.accumulate(groups)
+    updater.accumulate(groups)
 
 
 def measure(name: str, model: Any, device: str, result: Result, *, rounds: int, peaks: bool = True) -> list[Any] | None:
@@ -164,7 +164,7 @@ def measure(name: str, model: Any, device: str, result: Result, *, rounds: int, 
 
     None where they differ: then nothing is timed.
     """
-    workload, sides, limits = workloads(device)[name], policies(model, device), TOLERANCES[device]
+    workload, sides, limits = workloads(device)[name], updaters(model, device), TOLERANCES[device]
     groups = build_groups(workload, model.config.get_text_config().vocab_size)
     their_loss, theirs = gradients_of(model, sides["naive"], groups)
     our_loss, ours = gradients_of(model, sides["packed"], groups)
@@ -177,7 +177,7 @@ def measure(name: str, model: Any, device: str, result: Result, *, rounds: int, 
     if not (same_loss and error <= limits.gradient):
         print(f"Not timed: {name}: losses {our_loss:.6g} and {their_loss:.6g}, gradients {error:.2g} apart")
         return None
-    calls = {side: partial(step, model, policy, groups) for side, policy in sides.items()}
+    calls = {side: partial(step, model, updater, groups) for side, updater in sides.items()}
     times = paired_seconds(calls, rounds=rounds, device=device)
     ratio = paired_ratio(times["naive"], times["packed"])
     result.ratios[f"time_vs_naive_{name}"] = ratio
@@ -202,10 +202,10 @@ def report_peak(device: str, workload: str, side: str) -> None:
     """In a process of its own: peak bytes of one side's step beyond weights, gradients and inputs."""
     model = build_model(device)
     groups = build_groups(workloads(device)[workload], model.config.get_text_config().vocab_size)
-    policy = policies(model, device)[side]
+    updater = updaters(model, device)[side]
     tiny = [_group(Workload((2, 2)), 99, 100)]
-    step(model, policy, tiny)  # from here on gradients are there, libraries loaded
-    print(json.dumps({"peak": peak_bytes(lambda: step(model, policy, groups, keep_gradients=True), device)}))
+    step(model, updater, tiny)  # from here on gradients are there, libraries loaded
+    print(json.dumps({"peak": peak_bytes(lambda: step(model, updater, groups, keep_gradients=True), device)}))
 
 
 def workloads(device: str) -> dict[str, Workload]:

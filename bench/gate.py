@@ -46,7 +46,7 @@ class Verdict:
         return self.ratio is not None and self.ratio >= self.baseline / self.tolerance
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         if self.ratio is None:
             return "not measured"
         if self.baseline is None:
@@ -95,7 +95,7 @@ def main() -> int:
     result = Result("gate", options.device, ratios=ratios)
     result.checks = {f"{verdict.name} kept": verdict.passed for verdict in found}
     result.figures = {"baseline": committed, "tolerance": options.tolerance}
-    rows = [[v.name, *("–" if r is None else r for r in (v.baseline, v.ratio)), v.told] for v in found]
+    rows = [[v.name, *("–" if r is None else r for r in (v.baseline, v.ratio)), v.text] for v in found]
     print_table(f"Reference ÷ ours; lost below baseline ÷ {options.tolerance:g}", ["", "baseline", "now", ""], rows)
     return result.finish(str(path) if options.accept else options.out)
 

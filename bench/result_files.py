@@ -43,7 +43,7 @@ def _newest(files: list[ResultFile]) -> ResultFile | None:
     return max(files, key=lambda one: one.record.get("date", ""), default=None)
 
 
-def told(form: str, figures: Mapping[str, Any], *path: str | None) -> str:
+def formatted(form: str, figures: Mapping[str, Any], *path: str | None) -> str:
     """The figure at the end of a path, in a form such as "{:.1f} ms"; or that it was not measured.
 
     None in the path takes the first of the entries there.

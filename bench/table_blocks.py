@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from result_files import NOT_YET, Results, passed_stages, told
+from result_files import NOT_YET, Results, formatted, passed_stages
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -139,14 +139,14 @@ def gpu(results: Results) -> str:
         ["weight sync", "≤ 5 ms"],
     ]
     measured = [
-        told("{:.2f} s", stages, "step", "step_seconds", "median"),
-        told("{:.1f} times faster", stages, "step_plain", "ratios", "step_time_vs_plain"),
-        told("{:.1f} times faster", stages, "step_trl", "ratios", "step_time_vs_trl"),
-        told("{:.2f} ms", stages, "rollout", "B=64", decode, "ours"),
-        told("{:.2f} ms", stages, "rollout", "B=256", decode, "ours"),
-        told("{:.1f} ms", stages, "head", "head", None, "fastgrpo", "ms"),
+        formatted("{:.2f} s", stages, "step", "step_seconds", "median"),
+        formatted("{:.1f} times faster", stages, "step_plain", "ratios", "step_time_vs_plain"),
+        formatted("{:.1f} times faster", stages, "step_trl", "ratios", "step_time_vs_trl"),
+        formatted("{:.2f} ms", stages, "rollout", "B=64", decode, "ours"),
+        formatted("{:.2f} ms", stages, "rollout", "B=256", decode, "ours"),
+        formatted("{:.1f} ms", stages, "head", "head", None, "fastgrpo", "ms"),
         gigabytes(stages, "fastgrpo"),
-        told("{:.1f} ms", stages, "sync", "ms"),
+        formatted("{:.1f} ms", stages, "sync", "ms"),
     ]
     where = suite.record["device"] if suite else "one H200"
     table = markdown(
@@ -162,7 +162,7 @@ def gpu(results: Results) -> str:
 def gigabytes(stages: dict[str, Any], side: str) -> str:
     """The head's peak memory."""
     peaks = {name: peak / 1e9 for name, peak in stages.get("memory", {}).get("peak_bytes", {}).items()}
-    return told("{:.2f} GB", peaks, f"head, {side}")
+    return formatted("{:.2f} GB", peaks, f"head, {side}")
 
 
 def kernels(results: Results) -> str:
@@ -172,12 +172,12 @@ def kernels(results: Results) -> str:
     ops += [("decode_ops", "rope", "rope_and_cache"), ("decode_ops", "sample", "sample")]
     head = (stages, "head", "head", None, "fastgrpo")
     rows = [
-        ["one H200: head, forward + backward, T = 16,384, H = 1536", "≤ 36 ms", told("{:.1f} ms", *head, "ms")],
-        ["… forward alone", "floor 9.7 ms", told("{:.1f} ms", *head, "forward_ms")],
+        ["one H200: head, forward + backward, T = 16,384, H = 1536", "≤ 36 ms", formatted("{:.1f} ms", *head, "ms")],
+        ["… forward alone", "floor 9.7 ms", formatted("{:.1f} ms", *head, "forward_ms")],
         ["… peak at 32,768 tokens, logits kept", "≤ 9.96 GB", gigabytes(stages, "fastgrpo")],
         ["… recomputed", "≤ 1.07 GB", gigabytes(stages, "fastgrpo_recompute")],
         *(
-            [f"… `{name}`", "–", told("{:.3f} ms", stages, stage, op, None, "fastgrpo", "ms")]
+            [f"… `{name}`", "–", formatted("{:.3f} ms", stages, stage, op, None, "fastgrpo", "ms")]
             for stage, op, name in ops
         ),
         *_cpu_kernels(results),

@@ -37,13 +37,13 @@ def updates() -> dict[str, Callable[[], Any]]:
     """Both sides, after their gradients were found equal."""
     model = bench_update.build_model(DEVICE)
     groups = bench_update.build_groups(UPDATE, model.config.get_text_config().vocab_size)
-    sides = bench_update.policies(model, DEVICE)
+    sides = bench_update.updaters(model, DEVICE)
     if DEVICE == "cpu":
         _, ours = bench_update.gradients_of(model, sides["packed"], groups)
         _, theirs = bench_update.gradients_of(model, sides["naive"], groups)
         assert bench_update.max_relative_error(ours, theirs) <= bench_update.TOLERANCES["cpu"].gradient
     roles = {gate.OURS: sides["packed"], gate.REFERENCE: sides["naive"]}
-    return {role: partial(bench_update.step, model, policy, groups) for role, policy in roles.items()}
+    return {role: partial(bench_update.step, model, updater, groups) for role, updater in roles.items()}
 
 
 @pytest.mark.benchmark(group="rollout", timer=gate.TIMER)

@@ -1,4 +1,4 @@
-"""GRPO without the Trainer: the same engine, rewards, objective and policy in a loop of one's own.
+"""GRPO without the Trainer: the same engine, rewards, objective and updater in a loop of one's own.
 
 usage: python docs/minimal_loop.py MODEL SAT.parquet STEPS
 """
@@ -15,10 +15,10 @@ from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.scoring.advantages import group_advantages
 from fastgrpo.scoring.rewards import accuracy_reward, format_reward, score
 from fastgrpo.training.setup import sampling_params
-from fastgrpo.types import RolloutGroup
+from fastgrpo.types import ScoredRollout
 from fastgrpo.update.objective import loss_params
 from fastgrpo.update.plan import plan_updates, token_masks
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.update.updater import PackedUpdater
 
 path, data, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 config = GRPOConfig(batch_unit="prompts", per_device_train_batch_size=4, max_completion_length=48, report_to="none")
@@ -26,22 +26,22 @@ processing = load_processing(path)
 model = load_policy(path)
 rows = load_rows(data)
 collate = PromptCollator(rows, PromptBuilder(processing.tokenizer, processing.image_processor))
-policy = PackedPolicy(model, loss_params(config), token_budget=config.token_budget)
-engine = SamplerEngine(model, processing.tokenizer, version=lambda: policy.version)
+updater = PackedUpdater(model, loss_params(config), token_budget=config.token_budget)
+engine = SamplerEngine(model, processing.tokenizer, version=lambda: updater.version)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
 for step in range(steps):
     batch = collate([rows[i % len(rows)] for i in range(4 * step, 4 * step + 4)])
     drawn = list(engine.generate(batch.prompts, config.num_generations, sampling_params(config), step))
     rewards = score(drawn, [accuracy_reward, format_reward])
-    groups = [RolloutGroup(*group, r) for group, r in zip(drawn, rewards.split(config.num_generations), strict=True)]
+    groups = [ScoredRollout(*group, r) for group, r in zip(drawn, rewards.split(config.num_generations), strict=True)]
     advantages = group_advantages(rewards, config.num_generations).advantages
     masks = token_masks(groups, config)
     totals = {"total_sequences": len(masks), "total_tokens": sum(len(mask) for mask in masks), "world_size": 1}
     for update in plan_updates(groups, advantages, masks, config, **totals):
-        result = policy.accumulate(update)
+        result = updater.accumulate(update)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        policy.version += 1  # the sampler then takes over the new weights
+        updater.version += 1  # the sampler then takes over the new weights
     print(f"step {step}: loss {result.loss:.4f} reward {rewards.sum(dim=1).mean():.3f}")

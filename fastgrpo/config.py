@@ -91,9 +91,7 @@ class GRPOConfig(TrainingArguments):
     repetition_penalty: float = _option(1.0, "Above 1 discourages tokens already in the text.")
 
     # The machine: none of this changes what is trained, beyond floating-point order
-    engine: Literal["fast", "reference"] = _option(
-        "fast", "`fast`: paged sampler and packed update; `reference`: HF generate and padded batches."
-    )
+    engine: str = _option("fast", "`fast`: paged sampler and packed update; `plain`: HF generate and padded batches.")
     token_budget: int = _option(16_384, "Input tokens of a packed micro-batch; a group's prompt counts once.")
     attn_backend: str = _option("auto", "Attention of the packed update: " + ", ".join(ATTN_BACKENDS) + ".")
     logprob_bytes: int = _option(
@@ -179,6 +177,9 @@ class GRPOConfig(TrainingArguments):
             on_cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = not self.fp16 and (launcher == "bf16" or (on_cuda and torch.cuda.is_bf16_supported()))
         super().__post_init__()
+        if self.engine == "reference":
+            logger.warning("engine=reference is called plain now; plain is used.")
+            self.engine = "plain"
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         if self.load_best_model_at_end and getattr(self, "metric_for_best_model", None) in (None, "loss"):
             self.metric_for_best_model: str = "reward"
@@ -320,7 +321,7 @@ class GRPOConfig(TrainingArguments):
         _check("batch_unit", self.batch_unit, self.batch_unit in ("completions", "prompts"), "completions or prompts")
         _check("prompt_mode", self.prompt_mode, self.prompt_mode in ("base", "instruct"), "base or instruct")
         _check("prompt_template", self.prompt_template, self.prompt_template in ("paper", "answer"), "paper or answer")
-        _check("engine", self.engine, self.engine in ("fast", "reference"), "fast or reference")
+        _check("engine", self.engine, self.engine in ("fast", "plain"), "fast or plain")
         _check("attn_backend", self.attn_backend, self.attn_backend in ATTN_BACKENDS, " or ".join(ATTN_BACKENDS))
         for name in ("token_budget", "logprob_bytes", "sampler_max_rows", "sampler_max_cache_tokens"):
             value = getattr(self, name)
@@ -354,7 +355,7 @@ class GRPOConfig(TrainingArguments):
         if self.torch_compile and self.engine == "fast":
             raise ValueError(
                 "torch_compile=True: no two packed micro-batches have one shape, so each would be compiled anew. Leave "
-                "it off, or set engine to reference."
+                "it off, or set engine to plain."
             )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")

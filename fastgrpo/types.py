@@ -1,7 +1,7 @@
 """The typed records that travel from stage to stage, and the two interfaces the trainer drives.
 
-row → Prompt → Engine.generate → Completion → rewards → RolloutGroup → advantages → token weights
-→ WeightedGroup → Policy.accumulate
+row → Prompt → Engine.generate → Rollout → rewards → ScoredRollout → advantages → token weights
+→ TrainingGroup → Updater.accumulate
 """
 
 from collections.abc import Iterator, Sequence
@@ -108,9 +108,16 @@ class Completion:
     """[C] float32: of each token under the distribution it was actually drawn from."""
 
 
+class Rollout(NamedTuple):
+    """A prompt and its G completions, by rising index."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+
+
 @dataclass(frozen=True)
-class RolloutGroup:
-    """A prompt, its G completions and what the reward functions said of them."""
+class ScoredRollout:
+    """A rollout and what the reward functions said of its completions."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -119,8 +126,8 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True)
-class WeightedGroup:
-    """A rollout group with everything the loss needs but the model: input of `Policy.accumulate`.
+class TrainingGroup:
+    """A prompt and its completions with everything the loss needs but the model: input of `Updater.accumulate`.
 
     The update minimises Σ_groups Σ_g Σ_t token_weights[g][t] · ℓ(g, t), so aggregation (grpo, bnpo, dr_grpo,
     dapo, …) is already decided and does not depend on how the tokens are batched.
@@ -151,11 +158,11 @@ class UpdateResult:
 
 
 class Engine(Protocol):
-    """Draws completions: the paged sampler, or the reference engine around HF `generate`."""
+    """Draws completions: the paged sampler, or the plain engine around HF `generate`."""
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+    ) -> Iterator[Rollout]:
         """Yields each prompt with its finished group, in any order, so that rewards start while others run.
 
         `step` enters the completions' seeds. Uses the policy's current weights.
@@ -167,7 +174,7 @@ class Engine(Protocol):
         ...
 
 
-class Policy(Protocol):
+class Updater(Protocol):
     """Accumulates gradients of the GRPO objective on the trained model. The caller clips, steps and schedules."""
 
     model: Any
@@ -175,10 +182,10 @@ class Policy(Protocol):
     version: int
     """Rises by one with each optimizer step; an engine with weights of its own syncs when it is behind."""
 
-    def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
+    def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """Per group, G tensors [C] float32: the current policy's log-probs, without gradient (π_old)."""
         ...
 
-    def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
+    def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """Adds the objective's gradient to every parameter's `.grad`; reads nothing back from the device."""
         ...

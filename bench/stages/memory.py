@@ -39,9 +39,9 @@ def run(scale: str, device: str) -> Iterator[Result]:
     model = bench_update.build_model(device)
     name = "full" if scale == "full" else "C=16"
     groups = bench_update.build_groups(bench_update.workloads(device)[name], model.config.get_text_config().vocab_size)
-    for side, policy in bench_update.policies(model, device).items():
-        bench_update.step(model, policy, groups)  # gradients are there from here on
-        call = partial(bench_update.step, model, policy, groups, keep_gradients=True)
+    for side, updater in bench_update.updaters(model, device).items():
+        bench_update.step(model, updater, groups)  # gradients are there from here on
+        call = partial(bench_update.step, model, updater, groups, keep_gradients=True)
         found[f"update, {side}"] = peak_bytes(call, device)
     # On a CPU a process reuses what it has freed, so small peaks say little.
     result.ratios = {

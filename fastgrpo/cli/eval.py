@@ -16,7 +16,7 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.evaluation import Evaluation, evaluate, write_evaluation
 from fastgrpo.model.load import load_policy, load_processing
-from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.plain.engine import PlainEngine
 
 
 def run_eval(argv: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ def run_eval(argv: Sequence[str]) -> None:
     processing = load_processing(options.model, options.min_pixels, options.max_pixels)
     model = load_policy(options.model, dtype=options.dtype).to(options.device)
     evaluation = evaluate(
-        ReferenceEngine(model, processing.tokenizer, max_batch=options.batch_size),
+        PlainEngine(model, processing.tokenizer, max_batch=options.batch_size),
         PromptBuilder(
             processing.tokenizer,
             processing.image_processor,

@@ -36,7 +36,7 @@ from fastgrpo.demo.corpus import PLACES, corpus_texts, place
 from fastgrpo.demo.documents import DEMO_KINDS, Example, load_pool, make_batch, pixel_values, question_row
 from fastgrpo.demo.scenes import COLOURS, SHAPES, cvbench_row, scene_question
 from fastgrpo.evaluation.benchmark import evaluate
-from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.plain.engine import PlainEngine
 
 PRETRAIN_SEED = 90_000_000
 """Pictures of pretraining come from this stream on, which neither training nor evaluation of the demo uses."""
@@ -153,7 +153,7 @@ def print_behaviour(
     model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, builder: PromptBuilder, questions: int
 ) -> None:
     """What the model does on held-out questions in CV-Bench's schema, kind by kind."""
-    engine = ReferenceEngine(model.eval(), tokenizer)
+    engine = PlainEngine(model.eval(), tokenizer)
     for kind in DEMO_KINDS:
         rows = [cvbench_row(scene_question(PRETRAIN_SEED, i, split="heldout", kinds=(kind,))) for i in range(questions)]
         result = evaluate(engine, builder, as_rows(rows), max_new_tokens=48, pass_at_k=8, shuffles=1)

@@ -23,10 +23,9 @@ from fastgrpo.data.rows import Row
 from fastgrpo.scoring.answers import answers_match, parse_answer
 from fastgrpo.scoring.reflection import is_reflective
 from fastgrpo.scoring.rewards import format_reward
-from fastgrpo.types import Completion, Engine, Prompt, RowError, SamplingParams, SkippedRow
+from fastgrpo.types import Completion, Engine, Prompt, Rollout, RowError, SamplingParams, SkippedRow
 
 Progress = Callable[[int, int], None]
-Group = tuple[Prompt, tuple[Completion, ...]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def evaluate(
     skipped: dict[int, SkippedRow] = {}
     asked = 0
 
-    def ask(questions: Sequence[tuple[int, int]], params: SamplingParams, k: int, step: int) -> Iterator[Group]:
+    def ask(questions: Sequence[tuple[int, int]], params: SamplingParams, k: int, step: int) -> Iterator[Rollout]:
         """`questions` are (row of the words, row of the pictures): built batch by batch, since pictures are large."""
         nonlocal asked
         for start in range(0, len(questions), batch_size):

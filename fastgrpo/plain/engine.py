@@ -24,7 +24,7 @@ from transformers import (
 
 from fastgrpo.model.families import placeholder_ids, unwrap
 from fastgrpo.plain.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
-from fastgrpo.types import Completion, Prompt, SamplingParams
+from fastgrpo.types import Completion, Prompt, Rollout, SamplingParams
 
 
 def rollout_seed(seed: int, step: int, rank: int) -> int:
@@ -33,7 +33,7 @@ def rollout_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1  # torch takes 63 bits
 
 
-class ReferenceEngine:
+class PlainEngine:
     """`Engine` over HF `generate`: a left-padded batch that holds every prompt G times.
 
     HF draws a batch from one random stream, so a completion depends on the batch it is in: the stream is seeded by
@@ -62,7 +62,7 @@ class ReferenceEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+    ) -> Iterator[Rollout]:
         """See `Engine.generate`; groups come in the order of `prompts`."""
         per_call = max(1, self.max_batch // num_generations)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -74,7 +74,9 @@ class ReferenceEngine:
                 completions = self._generate([p for p in chunk for _ in range(num_generations)], params)
             for i, prompt in enumerate(chunk):
                 group = completions[i * num_generations : (i + 1) * num_generations]
-                yield prompt, tuple(Completion(prompt.row_id, index, *fields) for index, fields in enumerate(group))
+                yield Rollout(
+                    prompt, tuple(Completion(prompt.row_id, index, *fields) for index, fields in enumerate(group))
+                )
 
     def sync(self) -> None:
         """Nothing to do: it draws from the policy itself."""

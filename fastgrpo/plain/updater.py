@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 
 from fastgrpo.model.families import is_multimodal, mrope_sections, unwrap
 from fastgrpo.plain.engine import vision_inputs
-from fastgrpo.types import Completion, Prompt, UpdateResult, WeightedGroup
+from fastgrpo.types import Completion, Prompt, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference, update_result
-from fastgrpo.update.packed_forward import company_prompt
+from fastgrpo.update.packed_forward import dummy_image_prompt
 from fastgrpo.update.packing import ONE_TOKEN
 from fastgrpo.update.sums import sampling_mismatch
 
 NO_COMPLETION = Completion(-1, 0, torch.zeros(0, dtype=torch.int64), "", "abort", torch.zeros(0), torch.zeros(0))
 
 
-class ReferencePolicy:
-    """`Policy` on the HF model: right-padded micro-batches of `micro_batch_size` completions.
+class PlainUpdater:
+    """`Updater` on the HF model: right-padded micro-batches of `micro_batch_size` completions.
 
     The frozen reference of the KL term is `reference_model`, or the model itself with its adapters off (peft).
     """
@@ -47,11 +47,11 @@ class ReferencePolicy:
         self.accumulation = GradientAccumulation(accelerator)
         self.version = 0
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
-        self._company = company_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
+        self._dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
     @torch.no_grad()
-    def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
-        """See `Policy.logprobs`."""
+    def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
+        """See `Updater.logprobs`."""
         pieces: list[Tensor] = []
         for batch in self._micro_batches(groups):
             # Not through DDP, whose forward broadcasts buffers.
@@ -60,8 +60,8 @@ class ReferencePolicy:
         by_group = iter(pieces)
         return [tuple(next(by_group) for _ in group.completions) for group in groups]
 
-    def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
-        """See `Policy.accumulate`. With several processes, all of them must call it, with groups or without."""
+    def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
+        """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without."""
         batches = self._micro_batches(groups)
         outputs, offset = [], 0
         for i, batch in enumerate(batches):
@@ -84,7 +84,7 @@ class ReferencePolicy:
             self.accumulation.step(self.model)
         return update_result(outputs, self._device)
 
-    def _micro_batches(self, groups: Sequence[WeightedGroup]) -> list[list[tuple[Prompt, Completion]]]:
+    def _micro_batches(self, groups: Sequence[TrainingGroup]) -> list[list[tuple[Prompt, Completion]]]:
         """The same number on every rank, empty ones behind: a collective inside a micro-batch waits for all of them."""
         flat = [(group.prompt, completion) for group in groups for completion in group.completions]
         batches = [flat[i : i + self.micro_batch_size] for i in range(0, len(flat), self.micro_batch_size)]
@@ -94,8 +94,8 @@ class ReferencePolicy:
         """Log-probs and entropies [T] of the batch's completion tokens, one completion after the other."""
         device = next(model.parameters()).device
         first = min((len(prompt.input_ids) for prompt, _ in batch), default=1) - 1  # no completion is read before it
-        if not batch or (self._company is not None and all(prompt.pixel_values is None for prompt, _ in batch)):
-            batch = [*batch, (self._company or ONE_TOKEN, NO_COMPLETION)]
+        if not batch or (self._dummy_image is not None and all(prompt.pixel_values is None for prompt, _ in batch)):
+            batch = [*batch, (self._dummy_image or ONE_TOKEN, NO_COMPLETION)]
         ids = [torch.cat([prompt.input_ids, completion.token_ids]) for prompt, completion in batch]
         input_ids = pad_sequence(ids, batch_first=True).to(device)  # [B, L], right-padded
         lengths = torch.tensor([len(row) for row in ids], device=device)
@@ -136,7 +136,7 @@ class ReferencePolicy:
         return next(self.model.parameters()).device
 
 
-def _loss_inputs(groups: Sequence[WeightedGroup], chosen: slice, device: torch.device) -> dict[str, Any]:
+def _loss_inputs(groups: Sequence[TrainingGroup], chosen: slice, device: torch.device) -> dict[str, Any]:
     """The arguments of `grpo_loss` for a slice of the flattened groups' completions."""
     weights = [w for group in groups for w in group.token_weights][chosen]
     masks = [m for group in groups for m in group.masks][chosen]

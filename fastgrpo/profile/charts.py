@@ -234,4 +234,4 @@ def _in_words(name: str, phases: Mapping[str, float]) -> str:
 
 
 def _ceiling(report: ProfileReport) -> str:
-    return report.ceilings.told.rsplit(", ", 1)[0]
+    return report.ceilings.text.rsplit(", ", 1)[0]

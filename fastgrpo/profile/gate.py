@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgrpo.training.setup import sampling_params
 from fastgrpo.training.trainer import GRPOTrainer
-from fastgrpo.types import Completion, Prompt, WeightedGroup
+from fastgrpo.types import Completion, Prompt, TrainingGroup
 
 MAX_PROMPTS = 2
 """Prompts compared: two show whether groups keep apart."""
@@ -69,7 +69,7 @@ class FixedBatch:
     """Completions, and advantages that no reward decides, so that every completion has a gradient."""
 
     prompts: Sequence[Prompt]
-    groups: Sequence[WeightedGroup]
+    groups: Sequence[TrainingGroup]
 
 
 def tolerances(config: Any, dtype: str) -> Tolerances:
@@ -91,7 +91,7 @@ def draw_fixed_batch(trainer: GRPOTrainer) -> FixedBatch:
     advantages = torch.randn(len(prompts), size, generator=torch.Generator().manual_seed(0))
     count = len(prompts) * size
     groups = [
-        WeightedGroup(
+        TrainingGroup(
             prompt,
             by_row[prompt.row_id],
             advantages[i],
@@ -150,8 +150,8 @@ def loss_and_gradients(trainer: GRPOTrainer, batch: FixedBatch) -> tuple[float, 
     """Loss, mean log-prob mismatch and every gradient of the policy on a batch; clears the gradients."""
     if trainer.args.gradient_checkpointing:
         checkpoint_as_in_training(trainer.model)
-    trainer.policy.model = trainer.accelerator.prepare_model(trainer.model)
-    result = trainer.policy.accumulate(batch.groups)
+    trainer.updater.model = trainer.accelerator.prepare_model(trainer.model)
+    result = trainer.updater.accumulate(batch.groups)
     gradients = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad(set_to_none=True)
     mismatch = result.mismatch.difference_sum / result.mismatch.token_count.clamp(min=1)

@@ -3,7 +3,7 @@
 Same results, other work: each completion is drawn alone, so the picture and the prompt are encoded once for every
 completion; the update pads, repeats the pixels, keeps the logits of prompt and completion, takes their log-softmax row
 by row, and asks the frozen model even when the objective does not need it. That code's other habits (serial rewards,
-images processed inside the step) are also those of the plain reference path.
+images processed inside the step) are also those of the plain path.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from fastgrpo.model.families import mrope_sections
-from fastgrpo.plain.engine import ReferenceEngine, rollout_seed, vision_inputs
-from fastgrpo.plain.updater import ReferencePolicy, sequence_positions
-from fastgrpo.types import Completion, Prompt, SamplingParams
+from fastgrpo.plain.engine import PlainEngine, rollout_seed, vision_inputs
+from fastgrpo.plain.updater import PlainUpdater, sequence_positions
+from fastgrpo.types import Completion, Prompt, Rollout, SamplingParams
 
 
-class OneByOneEngine(ReferenceEngine):
+class OneByOneEngine(PlainEngine):
     """One HF `generate` call for each completion."""
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+    ) -> Iterator[Rollout]:
         """See `Engine.generate`."""
         first_seed = rollout_seed(params.seed, step, self.rank)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
@@ -37,10 +37,10 @@ class OneByOneEngine(ReferenceEngine):
                     torch.manual_seed(first_seed + place * num_generations + index)
                     (fields,) = self._generate([prompt], params)
                 group.append(Completion(prompt.row_id, index, *fields))
-            yield prompt, tuple(group)
+            yield Rollout(prompt, tuple(group))
 
 
-class FullLogitsPolicy(ReferencePolicy):
+class FullLogitsUpdater(PlainUpdater):
     """The update with nothing left out: `reference_model` must be given, and always runs."""
 
     def _forward(self, model: Any, batch: list[tuple[Prompt, Completion]]) -> tuple[Tensor, Tensor]:
@@ -75,16 +75,16 @@ class FullLogitsPolicy(ReferencePolicy):
 
 
 def paper_parts(
-    model: PreTrainedModel, plain_engine: ReferenceEngine, plain_policy: ReferencePolicy, reference_model: Any
-) -> tuple[OneByOneEngine, FullLogitsPolicy]:
-    """The engine and the policy of the published code, set up as the plain ones are."""
+    model: PreTrainedModel, plain_engine: PlainEngine, plain_updater: PlainUpdater, reference_model: Any
+) -> tuple[OneByOneEngine, FullLogitsUpdater]:
+    """The engine and the updater of the published code, set up as the plain ones are."""
     engine = OneByOneEngine(model, plain_engine.tokenizer, rank=plain_engine.rank, autocast=plain_engine.autocast)
-    policy = FullLogitsPolicy(
+    updater = FullLogitsUpdater(
         model,
-        plain_policy.loss_params,
-        micro_batch_size=plain_policy.micro_batch_size,
-        temperature=plain_policy.temperature,
+        plain_updater.loss_params,
+        micro_batch_size=plain_updater.micro_batch_size,
+        temperature=plain_updater.temperature,
         reference_model=reference_model,
-        accelerator=plain_policy.accumulation.accelerator,
+        accelerator=plain_updater.accumulation.accelerator,
     )
-    return engine, policy
+    return engine, updater

@@ -251,7 +251,7 @@ def print_report(report: ProfileReport) -> None:
     ratio = report.speedup
     output.print(
         f"{report.ours} is {ratio.median:.2f}× as fast as {report.theirs} ({ratio.low:.2f} … {ratio.high:.2f} turn by "
-        f"turn)\nceilings measured: {report.ceilings.told}\nspans that nobody records: "
+        f"turn)\nceilings measured: {report.ceilings.text}\nspans that nobody records: "
         f"{report.sides[report.ours].spans_per_step:.0f} a step × {1e9 * report.span_off_seconds:.0f} ns = "
         f"{report.span_off_share:.3%} of a step",
         highlight=False,

@@ -1,4 +1,4 @@
-"""The sides of a comparison: the same settings, model and data; another engine and policy."""
+"""The sides of a comparison: the same settings, model and data; another engine and updater."""
 
 import copy
 import os
@@ -12,8 +12,8 @@ from fastgrpo.cli.arguments import ScriptArguments
 from fastgrpo.cli.train import load_model, load_training_rows, lora_config
 from fastgrpo.config import GRPOConfig
 from fastgrpo.model.load import load_processing
-from fastgrpo.plain.engine import ReferenceEngine
-from fastgrpo.plain.updater import ReferencePolicy
+from fastgrpo.plain.engine import PlainEngine
+from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.profile.paper import paper_parts
 from fastgrpo.training.trainer import GRPOTrainer
 
@@ -34,7 +34,7 @@ def build_trainer(
     """A trainer of one side (`ours`, `plain` or `paper`), its model freshly loaded."""
     if side != OURS:
         config = copy.copy(config)
-        config.engine = "reference"
+        config.engine = "plain"
     trainer = trainer_class(
         model=load_model(script, config),
         reward_funcs=script.reward_funcs,
@@ -46,14 +46,14 @@ def build_trainer(
         peft_config=lora_config(script),
     )
     if side == PAPER:
-        assert isinstance(trainer.engine, ReferenceEngine)
-        assert isinstance(trainer.policy, ReferencePolicy)
-        reference_model = trainer.policy.reference_model
+        assert isinstance(trainer.engine, PlainEngine)
+        assert isinstance(trainer.updater, PlainUpdater)
+        reference_model = trainer.updater.reference_model
         if reference_model is None:
             reference_model = trainer.accelerator.prepare_model(
                 copy.deepcopy(trainer.model).eval().requires_grad_(False), evaluation_mode=True
             )
-        trainer.engine, trainer.policy = paper_parts(trainer.model, trainer.engine, trainer.policy, reference_model)
+        trainer.engine, trainer.updater = paper_parts(trainer.model, trainer.engine, trainer.updater, reference_model)
     return trainer
 
 

@@ -20,7 +20,7 @@ from fastgrpo.profile.sides import build_trainer
 from fastgrpo.scoring.advantages import Advantages
 from fastgrpo.training.live_figures import trained_part, work_of
 from fastgrpo.training.trainer import GRPOTrainer
-from fastgrpo.types import PromptBatch, RolloutGroup
+from fastgrpo.types import PromptBatch, ScoredRollout
 
 
 class TurnTakingTrainer(GRPOTrainer):
@@ -32,7 +32,7 @@ class TurnTakingTrainer(GRPOTrainer):
         self.turns.next_step()
         return super().get_batch_samples(*args, **kwargs)
 
-    def note_rollout(self, batch: PromptBatch, groups: Sequence[RolloutGroup], advantages: Advantages) -> None:
+    def note_rollout(self, batch: PromptBatch, groups: Sequence[ScoredRollout], advantages: Advantages) -> None:
         super().note_rollout(batch, groups, advantages)
         work, trained = work_of(groups), trained_part(self.updates[0], self.config.beta)
         reward = advantages.rewards.nanmean().item()

@@ -43,7 +43,7 @@ class Spread:
         """With Bessel's correction; None below two values."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
-    def told(self, form: Callable[[float | None], str]) -> str:
+    def text(self, form: Callable[[float | None], str]) -> str:
         """The mean, with ± one standard deviation over several runs."""
         if not self.std:
             return form(self.mean)
@@ -185,9 +185,9 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     facts = [
         ("runs", str(len(runs)) if len(runs) > 1 else ""),
         ("dataset", _short_name(runs[0].setting("dataset_name"))),
-        ("steps", _spread(runs, "steps").told(format_count)),
-        ("wall time", _spread(runs, "wall_s").told(format_duration)),
-        ("tokens / s", _spread(runs, "tokens_per_s").told(format_count)),
+        ("steps", _spread(runs, "steps").text(format_count)),
+        ("wall time", _spread(runs, "wall_s").text(format_duration)),
+        ("tokens / s", _spread(runs, "tokens_per_s").text(format_count)),
         ("seed" if len(runs) == 1 else "seeds", seeds or "–"),
         ("completions per prompt", str(per_step or "")),
         ("rows skipped", format_count(sum(skipped)) if sum(skipped) else ""),
@@ -224,7 +224,7 @@ def _table(runs: Sequence[Run]) -> list[HeadlineRow]:
         ("Tokens per second", "tokens_per_s", format_count),
     ]
     return [
-        HeadlineRow(title, [form(getattr(run.headline, figure)) for run in runs], _spread(runs, figure).told(form))
+        HeadlineRow(title, [form(getattr(run.headline, figure)) for run in runs], _spread(runs, figure).text(form))
         for title, figure, form in rows
         if _spread(runs, figure).values
     ]

@@ -42,11 +42,11 @@ def judge_seeing(headline: Headline) -> Verdict:
         return _no_gain(headline, change, falls)
     if shuffled is None or fall is None:
         rest = "; whether it looks at the pictures is open, since it was not evaluated with shuffled ones."
-        return Verdict("unknown", "Better answers, cause unknown", change.told + rest)
+        return Verdict("unknown", "Better answers, cause unknown", change.text + rest)
     if not falls:
         rest = f" and stays at {percent(shuffled)} with shuffled pictures: the gain does not come from the pictures."
-        return Verdict("no", "It learned to answer, not to see", change.told + rest)
-    told = f"{change.told} and falls to {percent(shuffled)} with shuffled pictures: "
+        return Verdict("no", "It learned to answer, not to see", change.text + rest)
+    told = f"{change.text} and falls to {percent(shuffled)} with shuffled pictures: "
     if fall >= 0.5 * change.rise:
         return Verdict("yes", "It learned to see", told + "the gain comes from looking.")
     return Verdict("partly", "It learned to see in part", told + "most of the gain survives without the picture.")
@@ -58,7 +58,7 @@ class _Change:
 
     rise: float
     noise: float
-    told: str
+    text: str
     from_guessing: bool
     """Measured from chance, since the untrained model answered nothing."""
 
@@ -93,8 +93,8 @@ def _not_known(when: str, answered_rate: float | None) -> Verdict:
 def _no_gain(headline: Headline, change: _Change, uses_pictures: bool) -> Verdict:
     """The answered accuracy did not rise; did the total?"""
     if change.rise < -change.noise and not change.from_guessing:
-        return Verdict("no", "It sees less than before", f"{change.told}: training made its answers worse.")
-    told = change.told + (", no better than guessing" if change.from_guessing else ", within noise")
+        return Verdict("no", "It sees less than before", f"{change.text}: training made its answers worse.")
+    told = change.text + (", no better than guessing" if change.from_guessing else ", within noise")
     before, after = headline.accuracy_before, headline.accuracy_after
     already = " It does use the pictures, but did so before training." if uses_pictures else ""
     noise = _noise(before or 0.0, None, after or 0.0, None, headline.num_questions)

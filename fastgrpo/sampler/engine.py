@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Sized
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,7 @@ from fastgrpo.sampler.runner import Ended, Limits, Runner
 from fastgrpo.sampler.scheduler import Scheduler
 from fastgrpo.sampler.sequence import PromptGroup
 from fastgrpo.sampler.weight_sync import sync_tower, sync_weights
-from fastgrpo.types import Completion, FinishReason, Prompt, SamplingParams
+from fastgrpo.types import Completion, FinishReason, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ class SamplerEngine:
             ValueError: a model that the decoder cannot compute.
         """
         if reason := unsupported(model):
-            raise ValueError(f"the sampler cannot run this model, {reason}: use ReferenceEngine.")
+            raise ValueError(f"the sampler cannot run this model, {reason}: use PlainEngine.")
         self.model = model
         self.tokenizer = tokenizer
         self.version = version
@@ -139,8 +138,8 @@ class SamplerEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sized[Prompt], num_generations: int, params: SamplingParams, step: int
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+        self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
+    ) -> Iterator[Rollout]:
         """See `Engine.generate`; a group comes as soon as its last completion has ended.
 
         Raises:
@@ -206,9 +205,7 @@ class SamplerEngine:
         with span("rollout/decode"):
             runner.run(min(self.options.steps_per_check or default, runner.limits.max_new_tokens))
 
-    def _finish(
-        self, scheduler: Scheduler, runner: Runner, progress: "ProgressMeter"
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+    def _finish(self, scheduler: Scheduler, runner: Runner, progress: "ProgressMeter") -> Iterator[Rollout]:
         """Takes out the sequences that have ended; yields the groups that are complete."""
         with span("rollout/check"):
             ended = [*self._take_aborted(scheduler, runner), *runner.ended()]
@@ -232,7 +229,7 @@ class SamplerEngine:
                 complete.append(group)
         progress.report()
         for group in complete:
-            yield group.prompt, tuple(group.completions[i] for i in range(len(group.sequences)))
+            yield Rollout(group.prompt, tuple(group.completions[i] for i in range(len(group.sequences))))
 
     def _take_aborted(self, scheduler: Scheduler, runner: Runner) -> list[Ended]:
         """Stops the rows of aborted prompts; returns those of their sequences that have none yet."""
@@ -246,7 +243,7 @@ class SamplerEngine:
             return "stop"
         return "length" if len(tokens) == max_new_tokens else "abort"
 
-    def _runner_for(self, groups: Sized[PromptGroup], params: SamplingParams) -> Runner:
+    def _runner_for(self, groups: list[PromptGroup], params: SamplingParams) -> Runner:
         """The runner of the last call where its buffers and settings serve, otherwise a new one."""
         sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty)
         needed = self._limits(groups, params.max_new_tokens)
@@ -266,7 +263,7 @@ class SamplerEngine:
         )
         return self.runner
 
-    def _limits(self, groups: Sized[PromptGroup], max_new_tokens: int) -> Limits:
+    def _limits(self, groups: list[PromptGroup], max_new_tokens: int) -> Limits:
         size = self.options.page_size
         rows = min(self.options.max_rows, sum(len(group.sequences) for group in groups))
         # To the next power of two, so that the next call's prompts, a little longer, find room as well.

@@ -5,7 +5,6 @@ in a graph and replayed many times between two looks of the host. Elsewhere the 
 """
 
 from collections import Counter
-from collections.abc import Sequence as Sized
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -135,8 +134,8 @@ class Runner:
         page_size: int,
         params: SampleParams,
         *,
-        eos_ids: Sized[int],
-        suppressed: Sized[int],
+        eos_ids: list[int],
+        suppressed: list[int],
         cuda_graphs: bool,
     ) -> None:
         device = decoder.device
@@ -226,7 +225,7 @@ class Runner:
             return 8 * running <= 7 * len(self.rows)
         return self.bucket(running) < self.bucket(len(self.rows))
 
-    def arrange(self, running: Sized[Sequence]) -> None:
+    def arrange(self, running: list[Sequence]) -> None:
         """Gives the sequences rows in their order, those of a prompt side by side; new ones must come last.
 
         New sequences draw their first token from their group's `first_logits`.
@@ -243,7 +242,7 @@ class Runner:
         if len(old) < len(running):
             self._draw_first(len(old))
 
-    def _write_tables(self, running: Sized[Sequence], previous: int) -> None:
+    def _write_tables(self, running: list[Sequence], previous: int) -> None:
         """What the host knows of each row; rows that were in use before and no more become idle."""
         count, groups = len(running), list(dict.fromkeys(sequence.group for sequence in running))
         state, place = self.state, {id(group): i for i, group in enumerate(groups)}

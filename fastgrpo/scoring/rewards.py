@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from fastgrpo.scoring.answers import answers_match, parse_answer
-from fastgrpo.types import Completion, Prompt
+from fastgrpo.types import Rollout
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
-Group = tuple[Prompt, tuple[Completion, ...]]
 
 _FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -136,7 +135,7 @@ def reward_name(function: RewardFunction) -> str:
 
 
 def score(
-    groups: Sequence[Group],
+    groups: Sequence[Rollout],
     reward_functions: Sequence[RewardFunction],
     trainer_state: Any = None,
     log_extra: Callable[..., None] | None = None,
@@ -171,7 +170,7 @@ def score(
     return torch.tensor(columns, dtype=torch.float32).view(len(columns), count).T.contiguous()
 
 
-def _arguments(groups: Sequence[Group]) -> dict[str, Any]:
+def _arguments(groups: Sequence[Rollout]) -> dict[str, Any]:
     """The keyword arguments of a reward function: one entry per completion in each."""
     pairs = [(prompt, completion) for prompt, completions in groups for completion in completions]
     names = {name: None for prompt, _ in groups for name in prompt.columns if name not in _RESERVED}

@@ -10,7 +10,7 @@ from fastgrpo_profiling.roofline import NOTHING, ModelShape, StepWork, Update, m
 from torch import nn
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.types import RolloutGroup, WeightedGroup
+from fastgrpo.types import ScoredRollout, TrainingGroup
 from fastgrpo.update.packing import contributes
 
 
@@ -40,11 +40,11 @@ class LiveFigures:
         if self.ceiling is None and self.shape is not None:
             self.ceiling = measure_flops(self.device, self.dtype, repeats=3)
 
-    def drew(self, groups: Sequence[RolloutGroup]) -> None:
+    def drew(self, groups: Sequence[ScoredRollout]) -> None:
         """The step under way began with this rollout."""
         self._drawn = work_of(groups)
 
-    def trains_on(self, groups: Sequence[WeightedGroup]) -> None:
+    def trains_on(self, groups: Sequence[TrainingGroup]) -> None:
         """The step under way updates the policy with these groups."""
         self._trained = trained_part(groups, self.beta)
 
@@ -60,7 +60,7 @@ class LiveFigures:
         return figures
 
 
-def work_of(groups: Sequence[RolloutGroup]) -> StepWork:
+def work_of(groups: Sequence[ScoredRollout]) -> StepWork:
     """What a rollout's lengths ask of a step."""
     return StepWork(
         prompts=[len(group.prompt.input_ids) for group in groups],
@@ -69,7 +69,7 @@ def work_of(groups: Sequence[RolloutGroup]) -> StepWork:
     )
 
 
-def trained_part(groups: Sequence[WeightedGroup], beta: float) -> StepWork:
+def trained_part(groups: Sequence[TrainingGroup], beta: float) -> StepWork:
     """What an update must be computed for: completions that can have a gradient (`packing.contributes`)."""
     kept = [[i for i in range(len(group.completions)) if contributes(group, i, beta)] for group in groups]
     chosen = [(group, indices) for group, indices in zip(groups, kept, strict=True) if indices]
@@ -80,7 +80,7 @@ def trained_part(groups: Sequence[WeightedGroup], beta: float) -> StepWork:
     )
 
 
-def _patches(group: RolloutGroup | WeightedGroup) -> list[int]:
+def _patches(group: ScoredRollout | TrainingGroup) -> list[int]:
     grid = group.prompt.image_grid_thw
     return [] if grid is None else [int(picture.prod()) for picture in grid]
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.scoring.advantages import ZERO_STD, Advantages
 from fastgrpo.scoring.reflection import is_reflective
-from fastgrpo.types import RolloutGroup
+from fastgrpo.types import ScoredRollout
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class RunLog:
 
 
 def completion_rows(
-    groups: Sequence[RolloutGroup],
+    groups: Sequence[ScoredRollout],
     reward_names: Sequence[str],
     advantages: Advantages,
     *,

@@ -1,4 +1,4 @@
-"""What users pass to the trainer, in its many forms, into what the trainer works with: model, engine and policy."""
+"""What users pass to the trainer, in its many forms, into what the trainer works with: model, engine and updater."""
 
 import copy
 import logging
@@ -17,14 +17,14 @@ from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.model.load import Processing, load_policy, load_processing
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.plain.engine import ReferenceEngine
-from fastgrpo.plain.updater import ReferencePolicy
+from fastgrpo.plain.engine import PlainEngine
+from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.sampler.decoder import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.training.deepspeed_settings import take_whole_steps
-from fastgrpo.types import Engine, Policy, RowError, SamplingParams
+from fastgrpo.types import Engine, RowError, SamplingParams, Updater
 from fastgrpo.update.objective import loss_params
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.update.updater import PackedUpdater
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def require_a_good_row(rows: RowDataset, builder: PromptBuilder) -> None:
 
 
 def build_vision_cache(model: Any, config: GRPOConfig) -> VisionCache | None:
-    """What engine and policy share where the vision tower is frozen; None for text models and where it is off."""
+    """What engine and updater share where the vision tower is frozen; None for text models and where it is off."""
     if config.engine != "fast" or config.vision_cache_bytes == 0 or unsupported(model) is not None:
         return None
     tower = vision_tower(model)
@@ -130,7 +130,7 @@ def build_engine(
     version: Callable[[], int],
     vision_cache: VisionCache | None = None,
 ) -> Engine:
-    """The paged sampler; HF `generate` for `engine="reference"`, and with a warning for models it does not know.
+    """The paged sampler; HF `generate` for `engine="plain"`, and with a warning for models it does not know.
 
     `version` tells the policy's version: the sampler refreshes its weights when that has changed.
     """
@@ -155,7 +155,7 @@ def build_engine(
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError("deepspeed: ZeRO stage 3 leaves no rank whole weights for transformers' generate. Use 2.")
-    return ReferenceEngine(
+    return PlainEngine(
         model,
         tokenizer,
         rank=accelerator.process_index,
@@ -164,14 +164,14 @@ def build_engine(
     )
 
 
-def build_policy(
+def build_updater(
     model: Any,
     reference_model: PreTrainedModel | None,
     config: GRPOConfig,
     accelerator: Accelerator,
     vision_cache: VisionCache | None = None,
-) -> Policy:
-    """The packed update; padded batches for `engine="reference"`, and with a warning for models it cannot pack."""
+) -> Updater:
+    """The packed update; padded batches for `engine="plain"`, and with a warning for models it cannot pack."""
     shared: dict[str, Any] = {
         "temperature": config.temperature,
         "reference_model": reference_model,
@@ -179,7 +179,7 @@ def build_policy(
     }
     if config.engine == "fast":
         try:
-            return PackedPolicy(
+            return PackedUpdater(
                 model,
                 loss_params(config),
                 token_budget=config.token_budget,
@@ -190,4 +190,4 @@ def build_policy(
             )
         except ValueError as error:
             logger.warning("The packed update cannot train this model: %s Padded batches are used, slower.", error)
-    return ReferencePolicy(model, loss_params(config), micro_batch_size=config.completions_per_micro_batch, **shared)
+    return PlainUpdater(model, loss_params(config), micro_batch_size=config.completions_per_micro_batch, **shared)

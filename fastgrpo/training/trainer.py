@@ -33,7 +33,7 @@ from fastgrpo.training.progress import ProgressDisplay, StepTrace
 from fastgrpo.training.run_log import RunLog, completion_rows
 from fastgrpo.training.setup import (
     build_engine,
-    build_policy,
+    build_updater,
     build_vision_cache,
     one_step_per_batch,
     require_a_good_row,
@@ -44,7 +44,7 @@ from fastgrpo.training.setup import (
 )
 from fastgrpo.training.timed_steps import TimedSteps
 from fastgrpo.training.whole_checkpoints import WholeCheckpoints
-from fastgrpo.types import Completion, Prompt, PromptBatch, RolloutGroup, UpdateResult, WeightedGroup
+from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup, UpdateResult
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.update.plan import plan_updates, token_masks
 
@@ -129,18 +129,18 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             if self.config.sync_ref_model:
                 self.add_callback(ReferenceSync(self.reference_model, self.config))
         self.vision_cache = build_vision_cache(self.model, self.config)
-        self.policy = build_policy(self.model, self.reference_model, self.config, self.accelerator, self.vision_cache)
+        self.updater = build_updater(self.model, self.reference_model, self.config, self.accelerator, self.vision_cache)
         self.engine = build_engine(
             self.model,
             self.processing.tokenizer,
             self.config,
             self.accelerator,
-            version=lambda: self.policy.version,
+            version=lambda: self.updater.version,
             vision_cache=self.vision_cache,
         )
         self.live_figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
-        self.updates: list[list[WeightedGroup]] = []
+        self.updates: list[list[TrainingGroup]] = []
         """The optimizer steps still to take on the last rollout."""
         self.skipped_rows = 0
         self._named_rows: set[int] = set()
@@ -157,7 +157,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
 
     def training_step(self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Any = None) -> Tensor:
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
-        self.policy.model = model
+        self.updater.model = model
         model.train()  # checkpointing and dropout ask for it; a loaded model starts in eval mode
         if not self.updates:
             groups = self.score(self.generate(inputs))
@@ -168,12 +168,12 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             with span("log"):
                 self.note_rollout(inputs, groups, advantages)
         self.live_figures.trains_on(self.updates[0])
-        result = self.policy.accumulate(self.updates.pop(0))
+        result = self.updater.accumulate(self.updates.pop(0))
         with span("update/metrics"):
             self.note_update(result)
         return result.loss * self.accelerator.num_processes  # transformers logs the mean over ranks
 
-    def generate(self, batch: PromptBatch) -> list[tuple[Prompt, tuple[Completion, ...]]]:
+    def generate(self, batch: PromptBatch) -> list[Rollout]:
         """G completions for each prompt, in the batch's order."""
         with span("rollout"):
             size, params = self.config.num_generations, sampling_params(self.config)
@@ -181,7 +181,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             order = {prompt.row_id: i for i, prompt in enumerate(batch.prompts)}
             return sorted(groups, key=lambda group: order[group[0].row_id])
 
-    def score(self, groups: Sequence[tuple[Prompt, tuple[Completion, ...]]]) -> list[RolloutGroup]:
+    def score(self, groups: Sequence[Rollout]) -> list[ScoredRollout]:
         """What every reward function says of every completion."""
         with span("reward"):
             rewards = score(
@@ -192,9 +192,9 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
                 log_metric=self._log_reward_metric,
             )
         per_group = rewards.split(self.config.num_generations)
-        return [RolloutGroup(*group, columns) for group, columns in zip(groups, per_group, strict=False)]
+        return [ScoredRollout(*group, columns) for group, columns in zip(groups, per_group, strict=False)]
 
-    def advantages(self, groups: Sequence[RolloutGroup]) -> Advantages:
+    def advantages(self, groups: Sequence[ScoredRollout]) -> Advantages:
         """Group-relative advantages."""
         rewards = torch.cat([torch.zeros(0, len(self.reward_functions)), *(group.rewards for group in groups)])
         size, scale, batch_std = self.config.num_generations, self.config.scale_rewards, None
@@ -203,7 +203,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             batch_std = nan_std(torch.tensor(gather_object(mine.tolist()), dtype=torch.float64))
         return group_advantages(rewards, size, self.reward_weights, scale, batch_std=batch_std)
 
-    def plan_updates(self, groups: Sequence[RolloutGroup], advantages: Advantages) -> list[list[WeightedGroup]]:
+    def plan_updates(self, groups: Sequence[ScoredRollout], advantages: Advantages) -> list[list[TrainingGroup]]:
         """The optimizer steps to take on a rollout."""
         masks = token_masks(groups, self.config)
         tokens = sum(int(mask.sum()) for mask in masks)
@@ -221,14 +221,14 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         if self.config.updates_per_rollout > 1:
             with span("update/old_logprobs"):
                 steps = [
-                    [replace(g, old_logprobs=old) for g, old in zip(step, self.policy.logprobs(step), strict=True)]
+                    [replace(g, old_logprobs=old) for g, old in zip(step, self.updater.logprobs(step), strict=True)]
                     for step in steps
                 ]
         return steps * self.config.num_iterations
 
     # What is written down
 
-    def note_rollout(self, batch: PromptBatch, groups: Sequence[RolloutGroup], advantages: Advantages) -> None:
+    def note_rollout(self, batch: PromptBatch, groups: Sequence[ScoredRollout], advantages: Advantages) -> None:
         """Metrics and the completions log of a fresh rollout, all ranks together."""
         names = [reward_name(function) for function in self.reward_functions]
         rows = completion_rows(
@@ -265,7 +265,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
         if "loss" in self.step_metrics:
-            self.policy.version += 1
+            self.updater.version += 1
             spans, seconds = self.end_step()
             metrics = {
                 "epoch": self.state.epoch,
@@ -306,7 +306,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         checkpoint = find_checkpoint(resume, Path(self.config.output_dir))
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
-        self.policy.version += 1  # the checkpoint's weights are not those the engine knows
+        self.updater.version += 1  # the checkpoint's weights are not those the engine knows
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)
         self.window = defaultdict(list, state.get("window", {}))
@@ -324,7 +324,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.policy.version += 1
+        self.updater.version += 1
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run
@@ -392,7 +392,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             prompts = collate([rows[i] for i in chunk]).prompts
             drawn = list(self.engine.generate(prompts, group_size, sampling_params(self.config), step=start))
             rewards = score(drawn, self.reward_functions, trainer_state=self.state)
-            groups = [RolloutGroup(*g, r) for g, r in zip(drawn, rewards.split(group_size), strict=False)]
+            groups = [ScoredRollout(*g, r) for g, r in zip(drawn, rewards.split(group_size), strict=False)]
             advantages = group_advantages(rewards, group_size, self.reward_weights, "none")
             records += completion_rows(groups, names, advantages, thumbnails=False)
         figures = rollout_metrics(gather_object(records), names)

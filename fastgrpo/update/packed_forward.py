@@ -35,7 +35,7 @@ def require_packed_support(model: Any) -> None:
                 f"{type(model).__name__} has config.{name}={getattr(config, name)}: its head is not linear."
             )
     if is_multimodal(model):
-        company_prompt(model)
+        dummy_image_prompt(model)
 
 
 def packed_logprobs(
@@ -103,7 +103,7 @@ def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) ->
     return cache.serving(vision_tower(unwrap(model)), batch.image_digests)
 
 
-def company_prompt(model: Any) -> Prompt:
+def dummy_image_prompt(model: Any) -> Prompt:
     """The smallest prompt with a picture, one black patch group: it takes gradients through the vision tower.
 
     Raises:
@@ -117,5 +117,5 @@ def company_prompt(model: Any) -> Prompt:
         pixel_values=torch.zeros(merge**2, patch_dim),
         image_grid_thw=torch.tensor([[1, merge, merge]]),
         text="",
-        image_digests=(b"company",),
+        image_digests=(b"dummy image",),
     )

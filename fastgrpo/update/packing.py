@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgrpo.types import Prompt, WeightedGroup
+from fastgrpo.types import Prompt, TrainingGroup
 
 ONE_TOKEN = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
 """The least prompt there is, for a forward pass that nothing is read from."""
@@ -117,7 +117,7 @@ class _Piece(NamedTuple):
     tokens: int
 
 
-def contributes(group: WeightedGroup, index: int, beta: float) -> bool:
+def contributes(group: TrainingGroup, index: int, beta: float) -> bool:
     """Whether a completion can have a gradient: some token counts, and with beta 0 the advantage is not 0.
 
     Exact, for every surrogate: each is proportional to the advantage, and masked-out tokens are in no term at all.
@@ -128,11 +128,11 @@ def contributes(group: WeightedGroup, index: int, beta: float) -> bool:
 
 
 def pack(
-    groups: Sequence[WeightedGroup],
+    groups: Sequence[TrainingGroup],
     token_budget: int,
     *,
     skip_beta: float | None = None,
-    company: Prompt | None = None,
+    dummy_image: Prompt | None = None,
 ) -> list[PackedBatch]:
     """Groups to micro-batches of at most `token_budget` input tokens, first fit by decreasing size.
 
@@ -145,8 +145,8 @@ def pack(
         token_budget: input tokens of a micro-batch, prompts counted once.
         skip_beta: with the objective's beta, leaves out completions that cannot contribute to the gradient (see
             `contributes`) and prompts that keep none; None keeps all.
-        company: a prompt that joins every micro-batch without pictures, and that nothing reads: where ranks wait for
-            each other's gradients, all of them must run the vision tower.
+        dummy_image: a prompt that joins every micro-batch without pictures, and that nothing reads: where ranks wait
+            for each other's gradients, all of them must run the vision tower.
 
     Raises:
         ValueError: `token_budget` is not positive.
@@ -167,13 +167,13 @@ def pack(
             room.append(token_budget)
         bins[fit].append(piece)
         room[fit] -= piece.tokens
-    return [_collate(groups, sorted(chosen), company) for chosen in bins]
+    return [_collate(groups, sorted(chosen), dummy_image) for chosen in bins]
 
 
-def idle_batch(company: Prompt | None) -> PackedBatch:
+def idle_batch(dummy_image: Prompt | None) -> PackedBatch:
     """A micro-batch of weight zero, for a rank that has fewer of them than others."""
     one = torch.zeros(1)
-    batch = _collate([], [], company or ONE_TOKEN)
+    batch = _collate([], [], dummy_image or ONE_TOKEN)
     token = torch.zeros(1, dtype=torch.int64)
     return replace(
         batch,
@@ -187,7 +187,7 @@ def idle_batch(company: Prompt | None) -> PackedBatch:
     )
 
 
-def _pieces(group: WeightedGroup, g: int, kept: Sequence[int], token_budget: int) -> list[_Piece]:
+def _pieces(group: TrainingGroup, g: int, kept: Sequence[int], token_budget: int) -> list[_Piece]:
     prompt = len(group.prompt.input_ids)
     pieces: list[_Piece] = []
     chosen: list[int] = []
@@ -202,10 +202,10 @@ def _pieces(group: WeightedGroup, g: int, kept: Sequence[int], token_budget: int
     return [*pieces, _Piece(g, tuple(chosen), tokens)] if chosen else pieces
 
 
-def _collate(groups: Sequence[WeightedGroup], pieces: Sequence[_Piece], company: Prompt | None) -> PackedBatch:
+def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_image: Prompt | None) -> PackedBatch:
     prompts = [groups[piece.group].prompt for piece in pieces]
-    if company is not None and all(prompt.pixel_values is None for prompt in prompts):
-        prompts.append(company)
+    if dummy_image is not None and all(prompt.pixel_values is None for prompt in prompts):
+        prompts.append(dummy_image)
     owners = tuple((piece.group, i) for piece in pieces for i in piece.completions)
     prompt_lengths = [len(prompt.input_ids) for prompt in prompts]
     prompt_ends = list(accumulate(prompt_lengths))

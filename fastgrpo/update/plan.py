@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.types import Completion, RolloutGroup, WeightedGroup
+from fastgrpo.types import Completion, ScoredRollout, TrainingGroup
 from fastgrpo.update.objective import sequence_weights
 
 
-def token_masks(groups: Sequence[RolloutGroup], config: GRPOConfig) -> list[Tensor]:
+def token_masks(groups: Sequence[ScoredRollout], config: GRPOConfig) -> list[Tensor]:
     """Per completion, [C] bool: the tokens that count. The end token does; truncated completions may not."""
 
     def mask(completion: Completion) -> Tensor:
@@ -21,7 +21,7 @@ def token_masks(groups: Sequence[RolloutGroup], config: GRPOConfig) -> list[Tens
 
 
 def plan_updates(
-    groups: Sequence[RolloutGroup],
+    groups: Sequence[ScoredRollout],
     advantages: Tensor,
     masks: Sequence[Tensor],
     config: GRPOConfig,
@@ -29,7 +29,7 @@ def plan_updates(
     total_sequences: float,
     total_tokens: float,
     world_size: int,
-) -> list[list[WeightedGroup]]:
+) -> list[list[TrainingGroup]]:
     """One list of groups per optimizer step of one pass over the rollout (`config.slices_per_rollout` of them).
 
     Args:
@@ -56,7 +56,7 @@ def plan_updates(
         per_token = [torch.full((len(mask),), weight) for mask, weight in zip(step_masks, weights, strict=True)]
         steps.append(
             [
-                WeightedGroup(
+                TrainingGroup(
                     groups[g].prompt,
                     groups[g].completions,
                     advantages[g * size : (g + 1) * size],

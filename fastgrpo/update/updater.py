@@ -1,6 +1,6 @@
 """The policy's update on packed groups: shared prompts once, no padding, one process or many.
 
-`PackedPolicy` means what `fastgrpo.plain.engine.ReferencePolicy` means and takes the same gradients, faster.
+`PackedUpdater` means what `fastgrpo.plain.engine.PlainUpdater` means and takes the same gradients, faster.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,16 @@ from fastgrpo.model.families import is_multimodal, unwrap
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.types import SamplingMismatch, UpdateResult, WeightedGroup
+from fastgrpo.types import SamplingMismatch, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference, update_result
-from fastgrpo.update.packed_forward import company_prompt, packed_logprobs, require_packed_support
+from fastgrpo.update.packed_forward import dummy_image_prompt, packed_logprobs, require_packed_support
 from fastgrpo.update.packing import PackedBatch, idle_batch, pack
 from fastgrpo.update.shared_prefix import shared_prefix_layers
 from fastgrpo.update.sums import sampling_mismatch
 
 
-class PackedPolicy:
-    """`Policy` on a transformers model: micro-batches packed to `token_budget` input tokens.
+class PackedUpdater:
+    """`Updater` on a transformers model: micro-batches packed to `token_budget` input tokens.
 
     With beta 0 completions that cannot have a gradient (advantage 0) take no part, and so are in no metric of the
     update: entropy, clip ratios and the sampling mismatch are then means over the tokens trained on. Completions
@@ -58,7 +58,7 @@ class PackedPolicy:
 
         Raises:
             ValueError: a model family whose attention or head cannot be replaced; the message says what it is. Train
-                it with `ReferencePolicy`.
+                it with `PlainUpdater`.
         """
         require_packed_support(unwrap(model))
         self.model = model
@@ -73,11 +73,11 @@ class PackedPolicy:
         self.vision_cache = vision_cache
         self.version = 0
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
-        self._company = company_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
+        self._dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
     @torch.no_grad()
-    def logprobs(self, groups: Sequence[WeightedGroup]) -> list[tuple[Tensor, ...]]:
-        """See `Policy.logprobs`."""
+    def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
+        """See `Updater.logprobs`."""
         batches = self._micro_batches(groups, skip_beta=None)
         found: list[dict[int, Tensor]] = [{} for _ in groups]
         with self._fast_layers():
@@ -88,8 +88,8 @@ class PackedPolicy:
                     found[group][index] = piece
         return [tuple(pieces[i] for i in range(len(pieces))) for pieces in found]
 
-    def accumulate(self, groups: Sequence[WeightedGroup]) -> UpdateResult:
-        """See `Policy.accumulate`. With several processes, all of them must call it, with groups or without.
+    def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
+        """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without.
 
         One number is agreed on between processes beforehand, that of micro-batches; no other value is read here (but
         transformers' vision tower reads its grids).
@@ -125,12 +125,12 @@ class PackedPolicy:
             self.accumulation.backward(self.model, output.loss)
         return output, sampling_mismatch(logprobs, batch.sampling_logprobs, batch.mask)
 
-    def _micro_batches(self, groups: Sequence[WeightedGroup], skip_beta: float | None) -> list[PackedBatch]:
+    def _micro_batches(self, groups: Sequence[TrainingGroup], skip_beta: float | None) -> list[PackedBatch]:
         """The same number on every rank: a collective inside a micro-batch waits for all of them."""
         with span("update/pack"):
-            batches = pack(groups, self.token_budget, skip_beta=skip_beta, company=self._company)
+            batches = pack(groups, self.token_budget, skip_beta=skip_beta, dummy_image=self._dummy_image)
             missing = self.accumulation.most(len(batches), self._device) - len(batches)
-            return batches + [idle_batch(self._company)] * missing
+            return batches + [idle_batch(self._dummy_image)] * missing
 
     def _forward(self, model: Any, batch: PackedBatch, *, entropy: bool) -> LogprobOutput:
         return packed_logprobs(

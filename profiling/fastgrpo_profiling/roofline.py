@@ -26,7 +26,7 @@ class Ceilings:
     dtype: str
 
     @property
-    def told(self) -> str:
+    def text(self) -> str:
         """In words."""
         giga = self.flops_per_s / 1e9
         flops = f"{giga / 1e3:,.0f} TFLOP/s" if giga > 1e4 else f"{giga:,.0f} GFLOP/s"

@@ -43,7 +43,7 @@ def test_a_ratio_may_fall_by_the_tolerance(ratio, baseline, passed, told):
     (verdict,) = gate.verdicts(
         {} if ratio is None else {"update": ratio}, {} if baseline is None else {"update": baseline}, tolerance=1.5
     )
-    assert (verdict.passed, verdict.told) == (passed, told)
+    assert (verdict.passed, verdict.text) == (passed, told)
 
 
 @pytest.mark.parametrize(("committed", "code"), [(4.5, 0), (6.5, 1)])

@@ -210,3 +210,8 @@ def test_without_a_gpu_a_run_is_on_the_cpu(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     config = GRPOConfig(output_dir=str(tmp_path), report_to="none", bf16=True)
     assert (config.use_cpu, config.bf16, config.device.type) == (True, True, "cpu")
+
+
+def test_the_plain_engine_is_still_found_under_its_old_name(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert make(engine="reference").engine == "plain"
+    assert warnings_of(caplog) == ["engine=reference is called plain now; plain is used."]

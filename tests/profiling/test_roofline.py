@@ -171,5 +171,5 @@ def test_ceilings_are_measured():
     found = measure_ceilings("cpu", torch.float32, repeats=1)
     assert found.flops_per_s > 0
     assert found.bytes_per_s > 0
-    assert Ceilings(7.9e14, 4.3e12, "bfloat16").told == "790 TFLOP/s (bfloat16), 4,300.0 GB/s"
-    assert Ceilings(3.2e10, 1.26e10, "float32").told == "32 GFLOP/s (float32), 12.6 GB/s"
+    assert Ceilings(7.9e14, 4.3e12, "bfloat16").text == "790 TFLOP/s (bfloat16), 4,300.0 GB/s"
+    assert Ceilings(3.2e10, 1.26e10, "float32").text == "32 GFLOP/s (float32), 12.6 GB/s"

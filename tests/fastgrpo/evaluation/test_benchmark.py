@@ -14,7 +14,7 @@ from fastgrpo.data.loading import RowDataset, load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
 from fastgrpo.evaluation import Evaluation, evaluate, write_evaluation
-from fastgrpo.types import Completion, Prompt, RowError, SamplingParams
+from fastgrpo.types import Completion, Prompt, Rollout, RowError, SamplingParams
 
 Script = Callable[[Prompt, int], str]
 """What is said to a prompt, as the completion of some index."""
@@ -47,7 +47,7 @@ class Engine:
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+    ) -> Iterator[Rollout]:
         for prompt in reversed(prompts):  # in any order
             self.asked.append((prompt, num_generations, params))
             texts = [self.script(prompt, i) for i in range(num_generations)]

@@ -24,8 +24,8 @@ from fastgrpo.model.families import (
     text_model,
     unwrap,
 )
-from fastgrpo.plain.updater import ReferencePolicy
-from fastgrpo.types import Completion, Prompt, WeightedGroup
+from fastgrpo.plain.updater import PlainUpdater
+from fastgrpo.types import Completion, Prompt, TrainingGroup
 
 IMAGE, VIDEO = 60, 61
 TEXT = {
@@ -97,8 +97,8 @@ def test_text_rows(name: str) -> None:
     ids, tokens = torch.tensor([1, 2, 3]), torch.tensor([4, 5])
     prompt = Prompt(0, ids, torch.arange(3).expand(3, -1), None, None, "")
     completion = Completion(0, 0, tokens, "", "stop", torch.zeros(2), torch.zeros(2))
-    group = WeightedGroup(prompt, (completion,), torch.ones(1), (torch.ones(2),), (torch.ones(2).bool(),))
-    ((found,),) = ReferencePolicy(model, LossParams(), micro_batch_size=1).logprobs([group])
+    group = TrainingGroup(prompt, (completion,), torch.ones(1), (torch.ones(2),), (torch.ones(2).bool(),))
+    ((found,),) = PlainUpdater(model, LossParams(), micro_batch_size=1).logprobs([group])
     torch.testing.assert_close(found, own_logprobs(model, ids, tokens), atol=1e-5, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from fastgrpo.model.load import Processing
-from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.types import Prompt, SamplingParams
 
 GREEDY = SamplingParams(max_new_tokens=7, temperature=0.0)
@@ -27,7 +27,7 @@ def generate(engine: Any, prompts: list[Prompt], params: SamplingParams, group: 
 def test_greedy_equals_plain_generate(
     vlm: Any, processing: Processing, prompts: dict[str, Prompt], names: list[str]
 ) -> None:
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     groups = generate(engine, [prompts[name] for name in names], GREEDY, group=2)
     assert [prompt.row_id for prompt, _ in groups] == [prompts[name].row_id for name in names]
     for prompt, completions in groups:
@@ -82,7 +82,7 @@ def warped(logits: Tensor, seen: Tensor, suppressed: list[int], params: Sampling
 def test_logprobs_equal_a_full_forward_pass(
     vlm: Any, processing: Processing, prompts: dict[str, Prompt], params: SamplingParams
 ) -> None:
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     for prompt, completions in generate(engine, list(prompts.values()), params, group=3):
         for completion in completions:
             with torch.no_grad():
@@ -98,7 +98,7 @@ def test_logprobs_equal_a_full_forward_pass(
 
 def test_padding_is_no_repetition(vlm: Any, processing: Processing, prompts: dict[str, Prompt]) -> None:
     params = SamplingParams(4, temperature=0.0, repetition_penalty=3.0)
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     short = min(prompts.values(), key=lambda prompt: len(prompt.input_ids))
     alone = generate(engine, [short], params)
     engine.pad_id = all_tokens(alone)[0][0]
@@ -108,7 +108,7 @@ def test_padding_is_no_repetition(vlm: Any, processing: Processing, prompts: dic
 
 
 def test_suppressed_tokens_are_never_drawn(vlm: Any, processing: Processing, prompts: dict[str, Prompt]) -> None:
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     assert engine.suppressed == [vlm.config.image_token_id, vlm.config.video_token_id]
     tokens = {t for _, group in generate(engine, [*prompts.values()], GREEDY) for t in group[0].token_ids.tolist()}
     engine.suppressed = sorted(tokens)  # the likeliest ones, of all
@@ -124,7 +124,7 @@ def test_suppressed_tokens_are_never_drawn(vlm: Any, processing: Processing, pro
 def test_the_end_token_ends_and_belongs_to_a_completion(
     vlm: Any, processing: Processing, prompts: dict[str, Prompt]
 ) -> None:
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     prompt = prompts["one image"]
     ((_, (long,)),) = generate(engine, [prompt], GREEDY)
     assert (long.finish_reason, len(long.token_ids)) == ("length", 7)
@@ -150,7 +150,7 @@ def test_completions_are_a_function_of_seed_and_step(
     vlm: Any, processing: Processing, prompts: dict[str, Prompt]
 ) -> None:
     chosen, params = list(prompts.values()), SamplingParams(6, seed=4)
-    engine = ReferenceEngine(vlm, processing.tokenizer, max_batch=4)  # two groups a call
+    engine = PlainEngine(vlm, processing.tokenizer, max_batch=4)  # two groups a call
     torch.manual_seed(1)
     first = generate(engine, chosen, params, group=2, step=7)
     torch.manual_seed(2)
@@ -162,7 +162,7 @@ def test_completions_are_a_function_of_seed_and_step(
     others = [
         generate(engine, chosen, params, group=2, step=8),
         generate(engine, chosen, replace(params, seed=5), group=2, step=7),
-        generate(ReferenceEngine(vlm, processing.tokenizer, rank=1, max_batch=4), chosen, params, group=2, step=7),
+        generate(PlainEngine(vlm, processing.tokenizer, rank=1, max_batch=4), chosen, params, group=2, step=7),
     ]
     for other in others:
         assert all_tokens(other) != all_tokens(first)
@@ -175,7 +175,7 @@ def test_generation_leaves_no_trace(
     vlm: Any, processing: Processing, prompts: dict[str, Prompt], training: bool
 ) -> None:
     vlm.train(training)
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     own, state = vlm.generation_config, torch.get_rng_state()
     stream = engine.generate(list(prompts.values()), 2, SamplingParams(3), 0)
     next(stream)
@@ -199,28 +199,26 @@ def test_the_models_own_generation_settings_have_no_effect(
     vlm: Any, processing: Processing, prompts: dict[str, Prompt], params: SamplingParams, wrapped: bool
 ) -> None:
     chosen = list(prompts.values())
-    plain = generate(ReferenceEngine(vlm, processing.tokenizer), chosen, params, group=2)
+    plain = generate(PlainEngine(vlm, processing.tokenizer), chosen, params, group=2)
     for name, value in HOSTILE.items():
         setattr(vlm.generation_config, name, value)
     model = get_peft_model(vlm, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")) if wrapped else vlm
-    assert all_tokens(generate(ReferenceEngine(model, processing.tokenizer), chosen, params, group=2)) == all_tokens(
-        plain
-    )
+    assert all_tokens(generate(PlainEngine(model, processing.tokenizer), chosen, params, group=2)) == all_tokens(plain)
 
 
 def test_a_text_batch_after_pictures_is_as_before(vlm: Any, processing: Processing, prompts: dict[str, Prompt]) -> None:
-    engine = ReferenceEngine(vlm, processing.tokenizer)
+    engine = PlainEngine(vlm, processing.tokenizer)
     before = generate(engine, [prompts["no image"]], GREEDY)
     generate(engine, [prompts["one image"], prompts["two images"]], GREEDY)
     assert all_tokens(generate(engine, [prompts["no image"]], GREEDY)) == all_tokens(before)
 
 
 def test_no_prompts_give_no_groups(vlm: Any, processing: Processing) -> None:
-    assert generate(ReferenceEngine(vlm, processing.tokenizer), [], GREEDY, group=2) == []
+    assert generate(PlainEngine(vlm, processing.tokenizer), [], GREEDY, group=2) == []
 
 
 def test_text_models(text_model: Any, text_prompts: list[Prompt], processing: Processing) -> None:
-    engine = ReferenceEngine(text_model, processing.tokenizer)
+    engine = PlainEngine(text_model, processing.tokenizer)
     assert engine.suppressed == []
     for prompt, (completion,) in generate(engine, text_prompts, GREEDY):
         plain = text_model.generate(

@@ -10,8 +10,8 @@ from plain_forward import hf_logits
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.plain.updater import ReferencePolicy, sequence_positions
-from fastgrpo.types import Completion, Prompt, RolloutGroup, WeightedGroup
+from fastgrpo.plain.updater import PlainUpdater, sequence_positions
+from fastgrpo.types import Completion, Prompt, ScoredRollout, TrainingGroup
 from fastgrpo.update.objective import loss_params
 from fastgrpo.update.plan import plan_updates
 
@@ -55,7 +55,7 @@ MASKED_OUT = (1, 0)
 """Group and index of the completion that does not count."""
 
 
-def make_groups(model: Any, prompts: list[Prompt], config: GRPOConfig, old_noise: float = 0.2) -> list[WeightedGroup]:
+def make_groups(model: Any, prompts: list[Prompt], config: GRPOConfig, old_noise: float = 0.2) -> list[TrainingGroup]:
     """Groups of two ragged completions with random tokens, advantages and π_old, one completion masked out."""
     draw = torch.Generator().manual_seed(11)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -70,7 +70,7 @@ def make_groups(model: Any, prompts: list[Prompt], config: GRPOConfig, old_noise
             completions.append(Completion(prompt.row_id, index, token_ids, "", "stop", logprobs, logprobs - 0.5))
             masks.append(torch.full((length,), (g, index) != MASKED_OUT))
             old.append(logprobs + old_noise * torch.randn(length, generator=draw))
-        rollout.append(RolloutGroup(prompt, tuple(completions), torch.zeros(2, 1)))
+        rollout.append(ScoredRollout(prompt, tuple(completions), torch.zeros(2, 1)))
     (step,) = plan_updates(
         rollout,
         torch.randn(6, generator=draw),
@@ -83,7 +83,7 @@ def make_groups(model: Any, prompts: list[Prompt], config: GRPOConfig, old_noise
     return [replace(group, old_logprobs=tuple(old[2 * g : 2 * g + 2])) for g, group in enumerate(step)]
 
 
-def expected_loss(model: Any, reference: Any, groups: list[WeightedGroup], config: GRPOConfig) -> Tensor:
+def expected_loss(model: Any, reference: Any, groups: list[TrainingGroup], config: GRPOConfig) -> Tensor:
     """The objective in float64 from one plain forward pass per completion, aggregation written out by name."""
     sums, means, counts = [], [], []
     for group in groups:
@@ -141,8 +141,8 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
         assert (ours[name] - gradient).abs().max().item() <= tolerance * own_scale, name
 
 
-def policy_of(model: Any, config: GRPOConfig, reference: Any = None, micro_batch_size: int = 2) -> ReferencePolicy:
-    return ReferencePolicy(
+def updater_of(model: Any, config: GRPOConfig, reference: Any = None, micro_batch_size: int = 2) -> PlainUpdater:
+    return PlainUpdater(
         model,
         loss_params(config),
         micro_batch_size=micro_batch_size,
@@ -167,7 +167,7 @@ def test_loss_and_gradients_equal_the_formula(
     config = settings(loss_type=loss_type, beta=beta, importance_sampling_level=level, delta=delta)
     reference = moved(vlm)
     groups = make_groups(vlm, list(prompts.values()), config)
-    result = policy_of(vlm, config, reference).accumulate(groups)
+    result = updater_of(vlm, config, reference).accumulate(groups)
     ours = gradients(vlm)
     expected = expected_loss(vlm, reference, groups, config)
     expected.backward()
@@ -180,7 +180,7 @@ def test_loss_and_gradients_equal_the_formula(
 def test_metrics_of_an_update(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config, reference = settings(beta=0.04, use_bias_correction_kl=False), moved(vlm)
     groups = make_groups(vlm, list(prompts.values()), config)
-    result = policy_of(vlm, config, reference, micro_batch_size=4).accumulate(groups)
+    result = updater_of(vlm, config, reference, micro_batch_size=4).accumulate(groups)
     entropy, kl, count, ratios = 0.0, 0.0, 0, []
     for group in groups:
         for completion, mask, old in zip(group.completions, group.masks, group.old_logprobs or (), strict=True):
@@ -212,10 +212,10 @@ def test_metrics_of_an_update(vlm: Any, prompts: dict[str, Prompt]) -> None:
 def test_without_old_logprobs_the_ratio_is_one(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config = settings(loss_type="grpo")
     groups = make_groups(vlm, list(prompts.values()), config, old_noise=0.0)
-    policy = policy_of(vlm, config)
-    policy.accumulate(groups)
+    updater = updater_of(vlm, config)
+    updater.accumulate(groups)
     stated = gradients(vlm)
-    result = policy.accumulate([replace(group, old_logprobs=None) for group in groups])
+    result = updater.accumulate([replace(group, old_logprobs=None) for group in groups])
     assert_same_gradients(gradients(vlm), stated)
     assert result.metrics.ratio_min.item() == result.metrics.ratio_max.item() == 1.0
 
@@ -226,7 +226,7 @@ def test_gradients_do_not_depend_on_the_micro_batch(vlm: Any, prompts: dict[str,
     groups = make_groups(vlm, list(prompts.values()), config)
     losses, found = [], []
     for size in (1, 4, 6):
-        result = policy_of(vlm, config, reference, micro_batch_size=size).accumulate(groups)
+        result = updater_of(vlm, config, reference, micro_batch_size=size).accumulate(groups)
         losses.append(result.loss.item())
         found.append(gradients(vlm))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
@@ -237,18 +237,18 @@ def test_gradients_do_not_depend_on_the_micro_batch(vlm: Any, prompts: dict[str,
 def test_gradients_add_up_over_calls(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config = settings(loss_type="dapo")
     groups = make_groups(vlm, list(prompts.values()), config)
-    policy = policy_of(vlm, config)
-    policy.accumulate(groups)
+    updater = updater_of(vlm, config)
+    updater.accumulate(groups)
     at_once = gradients(vlm)
     for group in groups:
-        policy.accumulate([group])
+        updater.accumulate([group])
     assert_same_gradients(gradients(vlm), at_once)
 
 
 def test_logprobs_are_the_policys(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config = settings()
     groups = make_groups(vlm, list(prompts.values()), config)
-    found = policy_of(vlm, config, micro_batch_size=4).logprobs(groups)
+    found = updater_of(vlm, config, micro_batch_size=4).logprobs(groups)
     for group, pieces in zip(groups, found, strict=True):
         for completion, logprobs in zip(group.completions, pieces, strict=True):
             assert torch.allclose(logprobs, completion.logprobs, atol=1e-5)
@@ -258,35 +258,35 @@ def test_logprobs_are_the_policys(vlm: Any, prompts: dict[str, Prompt]) -> None:
 def test_a_masked_completion_has_no_influence(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config, reference = settings(loss_type="grpo", beta=0.04), moved(vlm)
     groups = make_groups(vlm, list(prompts.values()), config)
-    policy = policy_of(vlm, config, reference)
-    policy.accumulate(groups)
+    updater = updater_of(vlm, config, reference)
+    updater.accumulate(groups)
     before = gradients(vlm)
     g, index = MASKED_OUT
     completions, old = list(groups[g].completions), list(groups[g].old_logprobs or ())
     completions[index] = replace(completions[index], token_ids=completions[index].token_ids.flip(0) + 1)
     old[index] = torch.full_like(old[index], math.nan)
     groups[g] = replace(groups[g], completions=tuple(completions), old_logprobs=tuple(old))
-    policy.accumulate(groups)
+    updater.accumulate(groups)
     assert_same_gradients(gradients(vlm), before)
 
 
 def test_no_groups_leave_no_gradients(vlm: Any) -> None:
-    policy = policy_of(vlm, settings(beta=0.04), reference=vlm)
-    result = policy.accumulate([])
+    updater = updater_of(vlm, settings(beta=0.04), reference=vlm)
+    result = updater.accumulate([])
     assert result.loss.item() == 0.0
     assert result.metrics.token_count.item() == result.mismatch.token_count.item() == 0
     assert gradients(vlm) == {}
-    assert policy.logprobs([]) == []
+    assert updater.logprobs([]) == []
 
 
 def test_gradient_checkpointing_changes_nothing(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config, reference = settings(loss_type="grpo", beta=0.04), moved(vlm)
     groups = make_groups(vlm, list(prompts.values()), config)
-    policy = policy_of(vlm.train(), config, reference)
-    policy.accumulate(groups)
+    updater = updater_of(vlm.train(), config, reference)
+    updater.accumulate(groups)
     plain = gradients(vlm)
     vlm.gradient_checkpointing_enable()
-    policy.accumulate(groups)
+    updater.accumulate(groups)
     assert vlm.is_gradient_checkpointing
     assert_same_gradients(gradients(vlm), plain)
 
@@ -294,7 +294,7 @@ def test_gradient_checkpointing_changes_nothing(vlm: Any, prompts: dict[str, Pro
 def test_text_models(text_model: Any, text_prompts: list[Prompt]) -> None:
     config, reference = settings(loss_type="grpo", beta=0.04), moved(text_model)
     groups = make_groups(text_model, text_prompts, config)
-    result = policy_of(text_model, config, reference, micro_batch_size=4).accumulate(groups)
+    result = updater_of(text_model, config, reference, micro_batch_size=4).accumulate(groups)
     ours = gradients(text_model)
     expected = expected_loss(text_model, reference, groups, config)
     expected.backward()
@@ -306,11 +306,11 @@ def test_the_reference_of_adapters_is_the_model_without_them(vlm: Any, prompts: 
     config, base = settings(loss_type="grpo", beta=0.5), copy.deepcopy(vlm)
     model = get_peft_model(vlm, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     groups = make_groups(model, list(prompts.values()), config)
-    adapters_off = policy_of(model, config).accumulate(groups)
+    adapters_off = updater_of(model, config).accumulate(groups)
     ours = gradients(model)
     assert ours
     assert all("lora_" in name for name in ours)
-    separate = policy_of(model, config, base).accumulate(groups)
+    separate = updater_of(model, config, base).accumulate(groups)
     assert adapters_off.metrics.kl_sum.item() > 0.01
     assert adapters_off.loss.item() == pytest.approx(separate.loss.item(), rel=1e-6)
     assert_same_gradients(ours, gradients(model))

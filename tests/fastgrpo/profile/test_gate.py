@@ -6,7 +6,7 @@ import torch
 from fastgrpo.cli.arguments import parse
 from fastgrpo.profile import gate
 from fastgrpo.profile.sides import OURS, PAPER, PLAIN, build_trainer
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.update.updater import PackedUpdater
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_sides_that_do_the_same_pass(build, side, beta):
     assert len(found.figures) == 4
 
 
-class FlippedPolicy(PackedPolicy):
+class FlippedUpdater(PackedUpdater):
     """A log-prob with the wrong sign."""
 
     def _forward(self, model, batch, *, entropy):
@@ -54,8 +54,8 @@ class FlippedPolicy(PackedPolicy):
 
 def test_a_flipped_sign_is_refused_a_timing(build):
     ours, theirs = build(OURS), build(PLAIN)
-    right = ours.policy
-    ours.policy = FlippedPolicy(
+    right = ours.updater
+    ours.updater = FlippedUpdater(
         right.model, right.loss_params, token_budget=right.token_budget, accelerator=right.accumulation.accelerator
     )
     found = gate.compare(ours, theirs, gate.FP32)

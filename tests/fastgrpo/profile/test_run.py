@@ -199,11 +199,11 @@ def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
     generate = trainer.engine._generate
     trainer.engine._generate = lambda prompts, params: calls.append(len(prompts)) or generate(prompts, params)
     assert trainer.config.beta == 0
-    assert trainer.policy.reference_model is not trainer.model
+    assert trainer.updater.reference_model is not trainer.model
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert calls == 8 * [1]
-    assert all(torch.equal(p, before[n]) for n, p in trainer.policy.reference_model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in trainer.updater.reference_model.named_parameters())
 
 
 def test_every_phase_has_a_span_somewhere():

@@ -10,7 +10,7 @@ from fastgrpo_profiling import record, span
 
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.plain.engine import ReferenceEngine
+from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.sampler.decoder import KVCache
 from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
 from fastgrpo.sampler.runner import Limits
@@ -74,7 +74,7 @@ def test_greedy_completions_equal_the_reference_engines(qwen2_vl: Any, penalty: 
     """Text, finish reason and both log-probs, up to the end token."""
     prompts = list(qwen2_vl.prompts.values())
     params = SamplingParams(30, temperature=0.0, repetition_penalty=penalty)
-    engine, reference = qwen2_vl.engine(), ReferenceEngine(qwen2_vl.model, qwen2_vl.processing.tokenizer)
+    engine, reference = qwen2_vl.engine(), PlainEngine(qwen2_vl.model, qwen2_vl.processing.tokenizer)
     plain = generate(reference, prompts, params)  # type: ignore[arg-type]
     end = int(plain[3][0].token_ids[7])  # a token that turns up on the way becomes an end token
     for which in (engine, reference):

@@ -18,8 +18,8 @@ from fastgrpo.model.load import load_policy
 from fastgrpo.model.vision import image_features, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.engine import SamplerEngine
-from fastgrpo.types import Completion, Prompt, SamplingParams, WeightedGroup
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.types import Completion, Prompt, SamplingParams, TrainingGroup
+from fastgrpo.update.updater import PackedUpdater
 
 PLENTY = 1 << 30
 
@@ -59,7 +59,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def groups_of(prompts: list[Prompt]) -> list[WeightedGroup]:
+def groups_of(prompts: list[Prompt]) -> list[TrainingGroup]:
     draw = torch.Generator().manual_seed(0)
     groups = []
     for prompt in prompts:
@@ -70,7 +70,7 @@ def groups_of(prompts: list[Prompt]) -> list[WeightedGroup]:
         )
         weights = tuple(torch.full((len(ids),), 0.1) for ids in drawn)
         masks = tuple(torch.ones(len(ids), dtype=torch.bool) for ids in drawn)
-        groups.append(WeightedGroup(prompt, completions, torch.tensor([1.0, -0.7]), weights, masks))
+        groups.append(TrainingGroup(prompt, completions, torch.tensor([1.0, -0.7]), weights, masks))
     return groups
 
 
@@ -106,10 +106,10 @@ def test_an_update_is_what_it_is_without_a_cache(pictured: Any) -> None:
                 parameter.mul_(1.05)
     cache = VisionCache(vision_tower(model), PLENTY)
     options = {"token_budget": 10**6, "reference_model": reference}
-    plain = PackedPolicy(model, LossParams(beta=0.04), **options)
+    plain = PackedUpdater(model, LossParams(beta=0.04), **options)
     expected, expected_gradients = plain.accumulate(groups), gradients(model)
     seen = Seen(vision_tower(model), vision_tower(reference))
-    kept = PackedPolicy(model, LossParams(beta=0.04), vision_cache=cache, **options)
+    kept = PackedUpdater(model, LossParams(beta=0.04), vision_cache=cache, **options)
     for _ in range(2):
         result = kept.accumulate(groups)
         torch.testing.assert_close(result.loss, expected.loss, atol=1e-6, rtol=1e-6)
@@ -262,7 +262,7 @@ def train(tiny_model_dir: Path, sat_file: Path, tmp_path: Path) -> Any:
         )  # fmt: skip
         model = load_policy(str(tiny_model_dir), freeze_vision=True)
         trainer = GRPOTrainer(model, odd_tokens, config, load_rows(str(sat_file)))
-        reference = trainer.policy.reference_model
+        reference = trainer.updater.reference_model
         seen = Seen(vision_tower(trainer.model), vision_tower(reference))
         trainer.train()
         return trainer, seen

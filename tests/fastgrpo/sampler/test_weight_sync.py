@@ -132,7 +132,7 @@ def test_lora_is_merged_without_touching_the_policy(model: Any, changes: dict[st
 )
 def test_adapters_it_cannot_merge_are_refused(model: Any, changes: dict[str, Any], reason: str) -> None:
     adapted = get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": TARGETS, **changes}))
-    with pytest.raises(ValueError, match=f"{reason}: use ReferenceEngine"):
+    with pytest.raises(ValueError, match=f"{reason}: use PlainEngine"):
         SamplerEngine(adapted, load_tokenizer())
 
 

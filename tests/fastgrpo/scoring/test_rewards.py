@@ -20,7 +20,7 @@ from fastgrpo.scoring.rewards import (
     reward_name,
     score,
 )
-from fastgrpo.types import Completion, Prompt
+from fastgrpo.types import Completion, Prompt, Rollout
 
 PARSED = [
     ("<answer>left</answer>", "left"),
@@ -361,7 +361,7 @@ def test_length_reward_counts_tokens() -> None:
 
 def group(
     row_id: int, texts: list[str], columns: dict[str, Any] | None = None, messages: list[dict[str, Any]] | None = None
-) -> tuple[Prompt, tuple[Completion, ...]]:
+) -> Rollout:
     prompt = Prompt(
         row_id=row_id,
         input_ids=torch.arange(3),

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from fastgrpo import GRPOConfig, GRPOTrainer
-from fastgrpo.types import Completion, Prompt, SamplingParams
+from fastgrpo.types import Completion, Prompt, Rollout, SamplingParams
 
 GLOBAL_BATCH = 4
 """Completions in a micro-batch over all ranks; two accumulated make a rollout of four prompts."""
@@ -23,7 +23,7 @@ CORRUPT = b"no picture"
 SCENARIOS: dict[str, dict[str, Any]] = {
     "batch": {"loss_type": "dapo", "beta": 0.04, "scale_rewards": "batch", "max_steps": 3},
     "checkpointed": {"loss_type": "dapo", "gradient_checkpointing": True, "max_steps": 3},
-    "plain": {"loss_type": "grpo", "beta": 0.04, "engine": "reference", "max_steps": 3},
+    "plain": {"loss_type": "grpo", "beta": 0.04, "engine": "plain", "max_steps": 3},
     "reuse": {"loss_type": "grpo", "num_iterations": 2, "max_steps": 6, "mask_truncated_completions": True},
 }
 
@@ -33,7 +33,7 @@ class ScriptedEngine:
 
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
-    ) -> Iterator[tuple[Prompt, tuple[Completion, ...]]]:
+    ) -> Iterator[Rollout]:
         for prompt in prompts:
             yield prompt, tuple(self.completion(prompt.row_id, index) for index in range(num_generations))
 

@@ -166,14 +166,14 @@ def test_a_checkpoint_of_zero_3_goes_on_without_deepspeed(
     checkpoint = out / "whole-zero3" / "checkpoint-2"
     trainer = trainer_alone(tiny_model_dir, sat_file, tmp_path / "run")
     weights, rates = {}, []
-    accumulate = trainer.policy.accumulate
+    accumulate = trainer.updater.accumulate
 
     def spy(groups: Any) -> Any:
         weights.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
         rates.extend(group["lr"] for group in trainer.optimizer.param_groups)
         return accumulate(groups)
 
-    trainer.policy.accumulate = spy
+    trainer.updater.accumulate = spy
     trainer.train(resume_from_checkpoint=str(checkpoint))
     expected = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())

@@ -44,7 +44,7 @@ def part_of(name: str) -> str:
     return "tower" if ".visual." in name else "language"
 
 
-@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize(
     ("freeze_vision", "freeze_llm", "trained"),
     [(True, False, {"language", "merger"}), (False, True, {"tower", "merger"}), (True, True, {"merger"})],
@@ -57,7 +57,7 @@ def test_frozen_parts_stay(
     assert train(model, tmp_path, engine) == {name for name in names if part_of(name) in trained}
 
 
-@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize("engine", ["fast", "plain"])
 def test_a_step_of_text_alone_moves_nothing_of_the_vision_tower(
     tiny_model_dir: Path, tmp_path: Path, engine: str
 ) -> None:

@@ -18,7 +18,7 @@ from fastgrpo.model.load import load_policy
 from fastgrpo.training.live_figures import LiveFigures, trained_part, update_of, work_of
 from fastgrpo.training.progress import ProgressDisplay
 from fastgrpo.training.trainer import GRPOTrainer
-from fastgrpo.types import Completion, Prompt, RolloutGroup, WeightedGroup
+from fastgrpo.types import Completion, Prompt, ScoredRollout, TrainingGroup
 
 METRICS = ("mfu", "share/rollout", "share/reward", "share/update", "share/other", "tokens_per_second")
 
@@ -33,15 +33,15 @@ def completions(*lengths: int) -> tuple[Completion, ...]:
     return tuple(Completion(0, i, none[i].long(), "", "stop", none[i], none[i]) for i in range(len(lengths)))
 
 
-def weighted(group: RolloutGroup, advantages: list[float]) -> WeightedGroup:
+def weighted(group: ScoredRollout, advantages: list[float]) -> TrainingGroup:
     ones = tuple(torch.ones(len(c.token_ids)) for c in group.completions)
     masks = tuple(one.bool() for one in ones)
-    return WeightedGroup(group.prompt, group.completions, torch.tensor(advantages), ones, masks)
+    return TrainingGroup(group.prompt, group.completions, torch.tensor(advantages), ones, masks)
 
 
 ROLLOUT = [
-    RolloutGroup(prompt(7, [[1, 4, 6], [1, 2, 2]]), completions(3, 5), torch.zeros(2, 1)),
-    RolloutGroup(prompt(4, None), completions(2, 2), torch.zeros(2, 1)),
+    ScoredRollout(prompt(7, [[1, 4, 6], [1, 2, 2]]), completions(3, 5), torch.zeros(2, 1)),
+    ScoredRollout(prompt(4, None), completions(2, 2), torch.zeros(2, 1)),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fastgrpo.scoring.advantages import group_advantages
 from fastgrpo.training.run_log import RunLog, completion_rows
-from fastgrpo.types import Completion, Prompt, RolloutGroup
+from fastgrpo.types import Completion, Prompt, ScoredRollout
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -27,14 +27,14 @@ def run_of(folder: Path, steps: int) -> RunLog:
     return log
 
 
-def group(row_id: int, rewards: list[list[float]], texts: list[str]) -> RolloutGroup:
+def group(row_id: int, rewards: list[list[float]], texts: list[str]) -> ScoredRollout:
     ids = torch.arange(4)
     prompt = Prompt(row_id, ids, ids.expand(3, -1), None, None, "text", None, {"task": "depth", "solution": 2}, b"jpeg")
     completions = tuple(
         Completion(row_id, i, torch.arange(i + 1), text, "stop", torch.zeros(i + 1), torch.zeros(i + 1))
         for i, text in enumerate(texts)
     )
-    return RolloutGroup(prompt, completions, torch.tensor(rewards))
+    return ScoredRollout(prompt, completions, torch.tensor(rewards))
 
 
 def test_each_step_is_one_line_and_one_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which engine and policy a run gets."""
+"""Which engine and updater a run gets."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Co
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.model.load import Processing, load_policy, load_processing
-from fastgrpo.plain.engine import ReferenceEngine
-from fastgrpo.plain.updater import ReferencePolicy
+from fastgrpo.plain.engine import PlainEngine
+from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.sampler.engine import SamplerEngine
-from fastgrpo.training.setup import build_engine, build_policy, sampling_params
+from fastgrpo.training.setup import build_engine, build_updater, sampling_params
 from fastgrpo.types import Prompt
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.update.updater import PackedUpdater
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -42,24 +42,24 @@ def llama(processing: Processing, **settings: object) -> PreTrainedModel:
 def test_the_fast_ones_are_the_default(tmp_path, tiny_model_dir, processing, caplog):
     model, settings = load_policy(str(tiny_model_dir)), config(tmp_path, sampler_max_rows=3, token_budget=77)
     engine = build_engine(model, processing.tokenizer, settings, Accelerator(), version=lambda: 0)
-    policy = build_policy(model, None, settings, Accelerator())
+    updater = build_updater(model, None, settings, Accelerator())
     assert isinstance(engine, SamplerEngine)
     assert engine.options.max_rows == 3
-    assert isinstance(policy, PackedPolicy)
-    assert policy.token_budget == 77
+    assert isinstance(updater, PackedUpdater)
+    assert updater.token_budget == 77
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_the_reference_ones_on_request(tmp_path, tiny_model_dir, processing):
-    model, settings = load_policy(str(tiny_model_dir)), config(tmp_path, engine="reference")
-    assert isinstance(build_engine(model, processing.tokenizer, settings, Accelerator(), lambda: 0), ReferenceEngine)
-    assert isinstance(build_policy(model, None, settings, Accelerator()), ReferencePolicy)
+    model, settings = load_policy(str(tiny_model_dir)), config(tmp_path, engine="plain")
+    assert isinstance(build_engine(model, processing.tokenizer, settings, Accelerator(), lambda: 0), PlainEngine)
+    assert isinstance(build_updater(model, None, settings, Accelerator()), PlainUpdater)
 
 
 def test_a_model_the_sampler_does_not_know_falls_back_with_one_warning(tmp_path, processing, caplog):
     model, settings = llama(processing), config(tmp_path)
     engine = build_engine(model, processing.tokenizer, settings, Accelerator(), lambda: 0)
-    assert isinstance(engine, ReferenceEngine)
+    assert isinstance(engine, PlainEngine)
     (record,) = caplog.records
     assert "model type llama is none of" in record.message
     assert "Lost are" in record.message
@@ -70,8 +70,8 @@ def test_a_model_the_sampler_does_not_know_falls_back_with_one_warning(tmp_path,
 
 def test_a_model_that_cannot_be_packed_falls_back_with_one_warning(tmp_path, processing, caplog):
     settings = config(tmp_path)
-    policy = build_policy(llama(processing, attention_dropout=0.1), None, settings, Accelerator())
-    assert isinstance(policy, ReferencePolicy)
+    updater = build_updater(llama(processing, attention_dropout=0.1), None, settings, Accelerator())
+    assert isinstance(updater, PlainUpdater)
     (record,) = caplog.records
     assert "attention_dropout=0.1" in record.message
 

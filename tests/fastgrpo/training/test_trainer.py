@@ -192,7 +192,7 @@ def test_a_rollout_feeds_several_updates(build: Any) -> None:
         max_steps=8, learning_rate=1e-2,
     )  # fmt: skip
     rollouts, computed, accumulated = [], [], []
-    generate, logprobs, accumulate = trainer.engine.generate, trainer.policy.logprobs, trainer.policy.accumulate
+    generate, logprobs, accumulate = trainer.engine.generate, trainer.updater.logprobs, trainer.updater.accumulate
 
     def spy_generate(prompts: Any, *args: Any, **kwargs: Any) -> Any:
         rollouts.append([prompt.row_id for prompt in prompts])
@@ -207,7 +207,7 @@ def test_a_rollout_feeds_several_updates(build: Any) -> None:
         assert all(group.old_logprobs is not None for group in groups)
         return accumulate(groups)
 
-    trainer.engine.generate, trainer.policy.logprobs, trainer.policy.accumulate = (
+    trainer.engine.generate, trainer.updater.logprobs, trainer.updater.accumulate = (
         spy_generate, spy_logprobs, spy_accumulate,
     )  # fmt: skip
     trainer.train()

@@ -43,12 +43,12 @@ def test_checkpointing_runs_each_layer_again_in_the_backward_pass(trainer, check
 
 def test_a_loss_that_is_not_finite_is_logged_and_counts_as_a_step(trainer):
     trainer = trainer()
-    accumulate = trainer.policy.accumulate
-    trainer.policy.accumulate = lambda groups: replace(accumulate(groups), loss=torch.tensor(math.nan))
+    accumulate = trainer.updater.accumulate
+    trainer.updater.accumulate = lambda groups: replace(accumulate(groups), loss=torch.tensor(math.nan))
     trainer.train()
     lines = trainer.run_log.metrics_file.read_text().splitlines()
     assert len(lines) == 2
-    assert trainer.policy.version == 3
+    assert trainer.updater.version == 3
 
 
 def test_a_step_that_trains_on_nothing_logs_no_means(trainer):

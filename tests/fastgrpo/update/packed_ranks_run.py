@@ -1,4 +1,4 @@
-"""Takes three SGD steps with the packed policy on two ranks, under DDP and DeepSpeed; run by test_policy_ranks.py.
+"""Takes three SGD steps with the packed updater on two ranks, under DDP and DeepSpeed; run by test_updater_ranks.py.
 
 Usage: torchrun … packed_ranks_run.py MODEL_DIR OUTPUT_DIR SCENARIO…, or, for the reference in one process, plainly.
 Leaves OUTPUT_DIR/SCENARIO.safetensors: the first step's gradients, and the parameters at the end.
@@ -22,9 +22,9 @@ from fastgrpo.data.prompts import image_digests
 from fastgrpo.model.load import load_policy
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.plain.updater import ReferencePolicy
-from fastgrpo.types import Completion, Prompt, WeightedGroup
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.plain.updater import PlainUpdater
+from fastgrpo.types import Completion, Prompt, TrainingGroup
+from fastgrpo.update.updater import PackedUpdater
 
 STEPS, LEARNING_RATE = 3, 0.2
 PARAMS = LossParams(beta=0.04)
@@ -32,7 +32,7 @@ WORDS = 300
 """Token ids below this are plain ones."""
 
 
-def group(row: int, words: int, picture: bool, lengths: Sequence[int], image: int, patch_dim: int) -> WeightedGroup:
+def group(row: int, words: int, picture: bool, lengths: Sequence[int], image: int, patch_dim: int) -> TrainingGroup:
     """Random tokens; a picture is one merged patch."""
     draw = torch.Generator().manual_seed(row)
     ids = torch.randint(10, WORDS, (words,), generator=draw)
@@ -44,7 +44,7 @@ def group(row: int, words: int, picture: bool, lengths: Sequence[int], image: in
     prompt = Prompt(row, ids, torch.arange(words).expand(3, -1), pixels, grid, "", image_digests=digests)
     tokens = [torch.randint(10, WORDS, (n,), generator=draw) for n in lengths]
     guess = [torch.full((n,), -6.0) for n in lengths]
-    return WeightedGroup(
+    return TrainingGroup(
         prompt,
         tuple(Completion(row, i, tokens[i], "", "stop", guess[i], guess[i]) for i in range(len(lengths))),
         torch.randn(len(lengths), generator=draw),
@@ -54,7 +54,7 @@ def group(row: int, words: int, picture: bool, lengths: Sequence[int], image: in
     )
 
 
-def groups_of(rank: int, step: int, config: Any) -> list[WeightedGroup]:
+def groups_of(rank: int, step: int, config: Any) -> list[TrainingGroup]:
     """Uneven in every way: pictures on both ranks, on the first alone, and nothing at all on the first."""
     vision = config.vision_config
     shared = (config.image_token_id, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
@@ -77,10 +77,10 @@ def run_single(model: Any) -> dict[str, Tensor]:
     """The reference: all ranks' groups in one padded batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     reference = load_policy(sys.argv[1])
-    policy = ReferencePolicy(model, PARAMS, micro_batch_size=64, reference_model=reference)
+    updater = PlainUpdater(model, PARAMS, micro_batch_size=64, reference_model=reference)
     found = {}
     for step in range(STEPS):
-        policy.accumulate([g for rank in range(2) for g in groups_of(rank, step, model.config)])
+        updater.accumulate([g for rank in range(2) for g in groups_of(rank, step, model.config)])
         if step == 0:
             found = {f"gradient.{name}": p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
         optimizer.step()
@@ -109,10 +109,10 @@ def run_ranks(model: Any, scenario: str, accelerator: Accelerator) -> dict[str, 
         if scenario.endswith("bf16"):
             reference = reference.bfloat16()
     cache = VisionCache(vision_tower(model), 1 << 20) if scenario.endswith("frozen") else None
-    policy = PackedPolicy(
+    updater = PackedUpdater(
         model, PARAMS, token_budget=12, reference_model=reference, accelerator=accelerator, vision_cache=cache
     )
-    policy.model = engine
+    updater.model = engine
     found: dict[str, Tensor] = {}
 
     def note_gradients() -> None:
@@ -131,8 +131,8 @@ def run_ranks(model: Any, scenario: str, accelerator: Accelerator) -> dict[str, 
         engine.step = noted_step
     for step in range(STEPS):
         groups = groups_of(accelerator.process_index, step, config)
-        policy.logprobs(groups)  # uneven numbers of passes must not hang
-        policy.accumulate(groups)
+        updater.logprobs(groups)  # uneven numbers of passes must not hang
+        updater.accumulate(groups)
         if is_ddp:
             note_gradients()
             optimizer.step()

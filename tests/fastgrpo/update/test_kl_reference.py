@@ -75,7 +75,7 @@ def test_mix(dtype: torch.dtype) -> None:
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
-@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize("engine", ["fast", "plain"])
 def test_the_reference_is_drawn_after_the_policy_every_so_many_steps(build: Any, engine: str) -> None:
     watch = Watch()
     trainer = build(
@@ -115,7 +115,7 @@ def test_a_resumed_run_has_the_same_reference(build: Any, tmp_path: Path) -> Non
     assert kl_of(tmp_path / "forgetful")[3:] != kl_of(tmp_path / "whole")[3:], "the reference is part of the state"
 
 
-@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize("engine", ["fast", "plain"])
 def test_it_may_stay_on_the_host(build: Any, tmp_path: Path, engine: str) -> None:
     for on_cpu in (False, True):
         build(f"{on_cpu}", engine=engine, max_steps=2, ref_model_on_cpu=on_cpu).train()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from fastgrpo.types import Completion, Prompt, WeightedGroup
+from fastgrpo.types import Completion, Prompt, TrainingGroup
 from fastgrpo.update.packing import PackedBatch, contributes, idle_batch, pack
 
 
-def make_group(row: int, prompt_length: int, lengths: Sequence[int], pictures: int = 0) -> WeightedGroup:
+def make_group(row: int, prompt_length: int, lengths: Sequence[int], pictures: int = 0) -> TrainingGroup:
     """Every number names its owner: token t of completion i of row r is 1000 r + 100 i + t, weights likewise."""
     prompt = Prompt(
         row,
@@ -28,7 +28,7 @@ def make_group(row: int, prompt_length: int, lengths: Sequence[int], pictures: i
     advantages = torch.tensor([float(10 * row + i + 1) for i in range(len(lengths))])
     masks = tuple(tokens % 3 != 1 for tokens in ids)
     weights, old = tuple(tokens + 0.5 for tokens in ids), tuple(tokens + 0.75 for tokens in ids)
-    return WeightedGroup(prompt, completions, advantages, weights, masks, old)
+    return TrainingGroup(prompt, completions, advantages, weights, masks, old)
 
 
 GROUPS = [make_group(1, 5, [3, 1, 4], pictures=1), make_group(2, 2, [1, 1]), make_group(3, 4, [6], pictures=2)]
@@ -53,7 +53,7 @@ def sees(batch: PackedBatch) -> torch.Tensor:
     return seen
 
 
-def check(groups: Sequence[WeightedGroup], batches: Sequence[PackedBatch], budget: int) -> None:
+def check(groups: Sequence[TrainingGroup], batches: Sequence[PackedBatch], budget: int) -> None:
     """Each completion is somewhere once, whole, behind its own prompt, with its own numbers."""
     owners = [owner for batch in batches for owner in batch.owners]
     assert Counter(owners) == Counter((g, i) for g, group in enumerate(groups) for i in range(len(group.completions)))
@@ -134,7 +134,7 @@ def test_a_group_above_the_budget_is_cut_between_completions() -> None:
 def test_what_has_no_gradient_is_left_out() -> None:
     group = make_group(1, 5, [3, 2, 4, 2])
     zeros = torch.zeros(3, dtype=torch.bool)
-    group = WeightedGroup(
+    group = TrainingGroup(
         group.prompt,
         group.completions,
         torch.tensor([1.0, 0.0, -1.0, 1.0]),
@@ -145,30 +145,33 @@ def test_what_has_no_gradient_is_left_out() -> None:
     assert [contributes(group, i, 0.1) for i in range(4)] == [False, True, True, True]
     assert [batch.owners for batch in pack([group], 100, skip_beta=0.0)] == [((0, 2),)]
     assert [batch.owners for batch in pack([group], 100, skip_beta=0.1)] == [((0, 1), (0, 2), (0, 3))]
-    nothing = WeightedGroup(group.prompt, group.completions, torch.zeros(4), group.token_weights, group.masks)
+    nothing = TrainingGroup(group.prompt, group.completions, torch.zeros(4), group.token_weights, group.masks)
     assert pack([nothing], 100, skip_beta=0.0) == pack([], 100) == []
 
 
-COMPANY = Prompt(
+DUMMY_IMAGE = Prompt(
     -1, torch.tensor([7]), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(4, 3), torch.tensor([[1, 2, 2]]), ""
 )
 
 
-def test_company_joins_where_there_is_no_picture_and_is_read_by_nothing() -> None:
-    with_pictures, without = pack(GROUPS[:1], 100, company=COMPANY)[0], pack(GROUPS[1:2], 100, company=COMPANY)[0]
+def test_the_dummy_image_joins_where_there_is_no_picture_and_is_read_by_nothing() -> None:
+    with_pictures, without = (
+        pack(GROUPS[:1], 100, dummy_image=DUMMY_IMAGE)[0],
+        pack(GROUPS[1:2], 100, dummy_image=DUMMY_IMAGE)[0],
+    )
     assert 7 not in with_pictures.input_ids
-    assert torch.equal(without.image_grid_thw, COMPANY.image_grid_thw)
+    assert torch.equal(without.image_grid_thw, DUMMY_IMAGE.image_grid_thw)
     check(GROUPS[:1], [with_pictures], 100)
     place = (without.input_ids == 7).nonzero()[:, 0]
     assert sees(without)[:, place].sum() == 1  # by itself
 
 
-@pytest.mark.parametrize("company", [None, COMPANY])
-def test_an_idle_batch_weighs_nothing(company: Prompt | None) -> None:
-    batch = idle_batch(company)
+@pytest.mark.parametrize("dummy_image", [None, DUMMY_IMAGE])
+def test_an_idle_batch_weighs_nothing(dummy_image: Prompt | None) -> None:
+    batch = idle_batch(dummy_image)
     assert len(batch.input_ids) == 1
     assert batch.weights.sum() == batch.mask.sum() == 0
-    assert (batch.pixel_values is None) == (company is None)
+    assert (batch.pixel_values is None) == (dummy_image is None)
     assert len(batch.rows) == len(batch.targets) == batch.cu_seqlens[-1] == 1
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.types import Completion, Prompt, RolloutGroup, WeightedGroup
+from fastgrpo.types import Completion, Prompt, ScoredRollout, TrainingGroup
 from fastgrpo.update.plan import plan_updates, token_masks
 
 LENGTHS = [[3, 1, 5, 2], [4, 4, 1, 7], [2, 6, 3, 3], [1, 8, 2, 5]]
@@ -14,7 +14,7 @@ LENGTHS = [[3, 1, 5, 2], [4, 4, 1, 7], [2, 6, 3, 3], [1, 8, 2, 5]]
 ADVANTAGES = torch.linspace(-1.5, 1.5, 16)
 
 
-def make_groups(lengths: list[list[int]] = LENGTHS, limit: int = 8) -> list[RolloutGroup]:
+def make_groups(lengths: list[list[int]] = LENGTHS, limit: int = 8) -> list[ScoredRollout]:
     ids = torch.arange(3)
     groups = []
     for g, counts in enumerate(lengths):
@@ -23,7 +23,7 @@ def make_groups(lengths: list[list[int]] = LENGTHS, limit: int = 8) -> list[Roll
             Completion(g, i, torch.arange(n), "", "length" if n == limit else "stop", torch.zeros(n), torch.zeros(n))
             for i, n in enumerate(counts)
         )
-        groups.append(RolloutGroup(prompt, completions, torch.zeros(len(counts), 1)))
+        groups.append(ScoredRollout(prompt, completions, torch.zeros(len(counts), 1)))
     return groups
 
 
@@ -38,8 +38,8 @@ def make_config(tmp_path: Path) -> Any:
 
 
 def plan(
-    groups: list[RolloutGroup], config: GRPOConfig, *, world_size: int = 1, share: float = 1.0, tokens: float = 0.0
-) -> list[list[WeightedGroup]]:
+    groups: list[ScoredRollout], config: GRPOConfig, *, world_size: int = 1, share: float = 1.0, tokens: float = 0.0
+) -> list[list[TrainingGroup]]:
     """Updates of a rank that holds `groups`, its `share` of all ranks' completions."""
     masks = token_masks(groups, config)
     return plan_updates(
@@ -57,7 +57,7 @@ def token_losses(count: int, seed: int) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(seed))
 
 
-def weighted_sum(step: list[WeightedGroup]) -> float:
+def weighted_sum(step: list[TrainingGroup]) -> float:
     """Σ weight · loss over the counted tokens of an optimizer step, with a loss of each completion's own."""
     return sum(
         float((weights * mask * token_losses(len(mask), 100 * group.prompt.row_id + completion.index)).sum())
@@ -66,7 +66,7 @@ def weighted_sum(step: list[WeightedGroup]) -> float:
     )
 
 
-def losses_of(step: list[WeightedGroup]) -> list[Tensor]:
+def losses_of(step: list[TrainingGroup]) -> list[Tensor]:
     """Per completion, the losses of its counted tokens."""
     return [
         token_losses(len(mask), 100 * group.prompt.row_id + completion.index)[mask]

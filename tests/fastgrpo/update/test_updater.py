@@ -1,4 +1,4 @@
-"""The packed policy against the reference policy: same loss, metrics and gradients, on every kind of batch."""
+"""The packed updater against the plain one: same loss, metrics and gradients, on every kind of batch."""
 
 import copy
 import functools
@@ -27,9 +27,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fastgrpo.plain.updater import ReferencePolicy
-from fastgrpo.types import Completion, Prompt, WeightedGroup
-from fastgrpo.update.updater import PackedPolicy
+from fastgrpo.plain.updater import PlainUpdater
+from fastgrpo.types import Completion, Prompt, TrainingGroup
+from fastgrpo.update.updater import PackedUpdater
 
 VOCABULARY, IMAGE = 97, 90
 TEMPERATURE = 0.8
@@ -107,7 +107,7 @@ def prompt_of(row: int, length: int, grids: Sequence[tuple[int, int]] = ()) -> P
     )
 
 
-def group_of(prompt: Prompt, lengths: Sequence[int], *, old: bool = True) -> WeightedGroup:
+def group_of(prompt: Prompt, lengths: Sequence[int], *, old: bool = True) -> TrainingGroup:
     """Random completions, advantages, weights and π_old; one token in six is masked out."""
     draw = torch.Generator().manual_seed(100 + prompt.row_id)
     completions = tuple(
@@ -117,7 +117,7 @@ def group_of(prompt: Prompt, lengths: Sequence[int], *, old: bool = True) -> Wei
         )
         for i, n in enumerate(lengths)
     )  # fmt: skip
-    return WeightedGroup(
+    return TrainingGroup(
         prompt,
         completions,
         torch.randn(len(lengths), generator=draw),
@@ -127,12 +127,12 @@ def group_of(prompt: Prompt, lengths: Sequence[int], *, old: bool = True) -> Wei
     )
 
 
-def text_groups(old: bool = True) -> list[WeightedGroup]:
+def text_groups(old: bool = True) -> list[TrainingGroup]:
     sizes = [(7, (5, 1, 3)), (12, (1, 1)), (3, (8, 2, 6, 4))]
     return [group_of(prompt_of(row, length), lengths, old=old) for row, (length, lengths) in enumerate(sizes)]
 
 
-def mixed_groups(old: bool = True) -> list[WeightedGroup]:
+def mixed_groups(old: bool = True) -> list[TrainingGroup]:
     """One picture, none, several of different sizes."""
     prompts = [prompt_of(10, 7, [(4, 6)]), prompt_of(11, 5), prompt_of(12, 9, [(2, 2), (6, 4)]), prompt_of(13, 4)]
     lengths = [(5, 1, 3), (4, 6), (1, 7, 2, 2), (1,)]
@@ -155,12 +155,12 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def packed(model: Any, params: LossParams, budget: int = EVERYTHING, **options: Any) -> PackedPolicy:
-    return PackedPolicy(model, params, token_budget=budget, temperature=TEMPERATURE, **options)
+def packed(model: Any, params: LossParams, budget: int = EVERYTHING, **options: Any) -> PackedUpdater:
+    return PackedUpdater(model, params, token_budget=budget, temperature=TEMPERATURE, **options)
 
 
-def naive(model: Any, params: LossParams, reference: Any = None) -> ReferencePolicy:
-    return ReferencePolicy(model, params, micro_batch_size=3, temperature=TEMPERATURE, reference_model=reference)
+def naive(model: Any, params: LossParams, reference: Any = None) -> PlainUpdater:
+    return PlainUpdater(model, params, micro_batch_size=3, temperature=TEMPERATURE, reference_model=reference)
 
 
 def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -173,7 +173,7 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
         assert (ours[name] - gradient).norm().item() <= tolerance * scale, name
 
 
-def assert_same_update(model: Any, ours: PackedPolicy, theirs: ReferencePolicy, groups: list[WeightedGroup]) -> None:
+def assert_same_update(model: Any, ours: PackedUpdater, theirs: PlainUpdater, groups: list[TrainingGroup]) -> None:
     result = ours.accumulate(groups)
     found = gradients(model)
     expected = theirs.accumulate(groups)
@@ -242,7 +242,7 @@ def test_the_budget_has_no_influence(model_of: Any, family: str, budget: int) ->
 @pytest.mark.parametrize(
     "groups", [mixed_groups()[:1], mixed_groups()[1:2], mixed_groups()[2:3], mixed_groups(old=False)]
 )
-def test_one_several_and_no_pictures_and_no_old_logprobs(model_of: Any, groups: list[WeightedGroup]) -> None:
+def test_one_several_and_no_pictures_and_no_old_logprobs(model_of: Any, groups: list[TrainingGroup]) -> None:
     model, params = model_of("qwen2_vl"), PARAMS["clipped, no KL"]
     if groups[0].old_logprobs is None:  # ratio 1: nothing is clipped, and with beta 0 nothing else has a gradient
         groups = groups[:3]
@@ -284,9 +284,9 @@ def test_autocast(model_of: Any) -> None:
     naive(model, params, model).accumulate(groups)
     truth = gradients(model)
     errors = []
-    for policy in (packed(model, params, reference_model=model), naive(model, params, model)):
+    for updater in (packed(model, params, reference_model=model), naive(model, params, model)):
         with torch.autocast("cpu", torch.bfloat16):
-            policy.accumulate(groups)
+            updater.accumulate(groups)
         found = gradients(model)
         errors.append(sum((found[name] - gradient).norm() ** 2 for name, gradient in truth.items()) ** 0.5)
     assert errors[0] <= 1.3 * errors[1]
@@ -304,7 +304,7 @@ def test_logprobs_come_back_in_order(model_of: Any) -> None:
                 assert not piece.requires_grad
 
 
-def without_advantage(group: WeightedGroup) -> WeightedGroup:
+def without_advantage(group: TrainingGroup) -> TrainingGroup:
     return replace(group, advantages=torch.zeros_like(group.advantages))
 
 
@@ -329,7 +329,7 @@ def test_what_has_no_gradient_takes_no_part(model_of: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("groups", [[], [without_advantage(group) for group in mixed_groups()]])
-def test_all_skipped_leaves_no_gradients(model_of: Any, groups: list[WeightedGroup]) -> None:
+def test_all_skipped_leaves_no_gradients(model_of: Any, groups: list[TrainingGroup]) -> None:
     model = model_of("qwen2_vl")
     result = packed(model, PARAMS["clipped, no KL"]).accumulate(groups)
     assert gradients(model) == {}
@@ -362,7 +362,7 @@ def test_frozen_parts_get_no_gradient(model_of: Any, frozen: str, budget: int) -
     packed(model, params, budget).accumulate(mixed_groups())
     found = gradients(model)
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    ReferencePolicy(model, params, micro_batch_size=20, temperature=TEMPERATURE).accumulate(mixed_groups())
+    PlainUpdater(model, params, micro_batch_size=20, temperature=TEMPERATURE).accumulate(mixed_groups())
     assert_same_gradients(found, gradients(model))
 
 
