@@ -7,15 +7,17 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
 # Read when a kernel is defined: without a GPU, Triton's kernels run under its interpreter, on CPU tensors.
-if not Path("/dev/nvidiactl").exists():
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.utils import logging
 
@@ -31,6 +33,14 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 if datasets is not None:
     datasets.disable_progress_bars()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips the tests marked `gpu` without a GPU: from one place, so that the summary says it in one line."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
 
 SAT_ROWS = 64
 CVBENCH_ROWS = 24
