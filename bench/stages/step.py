@@ -17,17 +17,20 @@ from fastgrpo_profiling.compare import alternate
 from fastgrpo_profiling.report import Cost, SideFigures, side_figures
 from fastgrpo_profiling.roofline import ModelShape, Update, measure_ceilings
 from harness import Result, print_table
+from transformers import AutoConfig
 
 from fastgrpo.cli.arguments import parse
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile import gate, sides
-from fastgrpo.profile.run import ProfileOptions, run_profile, training_flags
+from fastgrpo.profile.run import ProfileOptions, free_memory, run_profile, training_flags
 from stages import NotHereError
 from stages.ceilings import compute_dtype
 
 BENCH = Path(__file__).parents[1]
 TRL_PYTHON = BENCH.parent / ".venv-bench" / "bin" / "python"
+GATE_TOKENS = 32
+"""New tokens of the completions that both sides are compared on."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def settings_of(size: StepSize, device: str) -> dict[str, Any]:
         "min_pixels": size.max_pixels,
         "max_pixels": size.max_pixels,
         "learning_rate": 1e-6,
+        "top_k": 50,
         "gradient_checkpointing": size.is_large,
         "bf16": device == "cuda",
         "use_cpu": device == "cpu",
@@ -127,44 +131,49 @@ def profile_options(folder: Path, against: str, steps: int, flags: Sequence[str]
 
 
 def run(scale: str, device: str) -> Iterator[Result]:
-    """Our side alone, after its loss, gradients and log-probs were found to be plain torch's."""
+    """Our side alone. Its time comes first, since it is what a short lease is for; then whether its loss, gradients and
+    log-probs are plain torch's; last a step without checkpointing. A part that fails costs what it is about."""
     result, size = Result("step", device), SIZES[scale]
     with prepared(size, device) as folder:
         settings = training_flags(profile_options(folder, sides.PLAIN, size.timed))
-        checked, shape = compare_with_plain(settings, folder)
-        result.checks |= {"plain torch's step": not checked.failures}
+        figures = time_ours(settings, folder, size, device)
+        drawn = size.prompts * size.group * size.tokens
+        result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == drawn
+        result.figures |= {"model": "Qwen2-VL-2B" if scale == "full" else scale, **asdict(figures)}
+        rows = [["whole step", figures.step_seconds.median], *([name, s] for name, s in figures.phases.items())]
+        print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}", ["phase", "s"], rows)
+        yield result
+        checked = compare_with_plain([*settings, "--max_completion_length", str(min(size.tokens, GATE_TOKENS))], folder)
+        result.checks["plain torch's step"] = not checked.failures
         result.figures["apart"] = checked.figures
         if checked.failures:
-            print("Not timed:", "; ".join(checked.failures))
+            print("The times above count for nothing:", "; ".join(checked.failures))
+        yield result
+        if size.is_large:
+            try:
+                unchecked = time_ours([*settings, "--gradient_checkpointing", "false"], folder, size, device)
+                result.figures["without checkpointing"] = asdict(unchecked)
+            except RuntimeError as error:  # out of memory, most likely: said by the side's process
+                result.figures["without checkpointing"] = str(error).strip()[-500:]
             yield result
-            return
-        figures = time_ours(settings, folder, size, shape, device)
-    drawn = size.prompts * size.group * size.tokens
-    result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == drawn
-    result.figures |= {"model": "Qwen2-VL-2B" if scale == "full" else scale, **asdict(figures)}
-    rows = [["whole step", figures.step_seconds.median], *([name, s] for name, s in figures.phases.items())]
-    print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}", ["phase", "s"], rows)
-    yield result
 
 
-def compare_with_plain(settings: Sequence[str], folder: Path) -> tuple[gate.Gate, ModelShape]:
-    """What both sides make of the first prompts; and the model's sizes."""
+def compare_with_plain(settings: Sequence[str], folder: Path) -> gate.Gate:
+    """What both sides make of the first prompts, one after the other: two such models do not fit one GPU."""
     config, script = parse([*settings, "--output_dir", str(folder / "gate")])
-    ours = sides.build_trainer(sides.OURS, config, script)
+    answer = gate.answer_of(sides.build_trainer(sides.OURS, config, script))
+    free_memory()
     checked = gate.compare(
-        ours, sides.build_trainer(sides.PLAIN, config, script), gate.tolerances(config, script.dtype)
+        answer, sides.build_trainer(sides.PLAIN, config, script), gate.tolerances(config, script.dtype)
     )
-    shape = ModelShape.from_config(ours.model.config)
-    del ours
-    gc.collect()  # trainer and engine know each other
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return checked, shape
+    free_memory()
+    return checked
 
 
-def time_ours(settings: Sequence[str], folder: Path, size: StepSize, shape: ModelShape, device: str) -> SideFigures:
+def time_ours(settings: Sequence[str], folder: Path, size: StepSize, device: str) -> SideFigures:
     """Steps of our side in a process of its own, the first one untimed."""
     dtype = compute_dtype(device)
+    shape = ModelShape.from_config(AutoConfig.from_pretrained(folder / "model"))
     cost = Cost(shape, measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
     side = sides.start_side(sides.OURS, settings, folder, trl_python=TRL_PYTHON)
     try:

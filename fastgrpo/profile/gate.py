@@ -113,15 +113,29 @@ def _weights(completion: Completion, count: int) -> Tensor:
     return torch.full((length,), 1 / (count * max(length, 1)))
 
 
-def compare(ours: GRPOTrainer, theirs: GRPOTrainer, limits: Tolerances) -> Gate:
-    """Prompts, then loss, gradients and log-probs on one fixed batch."""
-    gate = Gate()
+@dataclass(frozen=True)
+class Answer:
+    """What our side makes of a batch. Gradients are on the host: a GPU need not hold both sides at once."""
+
+    batch: FixedBatch
+    loss: float
+    mismatch: float
+    gradients: Mapping[str, Tensor]
+
+
+def answer_of(ours: GRPOTrainer) -> Answer:
+    """Draws the fixed batch and takes loss, log-probs and gradients of it."""
     batch = draw_fixed_batch(ours)
-    compare_prompts(gate, batch.prompts, first_prompts(theirs))
-    loss, mismatch, gradients = loss_and_gradients(ours, batch)
-    their_loss, _, their_gradients = loss_and_gradients(theirs, batch)
-    compare_update(gate, (loss, gradients), (their_loss, their_gradients), limits)
-    gate.add("sampler against update, nats", mismatch, limits.mismatch)
+    return Answer(batch, *loss_and_gradients(ours, batch))
+
+
+def compare(answer: Answer, theirs: GRPOTrainer, limits: Tolerances) -> Gate:
+    """Prompts, then loss, gradients and log-probs on the fixed batch."""
+    gate = Gate()
+    compare_prompts(gate, answer.batch.prompts, first_prompts(theirs))
+    loss, _, gradients = loss_and_gradients(theirs, answer.batch)
+    compare_update(gate, (answer.loss, answer.gradients), (loss, gradients), limits)
+    gate.add("sampler against update, nats", answer.mismatch, limits.mismatch)
     return gate
 
 
@@ -147,12 +161,12 @@ def compare_update(
 
 
 def loss_and_gradients(trainer: GRPOTrainer, batch: FixedBatch) -> tuple[float, float, dict[str, Tensor]]:
-    """Loss, mean log-prob mismatch and every gradient of the policy on a batch; clears the gradients."""
+    """Loss, mean log-prob mismatch and every gradient of the policy on a batch, on the host; clears the gradients."""
     if trainer.args.gradient_checkpointing:
         checkpoint_as_in_training(trainer.model)
     trainer.updater.model = trainer.accelerator.prepare_model(trainer.model)
     result = trainer.updater.accumulate(batch.groups)
-    gradients = {name: p.grad.float() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.float().cpu() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad(set_to_none=True)
     mismatch = result.mismatch.difference_sum / result.mismatch.token_count.clamp(min=1)
     return result.loss.item(), mismatch.item(), gradients

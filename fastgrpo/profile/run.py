@@ -32,7 +32,6 @@ from fastgrpo.profile import gate, sides
 from fastgrpo.profile.page import write_page
 from fastgrpo.profile.trl import compare_with_trl
 from fastgrpo.training.live_figures import compute_dtype, update_of
-from fastgrpo.training.trainer import GRPOTrainer
 
 console = Console(stderr=True)
 
@@ -85,11 +84,11 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
     shape = ModelShape.known(ours.model.config)
     update, dtype = update_of(ours.model, config), compute_dtype(ours.model, config)
     device = ours.accelerator.device.type
-    checked = _pass_gate(options, settings, config, script, ours)
+    answer = gate.answer_of(ours)
     del ours
-    gc.collect()  # trainer and engine know each other
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
+    checked = _pass_gate(options, settings, config, script, answer)
+    free_memory()
     ceilings = measure_ceilings(device, dtype)
     console.print(f"checked: both sides agree; timing {options.steps} steps of each", highlight=False)
     with ExitStack() as stack:
@@ -146,15 +145,22 @@ def _pass_gate(
     settings: Sequence[str],
     config: GRPOConfig,
     script: ScriptArguments,
-    ours: GRPOTrainer,
+    answer: gate.Answer,
 ) -> dict[str, float]:
     limits = gate.tolerances(config, script.dtype)
     if options.against == sides.TRL:
-        checked = compare_with_trl(ours, limits, settings, options.output_dir, options.trl_python)
+        checked = compare_with_trl(answer, limits, settings, options.output_dir, options.trl_python)
     else:
-        checked = gate.compare(ours, sides.build_trainer(options.against, config, script), limits)
+        checked = gate.compare(answer, sides.build_trainer(options.against, config, script), limits)
     checked.require()
     return checked.figures
+
+
+def free_memory() -> None:
+    """Returns what a deleted trainer held: trainer and engine know each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _start_sides(options: ProfileOptions, settings: Sequence[str], stack: ExitStack) -> list[WorkerSide]:

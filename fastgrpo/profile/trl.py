@@ -12,11 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo.profile import gate
 from fastgrpo.profile.sides import TRL, TRL_WORKER, require_trl, trl_environment
-from fastgrpo.training.trainer import GRPOTrainer
 
 
 def compare_with_trl(
-    ours: GRPOTrainer, limits: gate.Tolerances, settings: Sequence[str], output_dir: Path, trl_python: Path
+    answer: gate.Answer, limits: gate.Tolerances, settings: Sequence[str], output_dir: Path, trl_python: Path
 ) -> gate.Gate:
     """Prompts, loss and gradients of TRL on our fixed batch, both with loss_type grpo.
 
@@ -31,7 +30,7 @@ def compare_with_trl(
     require_trl(trl_python)
     folder = output_dir / TRL / "gate"
     folder.mkdir(parents=True, exist_ok=True)
-    batch = gate.draw_fixed_batch(ours)
+    batch = answer.batch
     completions = [completion for group in batch.groups for completion in group.completions]
     save_file(
         {
@@ -45,12 +44,11 @@ def compare_with_trl(
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **trl_environment()})
     if run.returncode != 0:
         raise gate.GateError(f"TRL's side could not be checked:\n{run.stderr[-3000:]}")
-    answer = json.loads((folder / "answer.json").read_text())
+    said = json.loads((folder / "answer.json").read_text())
     found = gate.Gate()
     ids = [prompt.input_ids.tolist() for prompt in batch.prompts]
-    found.add("prompts that differ", float(sum(a != b for a, b in zip(ids, answer["prompt_ids"], strict=True))), 0)
-    loss, mismatch, gradients = gate.loss_and_gradients(ours, batch)
+    found.add("prompts that differ", float(sum(a != b for a, b in zip(ids, said["prompt_ids"], strict=True))), 0)
     theirs = load_file(folder / "gradients.safetensors")
-    gate.compare_update(found, (loss, gradients), (answer["loss"], theirs), limits)
-    found.add("sampler against update, nats", mismatch, limits.mismatch)
+    gate.compare_update(found, (answer.loss, answer.gradients), (said["loss"], theirs), limits)
+    found.add("sampler against update, nats", answer.mismatch, limits.mismatch)
     return found

@@ -82,7 +82,6 @@ def test_a_wrong_op_is_not_timed(stage: str, op: str, broken: tuple[Any, ...], m
         ("kernels", (attention_sides, "paged_attention")),
         ("rollout", (fastgrpo.sampler.decoder, "paged_attention")),
         ("update", (fastgrpo.update.updater, "grpo_loss", "loss")),
-        ("step", (fastgrpo.update.updater, "grpo_loss", "loss")),
     ],
 )
 def test_what_stands_on_a_wrong_op_is_not_timed(
@@ -93,6 +92,14 @@ def test_what_stands_on_a_wrong_op_is_not_timed(
     assert not result.passed
     assert result.ratios == {}
     assert "step_seconds" not in result.figures
+
+
+@pytest.mark.slow
+def test_a_step_with_a_wrong_loss_is_timed_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    flipped(monkeypatch, fastgrpo.update.updater, "grpo_loss", "loss")
+    result = last_of("step")
+    assert result.figures["step_seconds"]
+    assert result.checks["plain torch's step"] is False
 
 
 def test_a_sync_that_forgets_a_weight_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

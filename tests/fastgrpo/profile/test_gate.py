@@ -37,7 +37,7 @@ def build(tiny_model_dir, sat_file, tmp_path):
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("side", [PLAIN, PAPER])
 def test_sides_that_do_the_same_pass(build, side, beta):
-    found = gate.compare(build(OURS, beta=beta), build(side, beta=beta), gate.FP32)
+    found = gate.compare(gate.answer_of(build(OURS, beta=beta)), build(side, beta=beta), gate.FP32)
     assert found.failures == []
     found.require()
     assert set(found.limits) == set(found.figures)
@@ -58,7 +58,7 @@ def test_a_flipped_sign_is_refused_a_timing(build):
     ours.updater = FlippedUpdater(
         right.model, right.loss_params, token_budget=right.token_budget, accelerator=right.accumulation.accelerator
     )
-    found = gate.compare(ours, theirs, gate.FP32)
+    found = gate.compare(gate.answer_of(ours), theirs, gate.FP32)
     assert any(line.startswith("gradient of") for line in found.failures)
     assert any(line.startswith("sampler against update") for line in found.failures)
     with pytest.raises(gate.GateError, match="refused a timing"):
@@ -66,7 +66,7 @@ def test_a_flipped_sign_is_refused_a_timing(build):
 
 
 def test_another_order_of_prompts_is_refused(build):
-    found = gate.compare(build(OURS), build(PLAIN, seed=7), gate.FP32)
+    found = gate.compare(gate.answer_of(build(OURS)), build(PLAIN, seed=7), gate.FP32)
     assert found.failures[0].startswith("prompts that differ 2")
 
 
