@@ -183,6 +183,17 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters of linear and convolution layers alone, which autocast would cast at every use.
+
+    A head that shares its weight with the embedding keeps it: embeddings are not cast by autocast.
+    """
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight is not embedding:
+            cast_parameters(module, dtype)
+
+
 @contextmanager
 def _whole_weights() -> Iterator[None]:
     """Keeps transformers from partitioning while it loads under ZeRO-3: `deepspeed.initialize` does so later.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.model.families import unwrap
-from fastgrpo.model.load import cast_parameters, load_weights
+from fastgrpo.model.load import cast_matrices, cast_parameters, load_weights
 from fastgrpo.model.zero import gathered
 
 FOLDER = "reference"
@@ -41,12 +41,18 @@ def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
 def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator: Accelerator) -> PreTrainedModel:
     """Placed, autocast and, under DeepSpeed, cast as the policy is: their log-probs are compared.
 
-    With `ref_model_on_cpu` it stays on the host, in its own dtype.
+    Under autocast its matrices are cast for good, to what autocast would cast them to at every use: the same log-probs
+    from half the memory. A reference that moves stays in float32, since it is mixed there. With `ref_model_on_cpu` it
+    stays on the host, in its own dtype.
     """
     if config.ref_model_on_cpu:
         return reference.to("cpu")
-    if accelerator.state.deepspeed_plugin is not None and (config.bf16 or config.fp16):
-        cast_parameters(reference, torch.bfloat16 if config.bf16 else torch.float16)
+    if config.bf16 or config.fp16:
+        half = torch.bfloat16 if config.bf16 else torch.float16
+        if accelerator.state.deepspeed_plugin is not None:
+            cast_parameters(reference, half)
+        elif not config.sync_ref_model:
+            cast_matrices(reference, half)
     placed: PreTrainedModel = accelerator.prepare_model(reference, evaluation_mode=True)
     return placed
 

@@ -266,7 +266,8 @@ def _moved(record: Any, device: torch.device) -> Any:
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
-            changed[field.name] = value.to(device, non_blocking=True)
+            pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+            changed[field.name] = pinned.to(device, non_blocking=True)  # of unpinned memory it would wait
         elif isinstance(value, (SharedPrefixLayout, Segments)):
             changed[field.name] = _moved(value, device)
     return replace(record, **changed)

@@ -95,11 +95,13 @@ class PackedUpdater:
         transformers' vision tower reads its grids).
         """
         batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
+        # All of them now: a copy from the host inside the loop would wait for the device.
+        batches = [batch.to(self._device) for batch in batches]
         outputs = []
         with self._fast_layers():
             for i, batch in enumerate(batches):
                 with self.accumulation.micro_batch(self.model, is_last=i == len(batches) - 1):
-                    outputs.append(self._micro_step(batch.to(self._device)))
+                    outputs.append(self._micro_step(batch))
         if batches:
             self.accumulation.step(self.model)
         return update_result(outputs, self._device)

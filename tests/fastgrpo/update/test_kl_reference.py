@@ -143,3 +143,17 @@ def test_what_cannot_work_is_refused(build: Any) -> None:
     for setting, value in (("ref_model_mixup_alpha", 1.5), ("ref_model_sync_steps", 0)):
         with pytest.raises(ValueError, match=f"{setting}={value} is not valid"):
             build("run", **{setting: value})
+
+
+def test_a_frozen_reference_of_half_precision_says_what_the_policy_says(build: Any, tmp_path: Path) -> None:
+    trainer = build("half", bf16=True, max_steps=1)
+    dtypes = {name: value.dtype for name, value in trainer.reference_model.named_parameters()}
+    assert {dtypes[name] for name in dtypes if "proj" in name and name.endswith("weight")} == {torch.bfloat16}
+    assert {dtypes[name] for name in dtypes if "layernorm" in name or "embed_tokens" in name} == {torch.float32}
+    trainer.train()
+    assert kl_of(tmp_path / "half") == [0.0]  # not a rounding apart
+
+
+def test_a_reference_that_moves_stays_in_float32(build: Any) -> None:
+    trainer = build("moving", bf16=True, sync_ref_model=True)
+    assert {value.dtype for value in trainer.reference_model.parameters()} == {torch.float32}
