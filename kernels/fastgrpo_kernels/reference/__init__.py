@@ -6,8 +6,29 @@ Values are checked on CPU only, so that nothing waits for a device; shapes are c
 """
 
 from fastgrpo_kernels.reference.attention import paged_attention, rope_and_cache
+from fastgrpo_kernels.reference.layers import (
+    apply_rotary,
+    layer_norm,
+    merge_attention,
+    quick_gelu,
+    rms_norm,
+    swiglu,
+)
 from fastgrpo_kernels.reference.logprob import linear_logprob, logprob_from_logits
 from fastgrpo_kernels.reference.loss import grpo_loss
 from fastgrpo_kernels.reference.sampling import sample
 
-__all__ = ["grpo_loss", "linear_logprob", "logprob_from_logits", "paged_attention", "rope_and_cache", "sample"]
+__all__ = [
+    "apply_rotary",
+    "grpo_loss",
+    "layer_norm",
+    "linear_logprob",
+    "logprob_from_logits",
+    "merge_attention",
+    "paged_attention",
+    "quick_gelu",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "swiglu",
+]
