@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm, with the residual's addition in front of them in the same pass."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,11 +119,9 @@ def _forward(
             y,
             total,
             eps,
-            HIDDEN=hidden,
-            BLOCK=triton.next_power_of_2(hidden),
             ADDS=residual is not None,
             CENTERED=bias is not None,
-            num_warps=_warps(hidden),
+            **_tile(hidden),
         )
     return y, total
 
@@ -159,12 +158,10 @@ def _backward(
             partial,
             rows,
             eps,
-            HIDDEN=hidden,
-            BLOCK=triton.next_power_of_2(hidden),
             ADDS=grad_total is not None,
             CENTERED=centered,
             NEEDS_WEIGHT=needs_weight,
-            num_warps=_warps(hidden),
+            **_tile(hidden),
         )
     if not needs_weight:
         return dx, weight.new_empty(0), weight.new_empty(0)
@@ -182,8 +179,11 @@ def _fake_backward(
     )
 
 
-def _warps(hidden: int) -> int:
-    return min(max(triton.next_power_of_2(hidden) // 512, 1), 16)
+@functools.cache
+def _tile(hidden: int) -> dict[str, int]:
+    """16 elements a thread, so that what a row needs stays in registers."""
+    block = triton.next_power_of_2(hidden)
+    return {"HIDDEN": hidden, "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
 _forward_operator = register_operator(
