@@ -3,10 +3,11 @@
 1. The public function (`grpo_loss`, `sample`, …) checks its inputs and asks `pick_backend`.
 2. "triton", for CUDA tensors: it calls an operator made by `register_operator` around the launcher. To torch.compile,
    autograd and fake tensors that is one node, and nothing looks inside.
-3. "torch", for all others: it calls the function of the same name in `cpu`. That is plain torch, which a compiler may
-   look into and autograd derives; where the backward pass is written by hand (`linear_logprob`), it is an operator too.
+3. "torch", for all others: it calls the function of the same name in `cpu`, or in `reference` where `cpu` has nothing
+   faster. That is plain torch, which a compiler may look into and autograd derives; where the backward pass is written
+   by hand (`cpu.linear_logprob`), it is an operator too.
 
-`reference` is what both are tested against. It runs itself where `cpu` has nothing faster.
+`reference` is what both are tested against.
 """
 
 import os

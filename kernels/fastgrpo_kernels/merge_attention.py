@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgrpo_kernels import reference
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
-from fastgrpo_kernels.reference.checks import shape_of
+from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.tl_utils import launch
 
 BLOCK_TOKENS = 32

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from fastgrpo_kernels import reference
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
-from fastgrpo_kernels.reference.checks import shape_of
+from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.tl_utils import launch
 
 ROWS_PER_PROGRAM, MOST_PROGRAMS = 8, 512

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels.reference.checks import computing_dtype
+from fastgrpo_kernels.checks import computing_dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
