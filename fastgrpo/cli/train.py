@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.cli.arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.loading import RowDataset, load_rows
+from fastgrpo.data.loading import load_rows
+from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
 from fastgrpo.evaluation import evaluate, write_evaluation
 from fastgrpo.model.load import load_policy, load_processing
 from fastgrpo.report import write_report
@@ -52,6 +53,8 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     )
     trainer.get_train_dataloader()  # a data set smaller than a rollout is told now, not after the first scoring
     is_main = trainer.is_world_process_zero()
+    if held_out is not None and is_main and config.eval_strategy == "no":  # else the trainer has looked
+        warn_of_shared_rows(rows, held_out)
     if trainer.run_log is not None and not resuming:
         trainer.run_log.start_over()
     if is_main:

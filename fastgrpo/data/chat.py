@@ -1,27 +1,35 @@
 """Conversation rows as TRL takes them (`prompt`, optional `image` or `images`), and bare question rows."""
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from fastgrpo.data.rows import Row, decode_image, decode_images, require_text
+from fastgrpo.data.images import decode_image, decode_images
+from fastgrpo.data.rows import Row, require_text
 from fastgrpo.types import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
+QUESTION_COLUMNS = ("question", "problem")
 IMAGE_COLUMNS = ("image", "images")
+PICTURE_KEYS = ("image", "path", "base64")
 
 
-def convert_chat(raw: dict[str, Any], row_id: int) -> Row:
-    """Turns a record with a `prompt` (messages or text) or a `question` into a row; other columns are kept.
+def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
+    """Turns a record with a `prompt` (messages or text), or a question, into a row; other columns are kept.
+
+    Of a question, the column is `question` or `problem`, the gold answer's `solution` or `answer`; the row's columns
+    have it as `solution`.
 
     Messages follow TRL's conventions: where contents are plain strings, the row's images go in front of the
     first user message; where contents are lists of parts, every {"type": "image"} part without a picture of
-    its own takes the next of the row's images. Such a part may also carry its picture as `image`. The
-    records are left unchanged.
+    its own takes the next of the row's images. Such a part may also carry its picture, as `image`, `path` or
+    `base64`. The records are left unchanged.
 
     Args:
-        raw: `prompt` (list of role/content messages, or a finished text) or `question`; `image` or
+        raw: `prompt` (list of role/content messages, or a finished text) or a question; `image` or
             `images`, or neither for a text-only row; anything else.
+        folder: where relative paths of pictures start.
 
     Raises:
         RowError: neither prompt nor question, a malformed message, a bad picture, or image parts and images
@@ -29,19 +37,24 @@ def convert_chat(raw: dict[str, Any], row_id: int) -> Row:
     """
     if raw.get("image") is not None and raw.get("images") is not None:
         raise RowError("the row has both `image` and `images`; wanted one of them")
-    images = decode_images(raw["images"] if raw.get("images") is not None else raw.get("image"))
+    images = decode_images(raw["images"] if raw.get("images") is not None else raw.get("image"), folder)
     columns = {name: value for name, value in raw.items() if name not in ("prompt", *IMAGE_COLUMNS)}
     prompt = raw.get("prompt")
     if prompt is None:
-        columns.pop("question", None)
-        return Row(row_id=row_id, images=images, question=require_text(raw, "question"), columns=columns)
+        asked = next((name for name in QUESTION_COLUMNS if raw.get(name) is not None), QUESTION_COLUMNS[0])
+        columns.pop(asked, None)
+        if "solution" not in columns and "answer" in columns:
+            columns["solution"] = columns["answer"]
+        return Row(row_id=row_id, images=images, question=require_text(raw, asked), columns=columns)
     if isinstance(prompt, str):
         return Row(row_id=row_id, images=images, messages=prompt, columns=columns)
-    messages, images = _prepare_messages(prompt, images)
+    messages, images = _prepare_messages(prompt, images, folder)
     return Row(row_id=row_id, images=images, messages=messages, columns=columns)
 
 
-def _prepare_messages(prompt: Any, images: list[Image.Image]) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+def _prepare_messages(
+    prompt: Any, images: list[Image.Image], folder: Path | None
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """Messages whose pictures became {"type": "image"} parts, and the pictures in the parts' order."""
     if not isinstance(prompt, list) or not prompt:
         raise RowError(f"prompt is {prompt!r}; wanted a text or a list of messages")
@@ -54,13 +67,17 @@ def _prepare_messages(prompt: Any, images: list[Image.Image]) -> tuple[list[dict
         parts = _parts_of(message, index)
         if message["role"] == "user" and isinstance(message.get("content"), str):
             parts, loose_images = [*loose_images, *parts], []
-        carried += [part.get("image") for part in parts if part["type"] == "image"]
+        carried += [_own_picture(part) for part in parts if part["type"] == "image"]
         messages.append({key: value for key, value in message.items() if value is not None} | _content(parts))
     num_places = sum(picture is None for picture in carried)
     if num_places != len(images):
         raise RowError(f"the messages have {num_places} image parts for {len(images)} images")
     loose = iter(images)
-    return messages, [next(loose) if picture is None else decode_image(picture) for picture in carried]
+    return messages, [next(loose) if picture is None else decode_image(picture, folder) for picture in carried]
+
+
+def _own_picture(part: dict[str, Any]) -> Any:
+    return next((part[key] for key in PICTURE_KEYS if part.get(key) is not None), None)
 
 
 def _parts_of(message: dict[str, Any], index: int) -> list[dict[str, Any]]:

@@ -3,20 +3,23 @@ picture."""
 
 import re
 import string
+from pathlib import Path
 from typing import Any
 
-from fastgrpo.data.rows import Row, decode_image, require_options, require_text
+from fastgrpo.data.images import decode_image
+from fastgrpo.data.rows import Row, require_options, require_text
 from fastgrpo.types import RowError
 
 REQUIRED_COLUMNS = frozenset({"image", "prompt", "choices", "answer", "task"})
 
 
-def convert_cvbench(raw: dict[str, Any], row_id: int) -> Row:
+def convert_cvbench(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
     """Turns a CV-Bench record into a row. `prompt` is the question: it holds the lettered choices already.
 
     Args:
         raw: `image`, `prompt`, `choices` (option texts), `answer` ("(A)"), `task` (Count, Relation, Depth,
             Distance).
+        folder: where relative paths of pictures start.
 
     Returns:
         A question row with columns `solution` (the letter form "(A)"), `choices` and `task`.
@@ -32,7 +35,7 @@ def convert_cvbench(raw: dict[str, Any], row_id: int) -> Row:
         raise RowError(f"answer {answer!r} is not a letter of the {len(choices)} choices")
     return Row(
         row_id=row_id,
-        images=[decode_image(raw["image"])],
+        images=[decode_image(raw["image"], folder)],
         question=question,
         columns={"solution": f"({letter[1]})", "choices": choices, "task": require_text(raw, "task")},
     )

@@ -1,10 +1,9 @@
-"""Data sets by name or path, read without filling memory, and the schema their columns show."""
+"""Data sets by name or path, read without filling memory."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,9 @@ import fsspec
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
-from torch.utils.data import Dataset
+import xxhash
 
-from fastgrpo.data import cvbench, sat
-from fastgrpo.data.chat import convert_chat
-from fastgrpo.data.cvbench import convert_cvbench
-from fastgrpo.data.rows import Row
-from fastgrpo.data.sat import convert_sat
+from fastgrpo.data.row_dataset import BATCH_ROWS, RowDataset, as_rows, undecoded
 
 try:
     import datasets
@@ -32,52 +27,8 @@ ALIASES = {"SAT": ("array/SAT", "train"), "CV-Bench": ("nyu-visionx/CV-Bench", "
 
 FILE_TYPES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
-SCHEMAS = {
-    "sat": sat.REQUIRED_COLUMNS,
-    "cvbench": cvbench.REQUIRED_COLUMNS,
-    "chat": frozenset({"prompt"}),
-    "question": frozenset({"question", "solution"}),
-}
-"""Schema → the columns that show it; the first that fits counts."""
-
-BATCH_ROWS = 16
-"""Rows decoded from a parquet file at a time: pictures make rows of 100 KB and more."""
-
 READ_BYTES = 1 << 20
 """Bytes read from a parquet column at a time."""
-
-
-class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
-    """A map-style data set of raw records: `dataset[i]` is (i, record), pictures still encoded.
-
-    Args:
-        records: a HF data set, or any sequence-like object of dicts.
-        schema: a key of `SCHEMAS`.
-        seed: seed of the option shuffle (SAT schema only).
-    """
-
-    def __init__(self, records: Any, schema: str, seed: int = 0) -> None:
-        self.records = records
-        self.schema = schema
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.records[index]
-
-    def convert(self, row_id: int, raw: dict[str, Any]) -> Row:
-        """Decodes and converts one record.
-
-        Raises:
-            RowError: the record is bad, with the reason.
-        """
-        if self.schema == "sat":
-            return convert_sat(raw, row_id, self.seed)
-        if self.schema == "cvbench":
-            return convert_cvbench(raw, row_id)
-        return convert_chat(raw, row_id)
 
 
 def load_rows(
@@ -107,53 +58,36 @@ def load_rows(
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples} must be at least 1, or None for all rows")
-    records = _load_records(name_or_path, split, config_name, max_samples)
+    records, files = _load_records(name_or_path, split, config_name, max_samples)
     if single_image_only:
         records = _drop_multi_image(records)
-    return as_rows(records, seed, name=f"dataset_name={name_or_path!r}")
+    rows = as_rows(records, seed, name=f"dataset_name={name_or_path!r}")
+    path = Path(name_or_path).expanduser()
+    rows.folder = path if path.is_dir() else path.parent if path.is_file() else None
+    rows.files = frozenset(map(_identity, files))
+    return rows
 
 
-def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDataset:
-    """Wraps a HF data set, a list of dicts, or a torch map-style data set of dicts.
-
-    Args:
-        dataset: what a user handed to the trainer; a `RowDataset` is returned as it is.
-        seed: seed of the option shuffle (SAT schema only).
-        name: what error messages call it.
-
-    Raises:
-        ValueError: no length or no rows, records that are no dicts, or columns of no known schema.
-    """
-    if isinstance(dataset, RowDataset):
-        return dataset
-    if isinstance(dataset, dict):
-        raise ValueError(f"{name} is a dict of splits {sorted(dataset)}: pass one of them")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"{name} is a {type(dataset).__name__} without length or index: pass a map-style data set")
-    if not len(dataset):
-        raise ValueError(f"{name} has no rows")
-    if datasets is not None and isinstance(dataset, datasets.Dataset):
-        dataset = _without_decoding(dataset)
-        columns = dataset.column_names
-    elif isinstance(dataset[0], dict):
-        columns = list(dataset[0])
-    else:
-        raise ValueError(f"{name} holds {type(dataset[0]).__name__} records; wanted dicts")
-    return RowDataset(dataset, _detect_schema(columns, name), seed)
+def _identity(file: str) -> str:
+    """A local file by its size and both ends, so that a copy is the same; another by its address."""
+    path = Path(file)
+    if not path.is_file():
+        return file
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        digest = xxhash.xxh3_128(stream.read(READ_BYTES))
+        stream.seek(max(0, size - READ_BYTES))
+        digest.update(stream.read(READ_BYTES))
+    return f"{size}:{digest.hexdigest()}"
 
 
-def _detect_schema(columns: Sequence[str], name: str) -> str:
-    for schema, required in SCHEMAS.items():
-        if required <= set(columns):
-            return schema
-    wanted = "; ".join(f"{schema}: {', '.join(sorted(required))}" for schema, required in SCHEMAS.items())
-    raise ValueError(f"{name} has the columns {', '.join(columns)}, which fit no schema. Wanted, {wanted}")
-
-
-def _load_records(name_or_path: str, split: str, config_name: str | None, max_samples: int | None) -> Any:
+def _load_records(
+    name_or_path: str, split: str, config_name: str | None, max_samples: int | None
+) -> tuple[Any, list[str]]:
+    """The records, and the files that they are read from."""
     path = Path(name_or_path).expanduser()
     if datasets is None:
-        return _read_without_datasets(name_or_path, path, max_samples)
+        return _read_without_datasets(name_or_path, path, max_samples), [name_or_path]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _load_saved(path, split, max_samples)
     if split == "train" and name_or_path in ALIASES and not path.exists():
@@ -171,11 +105,11 @@ def _load_records(name_or_path: str, split: str, config_name: str | None, max_sa
     try:
         # The builder's cache folder is named by a hash of the files' versions: a changed file is read anew.
         if all(file.endswith(".parquet") for file in splits[split]):
-            return _read_parquet(splits[split], max_samples, version=builder.cache_dir)
+            return _read_parquet(splits[split], max_samples, version=builder.cache_dir), splits[split]
         if max_samples is not None:
-            return _read_first(arguments, split, max_samples, version=builder.cache_dir)
+            return _read_first(arguments, split, max_samples, version=builder.cache_dir), splits[split]
         builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+        return builder.as_dataset(split=split), splits[split]
     except Exception as error:  # Arrow, JSON and CSV parsers, and the hub once more
         raise ValueError(f"dataset_name={name_or_path!r} cannot be read: {_one_line(error)}") from error
 
@@ -214,13 +148,14 @@ def _one_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
-def _load_saved(path: Path, split: str, max_samples: int | None) -> datasets.Dataset:
+def _load_saved(path: Path, split: str, max_samples: int | None) -> tuple[datasets.Dataset, list[str]]:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, dict):
         if split not in saved:
             raise ValueError(f"dataset_name={str(path)!r} has no split {split!r}, only {', '.join(saved)}")
         saved = saved[split]
-    return saved if max_samples is None else saved.select(range(min(max_samples, len(saved))))
+    files = [entry["filename"] for entry in saved.cache_files]
+    return saved if max_samples is None else saved.select(range(min(max_samples, len(saved)))), files
 
 
 def _read_parquet(files: list[str], max_samples: int | None, version: str) -> datasets.Dataset:
@@ -253,7 +188,7 @@ def _iterate_parquet(files: tuple[str, ...], max_samples: int | None, version: s
 def _features(file: str) -> datasets.Features:
     with fsspec.open(file, "rb") as stream:
         schema = pyarrow.parquet.read_schema(stream)
-    return datasets.Features(_undecoded(datasets.Features.from_arrow_schema(schema)))
+    return datasets.Features(undecoded(datasets.Features.from_arrow_schema(schema)))
 
 
 def _read_first(arguments: dict[str, Any], split: str, max_samples: int, version: str) -> datasets.Dataset:
@@ -276,24 +211,6 @@ def _to_disk(
     if next(generator(**arguments | {"max_samples": 1}), None) is None:
         return datasets.Dataset.from_list([])  # `from_generator` fails on no rows, with a cryptic message
     return datasets.Dataset.from_generator(generator, features=features, gen_kwargs=arguments)
-
-
-def _without_decoding(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The same rows with pictures left as bytes, so that a bad one is found where it can be reported."""
-    for name, feature in dataset.features.items():
-        if (undecoded := _undecoded(feature)) != feature:
-            dataset = dataset.cast_column(name, undecoded)
-    return dataset
-
-
-def _undecoded(feature: Any) -> Any:
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, dict):
-        return {name: _undecoded(value) for name, value in feature.items()}
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    return feature
 
 
 def _drop_multi_image(records: Any) -> Any:

@@ -9,8 +9,9 @@ import xxhash
 from fastgrpo_profiling import span
 from torch import Tensor
 
-from fastgrpo.data.loading import RowDataset
-from fastgrpo.data.rows import Row, make_thumbnail
+from fastgrpo.data.images import make_thumbnail
+from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.data.rows import Row
 from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
 
 _CONVERSATION = (

@@ -2,15 +2,18 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from fastgrpo.data.rows import Row, decode_images, require_options, require_text
+from fastgrpo.data.images import decode_images
+from fastgrpo.data.rows import Row, require_options, require_text
+from fastgrpo.scoring.golds import gold_text
 from fastgrpo.types import RowError
 
 REQUIRED_COLUMNS = frozenset({"image_bytes", "question", "answers", "question_type", "correct_answer"})
 
 
-def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0) -> Row:
+def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0, folder: Path | None = None) -> Row:
     """Turns a SAT record into a row: options shuffled and named after the question.
 
     In the published files the gold answer always stands first, so the options are shuffled, by a generator
@@ -19,6 +22,7 @@ def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0) -> Row:
     Args:
         raw: `image_bytes` (list of encoded pictures), `question`, `answers` (option texts), `question_type`,
             `correct_answer` (one of `answers`).
+        folder: where relative paths of pictures start.
 
     Returns:
         A question row with columns `solution` (the gold option's text), `choices` (options as shown), `task`.
@@ -31,11 +35,11 @@ def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0) -> Row:
     choices = require_options(raw, "answers")
     if len({choice.casefold() for choice in choices}) < len(choices):
         raise RowError(f"answers holds an option twice: {choices}")
-    solution = require_text(raw, "correct_answer")
+    solution = gold_text(raw.get("correct_answer"), "correct_answer")
     if solution not in choices:
         raise RowError(f"correct_answer {solution!r} is not among the answers {choices}")
     random.Random(f"{seed}:{row_id}").shuffle(choices)  # a str seed is hashed by SHA-512, without a salt
-    images = decode_images(raw["image_bytes"])
+    images = decode_images(raw["image_bytes"], folder)
     if not images:
         raise RowError("image_bytes is empty")
     return Row(

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import BASE_PROMPT, PromptBuilder
+from fastgrpo.data.row_dataset import as_rows
 from fastgrpo.demo.base_model import build_config, build_image_processor_config, build_tokenizer, save_model
 from fastgrpo.demo.corpus import PLACES, corpus_texts, place
 from fastgrpo.demo.documents import DEMO_KINDS, Example, load_pool, make_batch, pixel_values, question_row

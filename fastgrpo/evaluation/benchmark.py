@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastgrpo.atomic_files import write_aside
-from fastgrpo.data.loading import RowDataset
 from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
-from fastgrpo.scoring.answers import answers_match, parse_answer
+from fastgrpo.scoring.answers import parse_answer
+from fastgrpo.scoring.golds import gold_text
 from fastgrpo.scoring.reflection import is_reflective
-from fastgrpo.scoring.rewards import format_reward
+from fastgrpo.scoring.rewards import format_reward, is_correct
 from fastgrpo.types import Completion, Engine, Prompt, Rollout, RowError, SamplingParams, SkippedRow
 
 Progress = Callable[[int, int], None]
@@ -87,6 +88,7 @@ def evaluate(
     Raises:
         ValueError: no row can be used, or one has no `solution`.
     """
+    rows = rows.with_checked_golds()
     greedy = SamplingParams(max_new_tokens, temperature=0.0, seed=seed)
     sampled = replace(greedy, temperature=1.0)
     everything = [(index, index) for index in range(len(rows))]
@@ -155,16 +157,16 @@ def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
         raise ValueError(
             f"row {prompt.row_id} has no `solution` to score against: evaluate on data with such a column."
         )
-    solution, choices = str(prompt.columns["solution"]), prompt.columns.get("choices")
+    solution, choices = prompt.columns["solution"], prompt.columns.get("choices")
     answer = parse_answer(completion.text)
     answered = format_reward([prompt.text], [completion.text])[0] == 1.0
-    correct = answers_match(completion.text if answer is None else answer, solution, choices)
+    correct = is_correct(completion.text if answer is None else answer, solution, choices)
     return {
         "row_id": prompt.row_id,
         "task": str(prompt.columns.get("task") or "all"),
         "prompt": prompt.text,
-        "solution": solution,
-        "choices": len(choices) if choices else 0,
+        "solution": gold_text(solution),
+        "choices": 0 if choices is None else len(choices),
         "completion": completion.text,
         "answer": answer,
         "answered": answered,

@@ -1,8 +1,9 @@
 """Reading an answer out of a completion and comparing it with the gold one.
 
 An answer counts when it names the gold option or value and nothing else: option letters in any usual form, option
-texts without regard to case, white space, quotes, end punctuation or a leading article, numbers by value. A sentence
-around the answer ("it is on the left") earns nothing, so an article "a" is never taken for option A.
+texts without regard to case, white space, quotes, end punctuation or a leading article, numbers by value. "The answer
+is" and its like may stand in front. Any other sentence around the answer ("it is on the left") earns nothing, so an
+article "a" is never taken for option A.
 """
 
 import functools
@@ -26,13 +27,19 @@ _MAX_NUMBER_CHARS = 40  # a completion must not choose how long a comparison tak
 # math-verify warns that its own timeouts are off. They need the main thread; bounded input needs none.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
-_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "−": "-", "–": "-", "‐": "-", "‑": "-"})
+_QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-"})
 _WRAPPERS = "\"'`*_$ "
-_LATEX_WRAPPER = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{(.*)\}")
+_END_MARKS = ".,;:!?。"
+_LATEX_WRAPPER = re.compile(r"\\(?:boxed|text|textbf|mathrm|mathbf)\{(.*)\}|\\\((.*)\\\)|\\\[(.*)\\\]")
 _ARTICLE = re.compile(r"\A(?:the|an?) (?=\w\w|\d)")  # "a b" is not option B
 _NAMED = r"(?:(?:option|choice|answer)\b:? ?)?"
-_LETTER = re.compile(_NAMED + r"[(\[]?([a-z])[)\]]?[.:]?")
-_LETTER_AND_TEXT = re.compile(_NAMED + r"(?:\(([a-z])\)|\[([a-z])\]|([a-z])[).:](?= ))[.:]? ?(.+)")
+_LEAD_IN = re.compile(
+    r"(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)"
+    r"(?: is:?| ?:| ?=) ?(?=\S)"
+)
+_LETTER = re.compile(_NAMED + r"[(\[{<]?([a-z])[)\]}>]?[.:]?")
+_LETTER_AND_TEXT = re.compile(_NAMED + r"(?:[(\[{<]([a-z])[)\]}>]|([a-z])(?=[).:,] | - ))[).:,]?(?: ?-(?= ))? ?(.+)")
+_TEXT_AND_LETTER = re.compile(r"(.+?) ?[(\[]([a-z])[)\]]")
 _NUMBER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]*)?")
 _FRACTION = re.compile(r"([+-]?[0-9]+) ?/ ?([0-9]+)")
 _WORDS = [
@@ -65,7 +72,7 @@ def answers_match(answer: str, solution: str, choices: Sequence[str] | None = No
         choices: the options' texts in order, (A) first; without them a letter only equals the same letter.
     """
     options = [normalise(choice) for choice in choices or ()]
-    given, gold = _resolve(normalise(answer), options), _resolve(normalise(solution), options)
+    given, gold = _resolve(_read(answer), options), _resolve(_read(solution), options)
     return given != "" and (given == gold or _same_number(given, gold))
 
 
@@ -77,9 +84,9 @@ def normalise(text: str) -> str:
     before = None
     while text != before:
         before = text
-        text = text.strip(_WRAPPERS).rstrip(".,;:!?")
+        text = text.strip(_WRAPPERS).rstrip(_END_MARKS)
         if wrapped := _LATEX_WRAPPER.fullmatch(text):
-            text = wrapped[1]
+            text = next(group for group in wrapped.groups() if group is not None)
     return _ARTICLE.sub("", text)
 
 
@@ -87,6 +94,27 @@ def _compatible(character: str) -> str:
     """The plain form of a full-width or styled character; 3² stays apart from 32, and ½ from 1/2."""
     kind = unicodedata.decomposition(character).split(" ")[0]
     return character if kind in ("<super>", "<sub>", "<fraction>") else unicodedata.normalize("NFKC", character)
+
+
+def _read(answer: str) -> str:
+    """The answer normalised, without a lead-in."""
+    text = normalise(answer)
+    lead_in = _LEAD_IN.match(text)
+    if lead_in is None:
+        return text
+    rest = normalise(text[lead_in.end() :])
+    # A text that was cut behind "the answer is a" ends in an article.
+    return "" if rest == "a" and _last_letter(answer) != "A" else rest
+
+
+def _last_letter(text: str) -> str:
+    return next((_compatible(character) for character in reversed(text) if character.isalnum()), "")
+
+
+def letter_index(text: str) -> int | None:
+    """The place of the option that a text names by its letter alone, (A) first; None where it names none."""
+    letter = _LETTER.fullmatch(normalise(text))
+    return None if letter is None else string.ascii_lowercase.index(letter[1])
 
 
 def _resolve(text: str, options: list[str]) -> str:
@@ -97,11 +125,15 @@ def _resolve(text: str, options: list[str]) -> str:
         index = string.ascii_lowercase.index(letter[1])
         return options[index] if index < len(options) else f"({letter[1]})"
     if both := _LETTER_AND_TEXT.fullmatch(text):
-        bracketed = both[1] or both[2]
-        option = _resolve(bracketed or both[3], options)
-        if normalise(both[4]) == option if options else bracketed:
-            return option
-    return text
+        bracketed, bare, rest = both.groups()
+    elif both := _TEXT_AND_LETTER.fullmatch(text):
+        rest, bracketed = both.groups()
+    else:
+        return text
+    option = _resolve(bracketed or bare, options)
+    if options:
+        return option if normalise(rest) == option or _same_number(normalise(rest), option) else text
+    return option if bracketed and both.re is _LETTER_AND_TEXT else text
 
 
 def _same_number(first: str, second: str) -> bool:

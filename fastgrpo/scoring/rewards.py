@@ -2,8 +2,9 @@
 
 A reward function is called as in TRL, with keyword arguments alone and one entry per completion: `prompts` and
 `completions` (texts, or lists of chat messages for chat prompts), `completion_ids` (lists of token ids), every column
-of the data by name, and `trainer_state`, `log_extra`, `log_metric`. It returns a number per completion, or None where
-it abstains. It may be `async`.
+of the data by name, and `trainer_state`, `log_extra`, `log_metric`. It also gets `prompt_texts`, which TRL lacks: the
+prompts as the model reads them, with what a chat template writes behind the last message. It returns a number per
+completion, or None where it abstains. It may be `async`.
 """
 
 import asyncio
@@ -21,13 +22,15 @@ import torch
 from torch import Tensor
 
 from fastgrpo.scoring.answers import answers_match, parse_answer
+from fastgrpo.scoring.golds import gold_text, option_texts
 from fastgrpo.types import Rollout
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 _FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids"} | {
+_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+_RESERVED = {"prompt", "prompts", "prompt_texts", "completion", "completions", "completion_ids"} | {
     "trainer_state",
     "log_extra",
     "log_metric",
@@ -37,32 +40,51 @@ _RESERVED = {"prompt", "prompts", "completion", "completions", "completion_ids"}
 def accuracy_reward(
     prompts: Sequence[Any],
     completions: Sequence[Any],
-    solution: Sequence[str | None] | None = None,
-    choices: Sequence[Sequence[str] | None] | None = None,
+    solution: Sequence[Any] | None = None,
+    choices: Sequence[Any] | None = None,
     **_: Any,
 ) -> list[float | None]:
     """1 where the tagged answer is the gold one (`answers.answers_match`), else 0; None without a solution.
 
+    Args:
+        solution: gold answers, in any form that `golds.gold_text` reads.
+        choices: the options of each question, in any form that `golds.option_texts` reads, or None.
+
     Raises:
-        ValueError: the data has no `solution` column.
+        ValueError: the data has no `solution` column, or a gold answer that cannot be read.
     """
     if solution is None:
         raise ValueError(
             "the accuracy reward needs a `solution` column; add one, or leave `accuracy` out of reward_funcs."
         )
-    options = choices or [None] * len(completions)
+    options = [None] * len(completions) if choices is None else choices
     return [
-        None if gold is None else float(_is_correct(_text(completion), gold, listed))
+        None if gold is None else float(is_correct(parse_answer(_text(completion)), gold, listed))
         for completion, gold, listed in zip(completions, solution, options, strict=True)
     ]
 
 
-def format_reward(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float | None]:
+def is_correct(answer: str | None, solution: Any, choices: Any) -> bool:
+    """Whether an answer is a row's gold one; without an answer it is not.
+
+    Raises:
+        RowError: a gold answer or options that cannot be read.
+    """
+    options = None if choices is None else option_texts(choices)
+    gold = gold_text(solution)
+    return answer is not None and answers_match(answer, gold, options)
+
+
+def format_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], prompt_texts: Sequence[str] | None = None, **_: Any
+) -> list[float | None]:
     """1 where the completion is `<think>…</think> <answer>…</answer>` and nothing else, each tag once; else 0.
 
-    White space around is allowed. Where the prompt ends in `<think>` (base mode), that tag counts as the completion's.
+    White space around is allowed. What the prompt opens counts as the completion's: a `<think>` at its end (base mode,
+    templates of reasoning models), or an empty `<think></think>` (such templates with thinking off).
     """
-    texts = [_opening(prompt) + _text(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    opened = prompts if prompt_texts is None else prompt_texts
+    texts = [_opening(prompt) + _text(completion) for prompt, completion in zip(opened, completions, strict=True)]
     return [float(_FORM.fullmatch(text) is not None and all(text.count(t) == 1 for t in _TAGS)) for text in texts]
 
 
@@ -80,21 +102,17 @@ REWARD_FUNCTIONS: dict[str, RewardFunction] = {
 }
 
 
-def _is_correct(text: str, solution: str, choices: Sequence[str] | None) -> bool:
-    answer = parse_answer(text)
-    return answer is not None and answers_match(answer, solution, choices)
-
-
 def _text(completion: str | Sequence[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def _opening(prompt: str | Sequence[dict[str, Any]]) -> str:
-    """The `<think>` that a prompt, or the start of the assistant's turn in it, already holds."""
+    """The tags with which a prompt, or the start of the assistant's turn in it, opens the completion."""
     if not isinstance(prompt, str):
         last = prompt[-1] if prompt else {}
         prompt = last["content"] if last.get("role") == "assistant" and isinstance(last["content"], str) else ""
-    return "<think>" if prompt.rstrip().endswith("<think>") else ""
+    found = _OPENING.search(prompt)
+    return found[0] if found else ""
 
 
 def resolve_reward_functions(specs: Sequence[str | RewardFunction]) -> list[RewardFunction]:
@@ -126,6 +144,11 @@ def _resolve(spec: str) -> RewardFunction:
     if not callable(function):
         raise ValueError(f"reward_funcs: {spec!r} is a {type(function).__name__}, not a function.")
     return function
+
+
+def reads_golds(functions: Sequence[RewardFunction]) -> bool:
+    """Whether a function among these compares answers with `solution`: rows whose gold it cannot read are of no use."""
+    return any(inspect.unwrap(getattr(function, "func", function)) is accuracy_reward for function in functions)
 
 
 def reward_name(function: RewardFunction) -> str:
@@ -176,6 +199,7 @@ def _arguments(groups: Sequence[Rollout]) -> dict[str, Any]:
     names = {name: None for prompt, _ in groups for name in prompt.columns if name not in _RESERVED}
     return {
         "prompts": [p.text if p.messages is None else p.messages for p, _ in pairs],
+        "prompt_texts": [p.text for p, _ in pairs],
         "completions": [c.text if p.messages is None else [{"role": "assistant", "content": c.text}] for p, c in pairs],
         "completion_ids": [c.token_ids.tolist() for _, c in pairs],
         **{name: [p.columns.get(name) for p, _ in pairs] for name in names},

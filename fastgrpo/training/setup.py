@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.loading import RowDataset
 from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.data.row_dataset import RowDataset, as_rows
 from fastgrpo.model.load import Processing, load_policy, load_processing
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
@@ -21,6 +21,7 @@ from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.sampler.decoder import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
+from fastgrpo.scoring.rewards import RewardFunction, reads_golds
 from fastgrpo.training.deepspeed_settings import take_whole_steps
 from fastgrpo.types import Engine, RowError, SamplingParams, Updater
 from fastgrpo.update.objective import loss_params
@@ -46,7 +47,7 @@ def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
     take_whole_steps(config)
     args = copy.copy(config)
-    args.per_device_train_batch_size = config.batch_plan.prompts_per_rollout
+    args.per_device_train_batch_size = config.prompts_per_rollout
     args.gradient_accumulation_steps = 1
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
@@ -98,6 +99,12 @@ def resolve_reward_weights(config: GRPOConfig, count: int) -> Tensor:
             f"reward_weights={weights}: {len(weights)} values for {count} reward functions, give one each."
         )
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def resolve_rows(dataset: Any, name: str, config: GRPOConfig, reward_functions: Sequence[RewardFunction]) -> RowDataset:
+    """What a user passed as `name`; where rewards read gold answers, rows without a usable one will be skipped."""
+    rows = as_rows(dataset, config.seed, name=name)
+    return rows.with_checked_golds() if reads_golds(reward_functions) else rows
 
 
 def require_a_good_row(rows: RowDataset, builder: PromptBuilder) -> None:
@@ -159,9 +166,7 @@ def build_engine(
         model,
         tokenizer,
         rank=accelerator.process_index,
-        max_batch=max(
-            config.batch_plan.completions_per_micro_batch, config.per_device_eval_batch_size * config.num_generations
-        ),
+        max_batch=max(config.completions_per_micro_batch, config.per_device_eval_batch_size * config.num_generations),
         autocast=accelerator.autocast,
     )
 
@@ -192,6 +197,4 @@ def build_updater(
             )
         except ValueError as error:
             logger.warning("The packed update cannot train this model: %s Padded batches are used, slower.", error)
-    return PlainUpdater(
-        model, loss_params(config), micro_batch_size=config.batch_plan.completions_per_micro_batch, **shared
-    )
+    return PlainUpdater(model, loss_params(config), micro_batch_size=config.completions_per_micro_batch, **shared)

@@ -21,8 +21,8 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
+from fastgrpo.data.row_dataset import warn_of_shared_rows
 from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
 from fastgrpo.scoring.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, reward_name, score
@@ -40,6 +40,7 @@ from fastgrpo.training.setup import (
     resolve_model,
     resolve_processing,
     resolve_reward_weights,
+    resolve_rows,
     sampling_params,
 )
 from fastgrpo.training.timed_steps import TimedSteps
@@ -104,8 +105,11 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             max_prompt_length=self.config.max_prompt_length,
             chat_template_kwargs=self.config.template_kwargs,
         )
-        rows = as_rows(train_dataset, self.config.seed, name="train_dataset")
+        rows = resolve_rows(train_dataset, "train_dataset", self.config, self.reward_functions)
         require_a_good_row(rows, self.builder)
+        if eval_dataset is not None:
+            eval_dataset = resolve_rows(eval_dataset, "eval_dataset", self.config, self.reward_functions)
+            warn_of_shared_rows(rows, eval_dataset)
         self.reference_model = copy_reference(model, self.config)
 
         super().__init__(
@@ -113,7 +117,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             args=one_step_per_batch(self.config),
             data_collator=PromptCollator(rows, self.builder),
             train_dataset=rows,
-            eval_dataset=None if eval_dataset is None else as_rows(eval_dataset, self.config.seed, name="eval_dataset"),
+            eval_dataset=eval_dataset,
             processing_class=self.processing,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -218,7 +222,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             total_tokens=total_tokens,
             world_size=self.accelerator.num_processes,
         )
-        if self.config.batch_plan.updates_per_rollout > 1:
+        if self.config.updates_per_rollout > 1:
             with span("update/old_logprobs"):
                 steps = [
                     [replace(g, old_logprobs=old) for g, old in zip(step, self.updater.logprobs(step), strict=True)]
@@ -348,8 +352,8 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         args, config = self.args, self.config
         sampler = RolloutSampler(
             len(self.train_dataset),
-            config.batch_plan.prompts_per_rollout,
-            repeats=config.batch_plan.updates_per_rollout,
+            config.prompts_per_rollout,
+            repeats=config.updates_per_rollout,
             shuffle=config.shuffle_dataset,
             seed=config.seed if args.data_seed is None else args.data_seed,
             rank=self.accelerator.process_index,
@@ -377,10 +381,10 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean rewards and lengths on `eval_dataset`, sampled as in training, under TRL's names."""
-        given = eval_dataset is not None
-        rows = as_rows(eval_dataset, self.config.seed, name="eval_dataset") if given else self.eval_dataset
-        if rows is None:
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
             raise ValueError("eval_dataset is missing: pass one to the trainer or to evaluate().")
+        rows = resolve_rows(given, "eval_dataset", self.config, self.reward_functions)
         group_size = self.config.num_generations_eval or self.config.num_generations
         collate = PromptCollator(rows, self.builder)
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)

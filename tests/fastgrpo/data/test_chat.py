@@ -1,4 +1,6 @@
+import base64
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +93,27 @@ def test_question_row() -> None:
     assert (row.question, row.messages) == ("How many?", None)
     assert row.columns == {"solution": "4"}
     assert widths(row.images) == [3]
+
+
+@pytest.mark.parametrize("asked", ["question", "problem"])
+@pytest.mark.parametrize("gold", ["solution", "answer"])
+def test_names_of_question_and_gold(asked: str, gold: str) -> None:
+    row = convert_chat({asked: "How many?", gold: "4"}, 0)
+    assert (row.question, row.columns["solution"]) == ("How many?", "4")
+    assert convert_chat({asked: "?", "solution": 4, "answer": 5}, 0).columns == {"solution": 4, "answer": 5}
+
+
+def test_parts_may_name_their_pictures(tmp_path: Path) -> None:
+    picture(7).save(tmp_path / "7.png")
+    encoded = base64.b64encode((tmp_path / "7.png").read_bytes()).decode()
+    content = [
+        {"type": "image", "path": "7.png"},
+        IMAGE,
+        {"type": "image", "base64": encoded},
+        {"type": "image", "image": "7.png"},
+    ]
+    row = convert_chat({"prompt": [{"role": "user", "content": content}], "image": picture(3)}, 0, tmp_path)
+    assert widths(row.images) == [7, 3, 7, 7]
 
 
 USER = [{"role": "user", "content": "hi"}]

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from torch.utils.data import Dataset
 
 from fastgrpo.data import loading
-from fastgrpo.data.loading import RowDataset, as_rows, load_rows
+from fastgrpo.data.loading import load_rows
+from fastgrpo.data.row_dataset import warn_of_shared_rows
 from fastgrpo.types import RowError
 
 datasets = pytest.importorskip("datasets")
@@ -293,7 +293,9 @@ def test_wrong_columns(tmp_path: Path) -> None:
         load_rows(path)
     assert "sat: answers, correct_answer, image_bytes, question, question_type;" in str(info.value)
     assert "cvbench: answer, choices, image, prompt, task;" in str(info.value)
-    assert "chat: prompt; question: question, solution" in str(info.value)
+    assert "chat: prompt; question: question, solution; problem: problem, solution; answer: answer, question" in str(
+        info.value
+    )
 
 
 @pytest.mark.parametrize("name", ["SAT", "CV-Bench", "someone/something"])
@@ -327,62 +329,59 @@ def test_hub_aliases_know_their_split(tmp_path: Path, monkeypatch: pytest.Monkey
         load_rows("CV-Bench", split="val")
 
 
-class Squares(Dataset[dict[str, Any]]):
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"prompt": f"{index} squared is", "solution": str(index**2)}
-
-
-def test_as_rows_wraps_what_a_user_has() -> None:
-    listed = [{"prompt": "a", "image": Image.new("RGB", (20, 10))}, {"prompt": "b", "image": None}]
-    for given in (listed, datasets.Dataset.from_list(listed, features=image_features())):
-        dataset = as_rows(given)
-        assert dataset.schema == "chat"
-        assert len(dataset) == 2
-        assert [image.size for image in dataset.convert(*dataset[0]).images] == [(20, 10)]
-        assert dataset.convert(*dataset[1]).images == []
-        assert as_rows(dataset) is dataset
-    squares = as_rows(Squares())
-    assert squares[2] == (2, {"prompt": "2 squared is", "solution": "4"})
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_pictures_beside_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_folder: bool) -> None:
+    folder = tmp_path / "set"
+    (folder / "pics").mkdir(parents=True)
+    (folder / "pics" / "0.jpg").write_bytes(encode(33))
+    records = [
+        {"question": "?", "solution": "1", "image": {"path": "pics/0.jpg"}},
+        {"question": "?", "solution": "1", "image": {"path": "pics/1.jpg"}},
+    ]
+    path = write_json_lines(folder / "train.jsonl", records)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    rows = load_rows(str(folder) if as_folder else path)
+    assert [image.width for image in rows.convert(*rows[0]).images] == [33]
+    with pytest.raises(RowError, match=r"image file 'pics/1\.jpg' does not exist"):
+        rows.convert(*rows[1])
 
 
-def image_features() -> datasets.Features:
-    return datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image()})
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_as_rows_leaves_nested_pictures_encoded() -> None:
-    features = datasets.Features({"prompt": datasets.Value("string"), "images": datasets.List(datasets.Image())})
-    records = datasets.Dataset.from_list([{"prompt": "a", "images": [{"bytes": b"x", "path": None}]}], features)
-    dataset = as_rows(records)
-    assert dataset[0][1]["images"] == [{"bytes": b"x", "path": None}]
-    with pytest.raises(RowError, match="image 1 of 1: image cannot be decoded"):
-        dataset.convert(*dataset[0])
+def test_rows_without_their_picture_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pictures: list[str | None] = ["a.jpg", None, "a.jpg", None]
+    records = [{"question": "?", "solution": "1", "image": picture} for picture in pictures]
+    load_rows(write_json_lines(tmp_path / "rows.jsonl", records))
+    (line,) = warnings(caplog)
+    assert "2 of 4 rows have no picture in image, the first is row 1" in line
 
 
-def test_as_rows_seed() -> None:
-    records = sat_records(1)
-    choices = [as_rows(records, seed).convert(0, records[0]).columns["choices"] for seed in range(20)]
-    assert ["left", "right"] in choices
-    assert ["right", "left"] in choices
+@pytest.mark.parametrize("max_samples", [None, 3])
+def test_training_and_scoring_on_the_same_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, max_samples: int | None
+) -> None:
+    train = load_rows(write_sat(tmp_path / "train.parquet", sat_records(5)))
+    other = load_rows(write_sat(tmp_path / "other.parquet", sat_records(6)))
+    (tmp_path / "copy.parquet").write_bytes((tmp_path / "train.parquet").read_bytes())
+    warn_of_shared_rows(train, other)
+    assert not warnings(caplog)
+    for held_out in ("train.parquet", "copy.parquet"):
+        warn_of_shared_rows(train, load_rows(str(tmp_path / held_out), max_samples=max_samples))
+        (line,) = warnings(caplog)
+        assert "come from the same file" in line
+        caplog.clear()
 
 
-@pytest.mark.parametrize(
-    ("dataset", "reason"),
-    [
-        ([], "the data set has no rows"),
-        (iter([{"prompt": "a"}]), "list_iterator without length or index"),
-        ({"train": [{"prompt": "a"}]}, r"dict of splits \['train'\]: pass one of them"),
-        (["a", "b"], "holds str records; wanted dicts"),
-        ([{"text": "a"}], "the data set has the columns text, which fit no schema"),
-    ],
-)
-def test_as_rows_refuses(dataset: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        as_rows(dataset)
-
-
-def test_row_dataset_is_a_torch_data_set() -> None:
-    assert isinstance(as_rows(Squares()), RowDataset)
-    assert isinstance(as_rows(Squares()), Dataset)
+def test_splits_of_one_folder_are_different_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_sat(tmp_path / "train-00000-of-00001.parquet", sat_records(5))
+    write_sat(tmp_path / "test-00000-of-00001.parquet", sat_records(4))
+    train, test = (load_rows(str(tmp_path), split=split) for split in ("train", "test"))
+    warn_of_shared_rows(train, test)
+    assert not warnings(caplog)
+    datasets.Dataset.from_list(sat_records(4)).save_to_disk(str(tmp_path / "saved"))
+    saved = load_rows(str(tmp_path / "saved"))
+    warn_of_shared_rows(saved, load_rows(str(tmp_path / "saved"), max_samples=2))
+    assert len(warnings(caplog)) == 1

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from fastgrpo.data.loading import as_rows
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator, mrope_position_ids
+from fastgrpo.data.row_dataset import as_rows
 from fastgrpo.data.rows import Row
 from fastgrpo.types import RowError, SkippedRow
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fastgrpo.data.loading import RowDataset, load_rows
+from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
 from fastgrpo.evaluation import Evaluation, evaluate, write_evaluation
 from fastgrpo.types import Completion, Prompt, Rollout, RowError, SamplingParams
@@ -130,7 +131,7 @@ def test_scores_by_task(rows: RowDataset, run: Any) -> None:
     [
         ("{}", True, False),
         (" {}.\n", True, False),
-        ("The answer is {}", False, False),
+        ("The answer is {}", True, False),
         ("{} because it is nearer", False, False),
         ("", False, False),
         ("x</think> <answer>{}</answer>", True, True),
