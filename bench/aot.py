@@ -29,7 +29,18 @@ from fastgrpo_kernels.tl_utils import CompiledLaunch, compile_only
 from harness import Result, parser, print_table
 
 MODULES = tuple(
-    f"fastgrpo_kernels.{name}" for name in ("linear_logprob", "grpo_loss", "kv_cache", "paged_attention", "sampling")
+    f"fastgrpo_kernels.{name}"
+    for name in (
+        "linear_logprob",
+        "grpo_loss",
+        "kv_cache",
+        "paged_attention",
+        "sampling",
+        "norms",
+        "activations",
+        "rotary",
+        "merge_attention",
+    )
 )
 """Each defines `aot_cases()`: labels, and calls of its launchers on meta tensors at the shipped shapes and configs."""
 ARCHES = (80, 90, 100)

@@ -41,7 +41,7 @@ class LossResult:
     grad_logprobs: Tensor
     """[T]"""
     metrics: dict[str, Tensor]
-    """Sums over tokens: kl, clip_low, clip_high, ratio."""
+    """Sums over tokens: kl, clip_low, clip_high."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ def plain_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
             "kl": kl.sum(),
             "clip_low": ((ratio < low) & (advantage < 0)).sum(),
             "clip_high": ((ratio > high) & (advantage > 0)).sum(),
-            "ratio": ratio.sum(),
         }
     return loss, metrics
 
@@ -125,7 +124,6 @@ def our_loss(inputs: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         "kl": metrics.kl_sum,
         "clip_low": metrics.clip_low_sum,
         "clip_high": metrics.clip_high_sum,
-        "ratio": metrics.ratio_sum,
     }
     return loss, named
 

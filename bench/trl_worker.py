@@ -106,7 +106,7 @@ class RunData:
         rows = load_training_rows(script, config.seed)
         sampler = RolloutSampler(
             len(rows),
-            config.prompts_per_rollout,
+            config.batch_plan.prompts_per_rollout,
             repeats=1,
             shuffle=config.shuffle_dataset,
             seed=config.seed if config.data_seed is None else config.data_seed,
@@ -137,9 +137,9 @@ class RunData:
 def trl_settings(config: GRPOConfig, **overrides: Any) -> trl.GRPOConfig:
     """The same settings in TRL's words: one micro-batch is the whole step, as it is for the padded batch."""
     settings = {name: getattr(config, name) for name in SAME_NAMES}
-    settings["per_device_train_batch_size"] = config.completions_per_micro_batch
+    settings["per_device_train_batch_size"] = config.batch_plan.completions_per_micro_batch
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    settings["steps_per_generation"] = config.micro_batches_per_rollout
+    settings["steps_per_generation"] = config.batch_plan.micro_batches_per_rollout
     extra = {"report_to": "none", "save_strategy": "no", "shuffle_dataset": False, "log_completions": False}
     return trl.GRPOConfig(**{**settings, **extra, **overrides})
 

@@ -15,6 +15,9 @@ PACKAGES = ("fastgrpo", "fastgrpo_kernels", "fastgrpo_profiling")
 ORDER = [
     "fastgrpo_kernels",
     "fastgrpo_profiling",
+    "fastgrpo.limits",
+    "fastgrpo.trl_fields",
+    "fastgrpo.batch_plan",
     "fastgrpo.config",
     "fastgrpo.types",
     "fastgrpo.atomic_files",

@@ -135,7 +135,9 @@ def training_flags(options: ProfileOptions) -> list[str]:
         data = options.output_dir / "data" / "sat.parquet"
         data.parent.mkdir(parents=True, exist_ok=True)
         config, _ = parse([*flags, "--dataset_name", str(data), "--output_dir", str(options.output_dir)])
-        write_sat_parquet(data, config.prompts_per_rollout * min(rollouts, 50), config.seed, kinds=DEMO_KINDS)
+        write_sat_parquet(
+            data, config.batch_plan.prompts_per_rollout * min(rollouts, 50), config.seed, kinds=DEMO_KINDS
+        )
         flags += ["--dataset_name", str(data)]
     return flags
 
@@ -229,7 +231,7 @@ def _facts(
         "model": Path(script.model_name_or_path).name,
         "device": place,
         "dtype": str(dtype).removeprefix("torch."),
-        "step": f"{config.prompts_per_rollout} prompts × {config.num_generations}",
+        "step": f"{config.batch_plan.prompts_per_rollout} prompts × {config.num_generations}",
         "prompt": f"{round(sum(work.prompts) / len(work.prompts))} tokens" if work else "–",
         "completion limit": f"{config.max_completion_length} tokens",
         "beta": f"{config.beta:g}",

@@ -47,7 +47,7 @@ def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
     """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
     take_whole_steps(config)
     args = copy.copy(config)
-    args.per_device_train_batch_size = config.prompts_per_rollout
+    args.per_device_train_batch_size = config.batch_plan.prompts_per_rollout
     args.gradient_accumulation_steps = 1
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
@@ -166,7 +166,9 @@ def build_engine(
         model,
         tokenizer,
         rank=accelerator.process_index,
-        max_batch=max(config.completions_per_micro_batch, config.per_device_eval_batch_size * config.num_generations),
+        max_batch=max(
+            config.batch_plan.completions_per_micro_batch, config.per_device_eval_batch_size * config.num_generations
+        ),
         autocast=accelerator.autocast,
     )
 
@@ -197,4 +199,6 @@ def build_updater(
             )
         except ValueError as error:
             logger.warning("The packed update cannot train this model: %s Padded batches are used, slower.", error)
-    return PlainUpdater(model, loss_params(config), micro_batch_size=config.completions_per_micro_batch, **shared)
+    return PlainUpdater(
+        model, loss_params(config), micro_batch_size=config.batch_plan.completions_per_micro_batch, **shared
+    )

@@ -222,7 +222,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             total_tokens=total_tokens,
             world_size=self.accelerator.num_processes,
         )
-        if self.config.updates_per_rollout > 1:
+        if self.config.batch_plan.updates_per_rollout > 1:
             with span("update/old_logprobs"):
                 steps = [
                     [replace(g, old_logprobs=old) for g, old in zip(step, self.updater.logprobs(step), strict=True)]
@@ -352,8 +352,8 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         args, config = self.args, self.config
         sampler = RolloutSampler(
             len(self.train_dataset),
-            config.prompts_per_rollout,
-            repeats=config.updates_per_rollout,
+            config.batch_plan.prompts_per_rollout,
+            repeats=config.batch_plan.updates_per_rollout,
             shuffle=config.shuffle_dataset,
             seed=config.seed if args.data_seed is None else args.data_seed,
             rank=self.accelerator.process_index,

@@ -30,7 +30,7 @@ def plan_updates(
     total_tokens: float,
     world_size: int,
 ) -> list[list[TrainingGroup]]:
-    """One list of groups per optimizer step of one pass over the rollout (`config.slices_per_rollout` of them).
+    """One list of groups per optimizer step of one pass over the rollout (`BatchPlan.slices_per_rollout` of them).
 
     Args:
         advantages: [groups × G] float32.
@@ -38,20 +38,20 @@ def plan_updates(
         total_sequences, total_tokens: completions and counted tokens of the whole rollout on all ranks; every step
             is normalised by its share of them, as in TRL.
     """
-    size = config.num_generations
-    groups_per_step = max(1, -(-len(groups) // config.slices_per_rollout))
+    plan, size = config.batch_plan, config.num_generations
+    groups_per_step = max(1, -(-len(groups) // plan.slices_per_rollout))
     steps = []
-    for i in range(config.slices_per_rollout):
+    for i in range(plan.slices_per_rollout):
         chosen = range(i * groups_per_step, min((i + 1) * groups_per_step, len(groups)))
         step_masks = [masks[n] for g in chosen for n in range(g * size, (g + 1) * size)]
         weights = sequence_weights(
             torch.tensor([int(mask.sum()) for mask in step_masks], dtype=torch.int64),
             config.loss_type,
             max_completion_length=config.max_completion_length,
-            total_sequences=total_sequences / config.slices_per_rollout,
-            total_tokens=total_tokens / config.slices_per_rollout,
-            micro_batch_size=config.completions_per_micro_batch,
-            total_micro_batches=config.gradient_accumulation_steps * world_size,
+            total_sequences=total_sequences / plan.slices_per_rollout,
+            total_tokens=total_tokens / plan.slices_per_rollout,
+            micro_batch_size=plan.completions_per_micro_batch,
+            total_micro_batches=plan.accumulation * world_size,
         ).tolist()
         per_token = [torch.full((len(mask),), weight) for mask, weight in zip(step_masks, weights, strict=True)]
         steps.append(

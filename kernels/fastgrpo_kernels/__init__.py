@@ -1,10 +1,14 @@
 """GRPO's operations over flat (packed) tokens. Usable alone: imports torch and triton and nothing of fastgrpo."""
 
+from fastgrpo_kernels.activations import quick_gelu, swiglu
 from fastgrpo_kernels.grpo_loss import grpo_loss
 from fastgrpo_kernels.kv_cache import rope_and_cache
 from fastgrpo_kernels.linear_logprob import linear_logprob
+from fastgrpo_kernels.merge_attention import merge_attention
+from fastgrpo_kernels.norms import layer_norm, rms_norm
 from fastgrpo_kernels.paged_attention import paged_attention
 from fastgrpo_kernels.reference import logprob_from_logits
+from fastgrpo_kernels.rotary import apply_rotary
 from fastgrpo_kernels.sampling import sample
 from fastgrpo_kernels.types import (
     LogprobOutput,
@@ -26,10 +30,16 @@ __all__ = [
     "SampleOutput",
     "SampleParams",
     "Surrogate",
+    "apply_rotary",
     "grpo_loss",
+    "layer_norm",
     "linear_logprob",
     "logprob_from_logits",
+    "merge_attention",
     "paged_attention",
+    "quick_gelu",
+    "rms_norm",
     "rope_and_cache",
     "sample",
+    "swiglu",
 ]

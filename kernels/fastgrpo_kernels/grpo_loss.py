@@ -2,34 +2,32 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastgrpo_kernels.backend import Backend, pick_backend
+from fastgrpo_kernels import reference
+from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
+from fastgrpo_kernels.checks import check_loss_inputs
 from fastgrpo_kernels.grpo_loss_kernels import SURROGATES, loss_kernel, reduce_kernel
-from fastgrpo_kernels.reference import loss as reference
 from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import Level, LossMetrics, LossOutput, LossParams, Surrogate
 
 _SUMS = (
     "loss",
     "token_count",
-    "sequence_count",
     "kl_sum",
     "entropy_sum",
     "clip_count",
     "clip_low_sum",
     "clip_high_sum",
     "clip_region_sum",
-    "ratio_sum",
 )
-_MINIMA = ("clip_low_seq_min", "ratio_min")
-_MAXIMA = ("clip_high_seq_max", "ratio_max")
+_MINIMA = ("clip_low_seq_min",)
+_MAXIMA = ("clip_high_seq_max",)
 _COLUMNS = (*_SUMS, *_MINIMA, *_MAXIMA)
 """What a program finds of its sequence, in the order in which the kernel stores it."""
 
@@ -71,94 +69,57 @@ def grpo_loss(
         "ref_logprobs": ref_logprobs,
         "mask": mask,
         "policy_scale": policy_scale,
+        "entropy": entropy,
         "entropy_weights": entropy_weights,
     }
+    check_loss_inputs(logprobs, params, tensors)
     if pick_backend(logprobs, backend) == "torch" or logprobs.dtype == torch.float64:
-        return reference.grpo_loss(logprobs, params=params, entropy=entropy, **tensors)  # type: ignore[arg-type]
-    reference.check_loss_inputs(logprobs, params, {**tensors, "entropy": entropy})
-    loss, totals = _GrpoLoss.apply(logprobs, entropy, tensors, params)
+        return reference.grpo_loss(logprobs, params=params, **tensors)  # type: ignore[arg-type]
+    loss, totals, _ = _operator(logprobs, *tensors.values(), *astuple(params))
     metrics = dict(zip(_COLUMNS, totals.unbind(), strict=True))
     return LossOutput(loss, LossMetrics(**{name: metrics[name] for name in LossMetrics._fields}))
 
 
-class _GrpoLoss(torch.autograd.Function):
-    """The forward has the gradient already; the backward multiplies it by the upstream scalar."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, tensors: dict[str, Tensor | None], params: LossParams
-    ) -> tuple[Tensor, Tensor]:
-        totals, gradient = _loss_and_gradient(logprobs, entropy=entropy, **tensors, **asdict(params))
-        ctx.save_for_backward(logprobs, gradient, tensors["mask"], tensors["entropy_weights"])
-        ctx.mark_non_differentiable(totals)
-        return totals[0].clone(), totals
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        logprobs, gradient, mask, entropy_weights = ctx.saved_tensors
-        entropy_gradient = None
-        if ctx.needs_input_grad[1] and entropy_weights is not None:
-            counted = entropy_weights if mask is None else entropy_weights.masked_fill(~mask, 0.0)
-            entropy_gradient = -upstream * counted
-        return (upstream * gradient).to(logprobs.dtype), entropy_gradient, None, None
+def _run(logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Nine tensors and the fields of `LossParams` → the loss, its totals and its gradient, all float32."""
+    totals, gradient = launch_grpo_loss(logprobs, *arguments[:9], params=LossParams(*arguments[9:]))
+    return totals[0].clone(), totals, gradient
 
 
-@torch.library.custom_op("fastgrpo::grpo_loss", mutates_args=())
-def _loss_and_gradient(
-    logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    mask: Tensor | None,
-    policy_scale: Tensor | None,
-    entropy: Tensor | None,
-    entropy_weights: Tensor | None,
-    surrogate: str,
-    level: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    kl_bias_correction: bool,
-    sapo_temperature_pos: float,
-    sapo_temperature_neg: float,
-    kl_cap: float,
-) -> tuple[Tensor, Tensor]:
-    """`launch_grpo_loss` as torch.compile sees it: an operator of tensors and numbers, `LossParams` spelt out."""
-    params = LossParams(
-        surrogate=surrogate,  # type: ignore[arg-type]
-        level=level,  # type: ignore[arg-type]
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        beta=beta,
-        kl_bias_correction=kl_bias_correction,
-        sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg,
-        kl_cap=kl_cap,
-    )
-    return launch_grpo_loss(
-        logprobs,
-        advantages,
-        weights,
-        cu_seqlens,
-        params,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        mask=mask,
-        policy_scale=policy_scale,
-        entropy=entropy,
-        entropy_weights=entropy_weights,
-    )
-
-
-@_loss_and_gradient.register_fake
-def _(logprobs: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _fake(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     totals = logprobs.new_empty(len(_COLUMNS), dtype=torch.float32)
-    return totals, logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+    return totals.new_empty(()), totals, totals.new_empty(logprobs.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logprobs, mask, entropy_weights = inputs[0], inputs[6], inputs[9]
+    _, totals, gradient = output
+    ctx.mark_non_differentiable(totals, gradient)
+    ctx.save_for_backward(logprobs, gradient, mask, entropy_weights)
+    ctx.inputs = len(inputs)
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    """The forward has the gradient already: times the upstream scalar."""
+    logprobs, gradient, mask, entropy_weights = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None] * ctx.inputs
+    gradients[0] = (upstream * gradient).to(logprobs.dtype)
+    if ctx.needs_input_grad[8] and entropy_weights is not None:
+        counted = entropy_weights if mask is None else entropy_weights.masked_fill(~mask, 0.0)
+        gradients[8] = -upstream * counted
+    return tuple(gradients)
+
+
+_operator = register_operator(
+    "grpo_loss(Tensor logprobs, Tensor advantages, Tensor weights, Tensor cu_seqlens, Tensor? old_logprobs, "
+    "Tensor? ref_logprobs, Tensor? mask, Tensor? policy_scale, Tensor? entropy, Tensor? entropy_weights, "
+    "str surrogate, str level, float epsilon_low, float epsilon_high, float? delta, float beta, "
+    "bool kl_bias_correction, float sapo_temperature_pos, float sapo_temperature_neg) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    save=_save,
+    backward=_backward,
+)
 
 
 def launch_grpo_loss(
@@ -166,16 +127,16 @@ def launch_grpo_loss(
     advantages: Tensor,
     weights: Tensor,
     cu_seqlens: Tensor,
-    params: LossParams,
-    *,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     mask: Tensor | None = None,
     policy_scale: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_weights: Tensor | None = None,
+    *,
+    params: LossParams,
 ) -> tuple[Tensor, Tensor]:
-    """Totals [14] in the order of `_COLUMNS` and the loss's gradient [T] by log-prob, both float32.
+    """Totals [10] in the order of `_COLUMNS` and the loss's gradient [T] by log-prob, both float32.
 
     Inputs are those of `grpo_loss`, checked by it. One program for each of the N sequences, on grid axis x.
     """
@@ -198,7 +159,6 @@ def launch_grpo_loss(
             gradient,
             partials,
             float(params.beta),
-            float(params.kl_cap),
             1.0 - params.epsilon_low,
             float(params.epsilon_high) if params.surrogate == "cispo" else 1.0 + params.epsilon_high,
             math.inf if params.delta is None else float(params.delta),
@@ -233,7 +193,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
     def case(params: LossParams, dtype: torch.dtype, optional: dict[str, Tensor]) -> None:
         offsets = values(sequences + 1, torch.int64)
-        launch_grpo_loss(values(tokens, dtype), values(sequences), values(tokens), offsets, params, **optional)
+        launch_grpo_loss(values(tokens, dtype), values(sequences), values(tokens), offsets, params=params, **optional)
 
     plain = {"mask": values(tokens, torch.bool), "entropy": values(tokens)}
     names = ("old_logprobs", "ref_logprobs", "policy_scale", "entropy_weights")

@@ -6,9 +6,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastgrpo_kernels.types import LOG_RATIO_CAP
+from fastgrpo_kernels.types import KL_CAP, LOG_RATIO_CAP
 
-_CAP = tl.constexpr(LOG_RATIO_CAP)
+_RATIO_CAP = tl.constexpr(LOG_RATIO_CAP)
+_KL_CAP = tl.constexpr(KL_CAP)
 
 
 @triton.jit
@@ -26,7 +27,6 @@ def loss_kernel(
     gradient: tl.tensor,
     partials: tl.tensor,
     beta: tl.tensor,
-    kl_cap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     delta: tl.tensor,
@@ -37,7 +37,7 @@ def loss_kernel(
     KL_TIMES_RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per sequence: gradient of its tokens, and its column of the partials [14, N]."""
+    """One program per sequence: gradient of its tokens, and its column of the partials [10, N]."""
     sequence = tl.program_id(0)
     sequences = tl.num_programs(0)
     begin = tl.load(cu_seqlens + sequence).to(tl.int64)
@@ -56,7 +56,6 @@ def loss_kernel(
             ref_logprobs,
             policy_scale,
             beta,
-            kl_cap,
             low,
             high,
             delta,
@@ -72,9 +71,6 @@ def loss_kernel(
     entropies = tl.zeros([BLOCK], tl.float32)
     lows = tl.zeros([BLOCK], tl.float32)
     highs = tl.zeros([BLOCK], tl.float32)
-    ratios = tl.zeros([BLOCK], tl.float32)
-    least_ratio = tl.full([BLOCK], float("inf"), tl.float32)
-    greatest_ratio = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(begin, end, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         counted = _counted(mask, tokens, end)
@@ -90,7 +86,7 @@ def loss_kernel(
         policy, by_log_ratio, by_logprob, is_low, is_high = SURROGATE(
             ratio, advantage, logprob, low, high, delta, tau_pos, tau_neg
         )
-        kl, kl_by_logprob = _k3(logprob, _load(ref_logprobs, tokens, counted, logprob), kl_cap)
+        kl, kl_by_logprob = _k3(logprob, _load(ref_logprobs, tokens, counted, logprob))
         slope = scale * by_log_ratio
         if KL_TIMES_RATIO:
             kl *= ratio
@@ -110,33 +106,23 @@ def loss_kernel(
         entropies += token_entropy
         lows += one * is_low
         highs += one * is_high
-        ratios += one * ratio
-        least_ratio = tl.minimum(least_ratio, tl.where(counted, ratio, float("inf")))
-        greatest_ratio = tl.maximum(greatest_ratio, tl.where(counted, ratio, float("-inf")))
 
     count = tl.sum(counts)
-    filled = (count > 0).to(tl.float32)
-    low_sum, high_sum = tl.sum(lows), tl.sum(highs)
+    low_sum, high_sum, clip_count = tl.sum(lows), tl.sum(highs), count
     low_share, high_share = low_sum / tl.maximum(count, 1.0), high_sum / tl.maximum(count, 1.0)
-    ratio_sum, clip_count = tl.sum(ratios), count
     if SEQUENCE_LEVEL:
-        ratio_sum, clip_count = filled * _ratio(mean)[0], filled
-        low_sum, high_sum = low_share, high_share
+        low_sum, high_sum, clip_count = low_share, high_share, (count > 0).to(tl.float32)
     column = partials + sequence  # rows in the order of grpo_loss._COLUMNS
     tl.store(column, tl.sum(losses))
     tl.store(column + sequences, count)
-    tl.store(column + 2 * sequences, filled)
-    tl.store(column + 3 * sequences, tl.sum(kls))
-    tl.store(column + 4 * sequences, tl.sum(entropies))
-    tl.store(column + 5 * sequences, clip_count)
-    tl.store(column + 6 * sequences, low_sum)
-    tl.store(column + 7 * sequences, high_sum)
-    tl.store(column + 8 * sequences, low_sum + high_sum)
-    tl.store(column + 9 * sequences, ratio_sum)
-    tl.store(column + 10 * sequences, tl.where(count > 0, low_share, float("inf")))
-    tl.store(column + 11 * sequences, tl.min(least_ratio))
-    tl.store(column + 12 * sequences, tl.where(count > 0, high_share, float("-inf")))
-    tl.store(column + 13 * sequences, tl.max(greatest_ratio))
+    tl.store(column + 2 * sequences, tl.sum(kls))
+    tl.store(column + 3 * sequences, tl.sum(entropies))
+    tl.store(column + 4 * sequences, clip_count)
+    tl.store(column + 5 * sequences, low_sum)
+    tl.store(column + 6 * sequences, high_sum)
+    tl.store(column + 7 * sequences, low_sum + high_sum)
+    tl.store(column + 8 * sequences, tl.where(count > 0, low_share, float("inf")))
+    tl.store(column + 9 * sequences, tl.where(count > 0, high_share, float("-inf")))
 
 
 @triton.jit
@@ -151,7 +137,6 @@ def _sequence_level(
     ref_logprobs: tl.tensor | None,
     policy_scale: tl.tensor | None,
     beta: tl.tensor,
-    kl_cap: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     delta: tl.tensor,
@@ -171,7 +156,7 @@ def _sequence_level(
         counted = _counted(mask, tokens, end)
         logprob = _load(logprobs, tokens, counted, 0.0)
         weight = _load(weights, tokens, counted, 0.0)
-        kl, _ = _k3(logprob, _load(ref_logprobs, tokens, counted, logprob), kl_cap)
+        kl, _ = _k3(logprob, _load(ref_logprobs, tokens, counted, logprob))
         counts += counted.to(tl.float32)
         log_ratios += logprob - _load(old_logprobs, tokens, counted, logprob)
         policy_weights += weight * _load(policy_scale, tokens, counted, 1.0)
@@ -196,7 +181,7 @@ def reduce_kernel(
     MINIMA: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One program per row of the partials [14, N]: its sum, minimum or maximum, always in the same order."""
+    """One program per row of the partials [10, N]: its sum, minimum or maximum, always in the same order."""
     row = tl.program_id(0)
     sign = tl.where(row < SUMS + MINIMA, -1.0, 1.0)  # a minimum is the negative maximum of the negatives
     total = tl.zeros([BLOCK], tl.float32)
@@ -270,15 +255,15 @@ def _sapo(
 @triton.jit
 def _ratio(log_ratio: tl.tensor) -> Any:
     """exp(log ratio), constant beyond the cap, and 1.0 where it is not."""
-    held = tl.minimum(tl.maximum(log_ratio, -_CAP), _CAP)
+    held = tl.minimum(tl.maximum(log_ratio, -_RATIO_CAP), _RATIO_CAP)
     return tl.exp(held), (held == log_ratio).to(tl.float32)
 
 
 @triton.jit
-def _k3(logprob: tl.tensor, ref_logprob: tl.tensor, cap: tl.tensor) -> Any:
-    """exp(d) − d − 1 with d = reference − policy log-prob, constant where |d| > cap; its derivative by the latter."""
+def _k3(logprob: tl.tensor, ref_logprob: tl.tensor) -> Any:
+    """exp(d) − d − 1 with d = reference − policy log-prob, constant where |d| > KL_CAP; its slope by the latter."""
     d = ref_logprob - logprob
-    held = tl.minimum(tl.maximum(d, -cap), cap)
+    held = tl.minimum(tl.maximum(d, -_KL_CAP), _KL_CAP)
     # exp(d) − d − 1 cancels where d is small; the series' first term left out is 4e-8 of the sum at |d| = 1/2.
     series = 1 + held / 5 * (1 + held / 6 * (1 + held / 7 * (1 + held / 8)))
     series = held * held / 2 * (1 + held / 3 * (1 + held / 4 * series))

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgrpo_kernels import reference
-from fastgrpo_kernels.backend import Backend, pick_backend
-from fastgrpo_kernels.reference.checks import check_caches, shape_of
+from fastgrpo_kernels import cpu
+from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
+from fastgrpo_kernels.checks import check_caches, shape_of
 from fastgrpo_kernels.tl_utils import launch
 
 
@@ -56,16 +56,8 @@ def rope_and_cache(
             "pass [T, D], [T, D] and [T]."
         )
     if pick_backend(query, backend) == "torch":
-        return reference.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
-    return _op(query, key, value, cos, sin, key_cache, value_cache, slots)
-
-
-_library = torch.library.Library("fastgrpo_kernels", "FRAGMENT")
-_library.define(
-    "rope_and_cache(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
-    "Tensor(b!) value_cache, Tensor slots) -> Tensor"
-)
-_op = torch.ops.fastgrpo_kernels.rope_and_cache.default
+        return cpu.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
+    return _operator(query, key, value, cos, sin, key_cache, value_cache, slots)
 
 
 def _fake(query: Tensor, *_: Tensor) -> Tensor:
@@ -112,8 +104,12 @@ def _launch(
     return rotated
 
 
-_library.impl("rope_and_cache", _launch, "CompositeExplicitAutograd")
-torch.library.register_fake("fastgrpo_kernels::rope_and_cache", _fake, lib=_library)
+_operator = register_operator(
+    "rope_and_cache(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
+    "Tensor(b!) value_cache, Tensor slots) -> Tensor",
+    _launch,
+    _fake,
+)
 
 
 @triton.jit

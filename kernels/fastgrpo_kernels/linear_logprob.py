@@ -1,13 +1,14 @@
 """Log-probs of targets straight from hidden states and the LM head's weight, logits never handed out."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fastgrpo_kernels import cpu
 from fastgrpo_kernels.backend import Backend, pick_backend
+from fastgrpo_kernels.checks import check_linear_inputs
 from fastgrpo_kernels.linear_logprob_gemm import (
     TileBuffers,
     gemm_config,
@@ -16,16 +17,15 @@ from fastgrpo_kernels.linear_logprob_gemm import (
     launch_logits,
     tile_buffers,
 )
-from fastgrpo_kernels.linear_logprob_rows import launch_dlogits, launch_reduce, launch_targets
-from fastgrpo_kernels.reference.checks import computing_dtype
-from fastgrpo_kernels.reference.logprob import (
-    KeptTile,
+from fastgrpo_kernels.linear_logprob_operator import (
+    Gradients,
+    Kept,
+    LinearOptions,
     RowStatistics,
-    check_linear_inputs,
-    check_linear_values,
-    linear_backward,
-    linear_forward,
+    nothing_kept,
+    register_linear_logprob,
 )
+from fastgrpo_kernels.linear_logprob_rows import launch_dlogits, launch_reduce, launch_targets
 from fastgrpo_kernels.types import LogprobOutput
 
 
@@ -41,13 +41,13 @@ def linear_logprob(
     byte_budget: int = 1 << 30,
     backend: Backend | None = None,
 ) -> LogprobOutput:
-    """Log-softmax of (hidden[rows] @ weight.T) / temperature at the targets, and its entropy; see the reference.
+    """`logprob_from_logits(hidden[rows] @ weight.T, targets)` without ever holding [N, V].
 
     On CUDA the normaliser comes from the product's float32 accumulator. If [T, V] in hidden's dtype fits the budget,
     that much is kept for the backward pass (three products in all; a second backward pass through the same graph
     raises); otherwise it works through chunks of rows that fit, whose exponentials the backward pass makes again
     (four products). On CPU that much is kept only up to a few MB. Hidden rows whose targets all have zero gradient are
-    left out of the backward pass. Differentiable once.
+    left out of the backward pass. Under autocast, hidden is cast as `F.linear` casts it. Differentiable once.
 
     Args:
         hidden: [T, H] bfloat16, float16 or float32 (float64 on the torch backend).
@@ -70,155 +70,25 @@ def linear_logprob(
     if chosen == "triton" and hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"hidden is {hidden.dtype}: pass bfloat16, float16 or float32, or use backend torch.")
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if chosen == "triton":
-        fits = len(hidden) <= _chunk_rows(hidden, len(weight), byte_budget)
+    options = LinearOptions(float(temperature), entropy, ignore_index, byte_budget, keep=differentiable)
+    if chosen == "torch":
+        logprobs, entropies = cpu.linear_logprob(hidden, weight, targets, rows, options)
     else:
-        fits = KeptTile.fits(hidden, targets, len(weight), byte_budget)
-    keep = differentiable and fits
-    options = (float(temperature), entropy, ignore_index, byte_budget, keep, chosen)
-    outputs = _forward_op(hidden, weight, targets, rows, *options)
-    return LogprobOutput(outputs[0], outputs[1] if entropy else None)
+        keep = differentiable and len(hidden) <= _chunk_rows(hidden, len(weight), byte_budget)
+        logprobs, entropies, *_ = _operator(hidden, weight, targets, rows, *options._replace(keep=keep))
+    return LogprobOutput(logprobs, entropies if entropy else None)
 
 
-@torch.library.custom_op("fastgrpo::linear_logprob", mutates_args=())
-def _forward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    temperature: float,
-    entropy: bool,
-    ignore_index: int,
-    byte_budget: int,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs and entropies [N], log-sum-exps and entropies [T]; if `keep`, exponentials and tile maxima."""
-    check_linear_values(hidden, weight, targets, rows, ignore_index)
-    if backend == "triton":
-        return triton_forward(hidden, weight, targets, rows, temperature, entropy, ignore_index, byte_budget, keep)
-    kept = KeptTile.room(hidden, targets, len(weight)) if keep else None
-    options = (temperature, entropy, ignore_index, byte_budget)
-    output, statistics = linear_forward(hidden, weight, targets, rows, *options, kept)
-    return *output, *statistics, *(kept or _nothing_kept(hidden))
-
-
-@_forward_op.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    temperature: float,
-    entropy: bool,
-    ignore_index: int,
-    byte_budget: int,
-    keep: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    by_target, by_row = (hidden.new_empty(len(x), dtype=computing_dtype(hidden)) for x in (targets, hidden))
-    kept = _nothing_kept(hidden)
-    if keep and backend == "triton":
-        buffers = tile_buffers(hidden, len(weight), entropy, keep)
-        assert buffers.exponentials is not None
-        kept = buffers.exponentials, buffers.maximum
-    elif keep:
-        kept = KeptTile.room(hidden, targets, len(weight))
-    return by_target, torch.empty_like(by_target), by_row, torch.empty_like(by_row), *kept
-
-
-@torch.library.custom_op("fastgrpo::linear_logprob_backward", mutates_args=("exponentials",))
-def _backward_op(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    lse: Tensor,
-    row_entropy: Tensor,
-    exponentials: Tensor,
-    maximum: Tensor,
-    temperature: float,
-    entropy: bool,
-    ignore_index: int,
-    byte_budget: int,
-    keep: bool,
-    backend: str,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight; an empty tensor for one that is not needed."""
-    tensors = (grad_logprobs, grad_entropy, hidden, weight, targets, rows)
-    statistics = RowStatistics(lse, row_entropy)
-    options = (temperature, entropy, ignore_index, byte_budget)
-    needs = (need_hidden, need_weight)
-    if backend == "triton":
-        kept = TileBuffers(maximum, maximum, None, exponentials) if keep else None
-        gradients = triton_backward(*tensors, statistics, kept, *options, *needs)
-    else:
-        tile = KeptTile(exponentials, maximum) if keep else None
-        gradients = linear_backward(*tensors, statistics, *options, *needs, tile)
-    dhidden, dweight = (hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
-    return dhidden, dweight
-
-
-@_backward_op.register_fake
-def _(
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor]:
-    need_hidden, need_weight = rest[-2:]
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
-    )
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, rows, *ctx.options = inputs
-    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as the exponentials
-    # The parameter itself, not a view or copy: under ZeRO-3 its storage is freed after the forward pass, and the hook
-    # that gathers it again before the module's backward pass fills this same tensor.
-    ctx.save_for_backward(hidden, weight, targets, rows, *(output[2:] if ctx.options[4] else output[2:4]))
-
-
-def _backward(
-    ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:2]
-    saved = ctx.saved_tensors
-    none = saved[4].new_zeros(len(saved[2]))  # [N]
-    upstream = (none if grad is None else grad for grad in (grad_logprobs, grad_entropy))
-    # Only what was kept is overwritten backward: else a second backward pass works.
-    kept = () if len(saved) == 8 else _nothing_kept(saved[0])
-    gradients = _backward_op(*upstream, *saved, *kept, *ctx.options, *needs)
-    return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
-
-
-def triton_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    temperature: float,
-    entropy: bool,
-    ignore_index: int,
-    byte_budget: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_forward_op` by Triton: per chunk of rows the product with its statistics, then one dot product a target."""
+def launch_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, options: LinearOptions
+) -> tuple[Tensor, Tensor, RowStatistics, Kept]:
+    """Per chunk of rows the product with its statistics, then one dot product a target."""
     hidden, weight = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
     lse, row_entropy = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2))
+    temperature, entropy, ignore_index, byte_budget, keep = options
     logprobs, entropies = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
     read = _rows_where(targets != ignore_index, rows, len(hidden))
-    kept = _nothing_kept(hidden)
+    kept = nothing_kept(hidden)
     for chunk in _chunks(len(hidden), len(hidden) if keep else _chunk_rows(hidden, len(weight), byte_budget)):
         order, count = _partition(read[chunk])
         buffers = tile_buffers(hidden[chunk], len(weight), entropy, keep)
@@ -229,10 +99,10 @@ def triton_forward(
     if len(targets):
         statistics = (lse, row_entropy, logprobs, entropies)
         launch_targets(hidden, weight, targets.contiguous(), rows.contiguous(), *statistics, temperature, ignore_index)
-    return logprobs, entropies, lse, row_entropy, *kept
+    return logprobs, entropies, RowStatistics(lse, row_entropy), kept
 
 
-def triton_backward(
+def launch_backward(
     grad_logprobs: Tensor,
     grad_entropy: Tensor,
     hidden: Tensor,
@@ -240,15 +110,13 @@ def triton_backward(
     targets: Tensor,
     rows: Tensor,
     statistics: RowStatistics,
-    kept: TileBuffers | None,
-    temperature: float,
-    entropy: bool,
-    ignore_index: int,
-    byte_budget: int,
+    kept: Kept | None,
+    options: LinearOptions,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`linear_backward` by Triton. What was kept becomes the gradient of the logits; else a chunk is made again."""
+) -> Gradients:
+    """What was kept becomes the gradient of the logits; else a chunk is made again."""
+    temperature, entropy, ignore_index, byte_budget, _ = options
     x, w = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
     safe = rows.clamp(0, max(0, len(x) - 1))
     exists = (rows == safe) & (targets >= 0) & (targets < len(w))
@@ -267,7 +135,11 @@ def triton_backward(
     dweight = torch.empty_like(w, dtype=sum_dtype) if need_weight else None
     if dweight is not None and not chunks:
         dweight.zero_()
-    buffers = kept or tile_buffers(x[chunks[0]] if chunks else x, len(w), False, True)
+    if kept is None:
+        buffers = tile_buffers(x[chunks[0]] if chunks else x, len(w), False, True)
+    else:
+        exponentials, maximum = kept
+        buffers = TileBuffers(maximum, maximum, None, exponentials)
     for chunk in chunks:
         part, lse, row_entropy = x[chunk], statistics.lse[chunk], statistics.entropy[chunk]
         order, count = _partition(moved[chunk])
@@ -283,8 +155,14 @@ def triton_backward(
     return dhidden, None if dweight is None else dweight.to(weight.dtype)
 
 
-def _nothing_kept(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
+def _room(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions) -> Kept:
+    """Exponentials of all rows and their tiles' maxima, as `TileBuffers` has them."""
+    buffers = tile_buffers(hidden, len(weight), options.entropy, True)
+    assert buffers.exponentials is not None
+    return buffers.exponentials, buffers.maximum
+
+
+_operator = register_linear_logprob("linear_logprob", launch_forward, launch_backward, _room)
 
 
 def _rows_where(mask: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -329,10 +207,10 @@ def _aot_case(width: int, dtype: torch.dtype, keep: bool, entropy: bool) -> Call
         targets, rows = (torch.empty(tokens, dtype=torch.int64, device="meta") for _ in range(2))
         gradient = torch.empty(tokens, dtype=torch.float32, device="meta")
         # Two chunks where they are made again, so that the second adds to the first's weight gradient.
-        options = (1.0, entropy, -100, tokens // 2 * (vocabulary + 256) * dtype.itemsize)
-        _, _, lse, row_entropy, exponentials, maximum = triton_forward(hidden, weight, targets, rows, *options, keep)
-        kept = TileBuffers(maximum, maximum, None, exponentials) if keep else None
-        inputs = (gradient, gradient, hidden, weight, targets, rows, RowStatistics(lse, row_entropy))
-        triton_backward(*inputs, kept, *options, True, True)
+        byte_budget = tokens // 2 * (vocabulary + 256) * dtype.itemsize
+        options = LinearOptions(1.0, entropy, -100, byte_budget, keep)
+        *_, statistics, kept = launch_forward(hidden, weight, targets, rows, options)
+        inputs = (gradient, gradient, hidden, weight, targets, rows, statistics)
+        launch_backward(*inputs, kept if keep else None, options, True, True)
 
     return run

@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgrpo_kernels import reference
-from fastgrpo_kernels.backend import Backend, pick_backend
+from fastgrpo_kernels import cpu
+from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
+from fastgrpo_kernels.checks import check_caches, shape_of
 from fastgrpo_kernels.paged_attention_kernels import merge_kernel, prefix_kernel, row_kernel
-from fastgrpo_kernels.reference.checks import check_caches, shape_of
 from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import PagedLayout
 
@@ -78,8 +78,8 @@ def paged_attention(
         prefix_room = layout.prefix_tables.shape[1] * key_cache.shape[1]
         grouped = name == "torch" or prefix_room >= GROUPED_FROM_TOKENS
     if name == "torch":
-        return reference.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped)
-    return _op(
+        return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped)
+    return _operator(
         query,
         key_cache,
         value_cache,
@@ -92,15 +92,6 @@ def paged_attention(
         scale,
         grouped,
     )
-
-
-_library = torch.library.Library("fastgrpo_kernels", "FRAGMENT")
-_library.define(
-    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor suffix_tables, Tensor suffix_lens, "
-    "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped) "
-    "-> Tensor"
-)
-_op = torch.ops.fastgrpo_kernels.paged_attention.default
 
 
 def _paged_attention(
@@ -124,8 +115,13 @@ def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
     return query.new_empty(query.shape)
 
 
-_library.impl("paged_attention", _paged_attention, "CompositeExplicitAutograd")
-torch.library.register_fake("fastgrpo_kernels::paged_attention", _fake, lib=_library)
+_operator = register_operator(
+    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor suffix_tables, Tensor suffix_lens, "
+    "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped) "
+    "-> Tensor",
+    _paged_attention,
+    _fake,
+)
 
 
 def _launch(

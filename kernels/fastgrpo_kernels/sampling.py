@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from fastgrpo_kernels import reference
-from fastgrpo_kernels.backend import Backend, pick_backend
-from fastgrpo_kernels.reference.checks import shape_of
+from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
+from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.sampling_kernels import least_score_kernel, scan_kernel, winner_kernel
 from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import SampleOutput, SampleParams
@@ -66,18 +66,10 @@ def sample(
     if name == "torch":
         return reference.sample(logits, params, seeds=seeds, counters=counters, seen=seen, suppressed=suppressed)
     p = params
-    output = _op(
+    output = _operator(
         logits, seeds, counters, seen, suppressed, p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty
     )
     return SampleOutput(*output)
-
-
-_library = torch.library.Library("fastgrpo_kernels", "FRAGMENT")
-_library.define(
-    "sample(Tensor logits, Tensor seeds, Tensor counters, Tensor? seen, Tensor? suppressed, float temperature, "
-    "int top_k, float top_p, float min_p, float repetition_penalty) -> (Tensor, Tensor, Tensor)"
-)
-_op = torch.ops.fastgrpo_kernels.sample.default
 
 
 def _sample(
@@ -105,8 +97,12 @@ def _fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_library.impl("sample", _sample, "CompositeExplicitAutograd")
-torch.library.register_fake("fastgrpo_kernels::sample", _fake, lib=_library)
+_operator = register_operator(
+    "sample(Tensor logits, Tensor seeds, Tensor counters, Tensor? seen, Tensor? suppressed, float temperature, "
+    "int top_k, float top_p, float min_p, float repetition_penalty) -> (Tensor, Tensor, Tensor)",
+    _sample,
+    _fake,
+)
 
 
 def _launch(

@@ -10,7 +10,10 @@ Surrogate = Literal["clipped", "cispo", "sapo"]
 Level = Literal["token", "sequence"]
 
 LOG_RATIO_CAP = 60.0
-"""|log ratio| beyond which a probability ratio is constant, so that float32 holds it times a capped KL."""
+"""|log ratio| beyond which a probability ratio is constant."""
+KL_CAP = 20.0
+"""|reference log-prob − log-prob| beyond which the KL estimate is constant: finite, without gradient. Times a capped
+ratio, exp(KL_CAP + LOG_RATIO_CAP), it stays below float32's largest number, e^88.7."""
 
 
 class LogprobOutput(NamedTuple):
@@ -45,8 +48,6 @@ class LossParams:
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
     """sapo: temperatures for advantages above 0, and for the others."""
-    kl_cap: float = 20.0
-    """|reference log-prob − log-prob| beyond which the KL estimate is constant: finite, without gradient."""
 
     def __post_init__(self) -> None:
         surrogates, levels = get_args(Surrogate), get_args(Level)
@@ -59,21 +60,17 @@ class LossParams:
             value = getattr(self, name)
             check_option(name, value, 0 < value < math.inf, "a finite number above 0")
         check_option("delta", self.delta, self.delta is None or self.delta > 0, "None or a number above 0")
-        # exp(kl_cap + LOG_RATIO_CAP) must stay below float32's largest number, e^88.7.
-        check_option("kl_cap", self.kl_cap, 0 < self.kl_cap <= 28, "a number above 0 and at most 28")
 
 
 class LossMetrics(NamedTuple):
     """Detached float32 scalars on the loss's device, to be reduced over micro-batches and ranks.
 
-    Sums and counts add up; minima and maxima are +inf and −inf where nothing counted. clip_* and ratio_* are
-    of the ratio the surrogate used: one value per token, or at sequence level one per sequence that holds a
-    counted token; `clip_count` is their number.
+    Sums and counts add up; minima and maxima are +inf and −inf where nothing counted. clip_* are of the ratio that the
+    surrogate used: one a token, or at sequence level one for each sequence that holds a counted token; `clip_count` is
+    their number.
     """
 
     token_count: Tensor
-    sequence_count: Tensor
-    """Sequences with at least one counted token."""
     kl_sum: Tensor
     """Over tokens; 0 without reference log-probs. Bias-corrected when the loss's is."""
     entropy_sum: Tensor
@@ -89,9 +86,6 @@ class LossMetrics(NamedTuple):
     """Least share of low-clipped tokens in a sequence."""
     clip_high_seq_max: Tensor
     """Greatest share of high-clipped tokens in a sequence."""
-    ratio_sum: Tensor
-    ratio_min: Tensor
-    ratio_max: Tensor
 
 
 class LossOutput(NamedTuple):

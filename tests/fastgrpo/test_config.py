@@ -74,10 +74,10 @@ def test_batch_arithmetic(
     make: Any, settings: dict[str, Any], micro_batch: int, prompts: int, slices: int, updates: int
 ) -> None:
     config = make(**settings)
-    assert config.completions_per_micro_batch == micro_batch
-    assert config.prompts_per_rollout == prompts
-    assert config.slices_per_rollout == slices
-    assert config.updates_per_rollout == updates
+    assert config.batch_plan.completions_per_micro_batch == micro_batch
+    assert config.batch_plan.prompts_per_rollout == prompts
+    assert config.batch_plan.slices_per_rollout == slices
+    assert config.batch_plan.updates_per_rollout == updates
     # a rollout is used up exactly: completions drawn = completions trained on in one pass
     drawn = prompts * config.num_generations
     assert drawn == slices * config.gradient_accumulation_steps * micro_batch
@@ -86,9 +86,29 @@ def test_batch_arithmetic(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_generations": 1}, "num_generations=1: a group needs at least 2"),
+        ({"num_generations": 1}, "num_generations=1 is not valid: use 2 or more"),
         ({"num_generations": 5}, r"num_generations=5 does not divide.*--batch_unit prompts"),
         ({"per_device_train_batch_size": 4, "generation_batch_size": 4}, "num_generations=8 does not divide"),
+        ({"per_device_train_batch_size": 8, "generation_batch_size": 4}, "a multiple of the 8 completions"),
+        ({"per_device_train_batch_size": -8}, "per_device_train_batch_size=-8 is not valid: use 1 or more"),
+        ({"generation_batch_size": -8}, "generation_batch_size=-8 is not valid: use 1 or more"),
+        ({"generation_batch_size": 0}, "generation_batch_size=0 is not valid"),
+        ({"steps_per_generation": -2}, "steps_per_generation=-2 is not valid: use 1 or more"),
+        ({"steps_per_generation": 0}, "steps_per_generation=0 is not valid"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 is not valid"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 is not valid"),
+        ({"num_train_epochs": -1.0}, "num_train_epochs=-1.0 is not valid: use a number above 0"),
+        ({"save_steps": -1}, "save_steps=-1 is not valid"),
+        ({"seed": -1}, "seed=-1 is not valid"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is not valid"),
+        ({"min_p": 1.5}, "min_p=1.5 is not valid: use a number from 0 to 1"),
+        ({"min_p": -0.1}, "min_p=-0.1 is not valid"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is not valid: use a number above 0"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf is not valid"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level='word' is not valid: use token or sequence"),
+        ({"delta": 0.0}, "delta=0.0 is not valid"),
+        ({"epsilon_high": -0.1}, "epsilon_high=-0.1 is not valid"),
+        ({"num_generations_eval": 0}, "num_generations_eval=0 is not valid"),
         (
             {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
             "steps_per_generation=3 is not a multiple of gradient_accumulation_steps=2",

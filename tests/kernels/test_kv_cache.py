@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from fastgrpo_kernels import rope_and_cache
+from fastgrpo_kernels import reference, rope_and_cache
 from fastgrpo_kernels.backend import Backend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -40,22 +40,29 @@ def packed(
     return query, key, value, angle.cos(), angle.sin()
 
 
+def rotate(implementation: str, *arguments: Tensor) -> Tensor:
+    """`rope_and_cache` on a backend, or as the reference has it."""
+    if implementation == "reference":
+        return reference.rope_and_cache(*arguments)
+    return rope_and_cache(*arguments, backend=implementation)  # type: ignore[arg-type]
+
+
 def poisoned_cache(page_size: int, kv_heads: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.full((6, page_size, kv_heads, width), math.nan, dtype=dtype, device=DEVICE)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", [*BACKENDS, "reference"])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 32), (4, 2, 64), (6, 1, 80), (7, 1, 96), (14, 2, 128)])
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 def test_queries_rotate_and_keys_and_values_land_in_their_slots(
-    backend: Backend, heads: int, kv_heads: int, width: int, page_size: int
+    implementation: str, heads: int, kv_heads: int, width: int, page_size: int
 ) -> None:
     tokens = 5
     query, key, value, cos, sin = packed(tokens, heads, kv_heads, width, torch.float32)
     key_cache, value_cache = (poisoned_cache(page_size, kv_heads, width, torch.float32) for _ in range(2))
     slots = torch.tensor([3, 6 * page_size - 1, -1, 0, 2 * page_size], device=DEVICE)
 
-    output = rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots, backend=backend)
+    output = rotate(implementation, query, key, value, cos, sin, key_cache, value_cache, slots)
 
     torch.testing.assert_close(output.double(), rotated(query, cos, sin), atol=1e-6, rtol=1e-6)
     written = slots >= 0
@@ -69,14 +76,14 @@ def test_queries_rotate_and_keys_and_values_land_in_their_slots(
     assert flat_values[untouched].isnan().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("implementation", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("angle_dtype", [torch.float16, torch.float32])
-def test_half_precision_is_rounded_once(backend: Backend, angle_dtype: torch.dtype) -> None:
+def test_half_precision_is_rounded_once(implementation: str, angle_dtype: torch.dtype) -> None:
     query, key, value, cos, sin = packed(9, 4, 2, 64, torch.float16)
     cos, sin = cos.to(angle_dtype), sin.to(angle_dtype)
     caches = [poisoned_cache(16, 2, 64, torch.float16) for _ in range(2)]
     slots = torch.arange(9, device=DEVICE)
-    output = rope_and_cache(query, key, value, cos, sin, *caches, slots, backend=backend)
+    output = rotate(implementation, query, key, value, cos, sin, *caches, slots)
     assert output.dtype == torch.float16
     low, high = query.chunk(2, dim=-1)
     plain = query * cos[:, None].half() + torch.cat((-high, low), dim=-1) * sin[:, None].half()

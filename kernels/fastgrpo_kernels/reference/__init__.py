@@ -1,13 +1,34 @@
-"""Every op in plain torch: the executable specification, the CPU path and the tests' oracle.
+"""What every op computes, in plain torch and as short as can be: the specification, and the tests' oracle.
 
 Layout: the T tokens of N sequences lie one after the other; `cu_seqlens` [N + 1] int64 holds each sequence's
-start and, last, T. Half precision is computed in float32, float64 stays; outputs come in the computing dtype.
-Values are checked on CPU only, so that nothing waits for a device; shapes are checked everywhere.
+start and, last, T. Half precision is computed in float32, float64 stays. Autograd derives the gradients. Inputs are
+checked by the public functions, not here.
 """
 
 from fastgrpo_kernels.reference.attention import paged_attention, rope_and_cache
+from fastgrpo_kernels.reference.layers import (
+    apply_rotary,
+    layer_norm,
+    merge_attention,
+    quick_gelu,
+    rms_norm,
+    swiglu,
+)
 from fastgrpo_kernels.reference.logprob import linear_logprob, logprob_from_logits
 from fastgrpo_kernels.reference.loss import grpo_loss
 from fastgrpo_kernels.reference.sampling import sample
 
-__all__ = ["grpo_loss", "linear_logprob", "logprob_from_logits", "paged_attention", "rope_and_cache", "sample"]
+__all__ = [
+    "apply_rotary",
+    "grpo_loss",
+    "layer_norm",
+    "linear_logprob",
+    "logprob_from_logits",
+    "merge_attention",
+    "paged_attention",
+    "quick_gelu",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "swiglu",
+]

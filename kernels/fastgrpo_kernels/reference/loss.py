@@ -1,13 +1,13 @@
-"""The GRPO loss over packed tokens, in plain torch."""
+"""The GRPO loss over packed tokens."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels.reference.checks import computing_dtype, shape_of
-from fastgrpo_kernels.types import LOG_RATIO_CAP, LossMetrics, LossOutput, LossParams
+from fastgrpo_kernels.checks import computing_dtype
+from fastgrpo_kernels.types import KL_CAP, LOG_RATIO_CAP, LossMetrics, LossOutput, LossParams
 
 
 def grpo_loss(
@@ -31,8 +31,8 @@ def grpo_loss(
     cispo −sg[min(r, epsilon_high)] A log-prob (MiniMax-M1), sapo −4 σ(τ (r − 1)) / τ · A (SAPO).
     kl = exp(d) − d − 1 with d = reference log-prob − log-prob (Schulman's k3), times r if bias-corrected.
 
-    Masked-out tokens may hold anything, NaN included; masked-in log-probs must be finite. Where |d| is above
-    `params.kl_cap`, or |log r| above `LOG_RATIO_CAP`, kl or r is constant, without gradient.
+    Masked-out tokens may hold anything, NaN included; masked-in log-probs must be finite. Where |d| is above `KL_CAP`,
+    or |log r| above `LOG_RATIO_CAP`, kl or r is constant, without gradient.
 
     Args:
         logprobs: [T], of the policy, with gradient.
@@ -50,16 +50,6 @@ def grpo_loss(
     Raises:
         ValueError: a shape, dtype or device does not fit, or a needed argument is missing.
     """
-    optional = {
-        "old_logprobs": old_logprobs,
-        "ref_logprobs": ref_logprobs,
-        "mask": mask,
-        "policy_scale": policy_scale,
-        "entropy": entropy,
-        "entropy_weights": entropy_weights,
-    }
-    required = {"advantages": advantages, "weights": weights, "cu_seqlens": cu_seqlens}
-    check_loss_inputs(logprobs, params, {**required, **optional})
     mask = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     dtype = computing_dtype(logprobs)
 
@@ -80,7 +70,7 @@ def grpo_loss(
         token_loss = token_loss * counted(policy_scale)
     kl = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        kl = k3(logprobs, counted(ref_logprobs), params.kl_cap)
+        kl = k3(logprobs, counted(ref_logprobs))
         kl = kl * ratio if params.kl_bias_correction else kl
     if params.beta != 0:
         token_loss = token_loss + params.beta * kl
@@ -116,9 +106,9 @@ _SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, LossParams], Tensor]] =
 }
 
 
-def k3(logprobs: Tensor, ref_logprobs: Tensor, cap: float) -> Tensor:
-    """exp(d) − d − 1 with d = reference − policy log-prob, [T]; constant where |d| > cap."""
-    d = (ref_logprobs - logprobs).clamp(-cap, cap)
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(d) − d − 1 with d = reference − policy log-prob, [T]; constant where |d| > KL_CAP."""
+    d = (ref_logprobs - logprobs).clamp(-KL_CAP, KL_CAP)
     return torch.expm1(d) - d
 
 
@@ -149,28 +139,23 @@ def _metrics(
     segments: _Segments, ratio: Tensor, advantage: Tensor, kl: Tensor, entropy: Tensor, params: LossParams
 ) -> LossMetrics:
     low, high = _clip_flags(ratio, advantage, params)
+    low_shares, high_shares = segments.mean(low), segments.mean(high)
     filled = segments.counts > 0
-    token_count, sequence_count = segments.mask.sum(), filled.sum().to(ratio.dtype)
-    by_token = params.level == "token"
-    ratios, present = (ratio, segments.mask > 0) if by_token else (segments.mean(ratio), filled)
-
-    def total(values: Tensor) -> Tensor:
-        return (values * segments.mask).sum() if by_token else segments.mean(values).sum()
-
+    token_count = segments.mask.sum()
+    if params.level == "token":
+        clip_count, low_sum, high_sum = token_count, (low * segments.mask).sum(), (high * segments.mask).sum()
+    else:  # one ratio a sequence: either all of its tokens are clipped, or none
+        clip_count, low_sum, high_sum = filled.sum().to(ratio.dtype), low_shares.sum(), high_shares.sum()
     return LossMetrics(
         token_count=token_count,
-        sequence_count=sequence_count,
         kl_sum=(kl * segments.mask).sum(),
         entropy_sum=entropy.sum(),
-        clip_count=token_count if by_token else sequence_count,
-        clip_low_sum=total(low),
-        clip_high_sum=total(high),
-        clip_region_sum=total(low + high),
-        clip_low_seq_min=-_max_of(-segments.mean(low), filled),
-        clip_high_seq_max=_max_of(segments.mean(high), filled),
-        ratio_sum=total(ratio),
-        ratio_min=-_max_of(-ratios, present),
-        ratio_max=_max_of(ratios, present),
+        clip_count=clip_count,
+        clip_low_sum=low_sum,
+        clip_high_sum=high_sum,
+        clip_region_sum=low_sum + high_sum,
+        clip_low_seq_min=-_max_of(-low_shares, filled),
+        clip_high_seq_max=_max_of(high_shares, filled),
     )
 
 
@@ -193,47 +178,3 @@ def _bounded(ratio: Tensor, params: LossParams) -> Tensor:
 def _max_of(values: Tensor, present: Tensor) -> Tensor:
     """The greatest present value; −inf where there is none."""
     return torch.cat([values.masked_fill(~present, -math.inf), values.new_full((1,), -math.inf)]).max()
-
-
-def check_loss_inputs(logprobs: Tensor, params: LossParams, arguments: Mapping[str, Tensor | None]) -> None:
-    """Raises the ValueError of an argument whose shape, dtype or device does not fit, or that is missing.
-
-    What cu_seqlens holds is checked on CPU alone, since reading it waits for the device, and not under torch.compile.
-    """
-    if logprobs.dim() != 1:
-        raise ValueError(f"logprobs has shape {shape_of(logprobs)}: pass [T], the tokens of all sequences in a row.")
-    for name, value in {"logprobs": logprobs, **arguments}.items():
-        if value is not None:
-            _check_argument(name, value, logprobs)
-    advantages, cu_seqlens = arguments["advantages"], arguments["cu_seqlens"]
-    assert advantages is not None
-    assert cu_seqlens is not None
-    sequences = len(advantages)
-    if cu_seqlens.shape != (sequences + 1,):
-        raise ValueError(f"cu_seqlens has shape {shape_of(cu_seqlens)}: pass {sequences} + 1, as there are advantages.")
-    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and int(cu_seqlens[0]) != 0:
-        raise ValueError(f"cu_seqlens starts at {int(cu_seqlens[0])}: start it at 0.")
-    if readable and int(cu_seqlens[-1]) != len(logprobs):
-        raise ValueError(f"cu_seqlens ends at {int(cu_seqlens[-1])}, but there are {len(logprobs)} logprobs.")
-    if params.beta != 0 and arguments["ref_logprobs"] is None:
-        raise ValueError(f"beta={params.beta} needs ref_logprobs: pass them, or set beta to 0.")
-    if arguments["entropy_weights"] is not None and arguments["entropy"] is None:
-        raise ValueError("entropy_weights needs entropy: pass it, or leave entropy_weights out.")
-
-
-def _check_argument(name: str, value: Tensor, logprobs: Tensor) -> None:
-    if value.device != logprobs.device:
-        raise ValueError(f"{name} is on {value.device}, logprobs on {logprobs.device}: move it there.")
-    if name == "mask":
-        valid, wanted = value.dtype == torch.bool, "torch.bool"
-    elif name == "cu_seqlens":
-        valid, wanted = value.dtype in (torch.int32, torch.int64), "torch.int64"
-    else:
-        valid, wanted = value.is_floating_point(), "floating-point numbers"
-    if not valid:
-        raise ValueError(f"{name} holds {value.dtype}: pass {wanted}.")
-    if name == "advantages" and value.dim() != 1:
-        raise ValueError(f"advantages has shape {shape_of(value)}: pass [N], one a sequence.")
-    if name not in ("advantages", "cu_seqlens") and value.shape != logprobs.shape:
-        raise ValueError(f"{name} has shape {shape_of(value)}, logprobs {shape_of(logprobs)}: pass one value a token.")

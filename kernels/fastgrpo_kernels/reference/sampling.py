@@ -1,4 +1,4 @@
-"""Drawing tokens by the Gumbel-max trick, in plain torch.
+"""Drawing tokens by the Gumbel-max trick.
 
 Randomness is a hash of (seed, counter, token id), so a draw depends on nothing else: not on the batch, its order or the
 device. All integers wrap around at their width.
@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastgrpo_kernels.reference.checks import computing_dtype
+from fastgrpo_kernels.checks import computing_dtype
 from fastgrpo_kernels.types import SampleOutput, SampleParams
 
 # Odd multipliers of 32-bit mixing (MurmurHash3, the golden ratio) and of 64-bit mixing (SplitMix64).
@@ -33,7 +33,7 @@ def sample(
     seen: Tensor | None = None,
     suppressed: Tensor | None = None,
 ) -> SampleOutput:
-    """`fastgrpo_kernels.sample` in plain torch."""
+    """`fastgrpo_kernels.sample`."""
     raw = logits.to(computing_dtype(logits))
     tempered = raw * (1.0 / params.temperature) if params.temperature not in (0.0, 1.0) else raw
     scores = process_scores(raw, params, seen, suppressed)

@@ -122,7 +122,7 @@ def test_scale_takes_the_steps_again_with_half_the_completions(flags, halves, co
     assert [side.name for side in started] == [OURS, "plain"]
     half, _ = parse([*started[0].settings, "--output_dir", str(tmp_path)])
     assert {name: getattr(half, name) for name in halves} == halves
-    assert half.prompts_per_rollout == config.prompts_per_rollout
+    assert half.batch_plan.prompts_per_rollout == config.batch_plan.prompts_per_rollout
 
 
 @pytest.mark.parametrize("op", ["grpo_loss", "linear_logprob"])

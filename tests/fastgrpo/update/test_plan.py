@@ -115,14 +115,14 @@ def test_weights_reproduce_each_aggregation(
 ) -> None:
     config = make_config(loss_type=loss_type, mask_truncated_completions=mask_truncated, **batch)
     steps = plan(make_groups(), config)
-    assert len(steps) == config.slices_per_rollout
+    assert len(steps) == config.batch_plan.slices_per_rollout
     assert [group.prompt.row_id for step in steps for group in step] == [0, 1, 2, 3]
     rollout_tokens = sum(int(mask.sum()) for step in steps for group in step for mask in group.masks)
     for step in steps:
         expected = aggregate(
             losses_of(step),
             loss_type,
-            micro_batch=config.completions_per_micro_batch,
+            micro_batch=config.batch_plan.completions_per_micro_batch,
             rollout_tokens_per_step=rollout_tokens / len(steps),
         )
         assert weighted_sum(step) == pytest.approx(expected, rel=1e-5)

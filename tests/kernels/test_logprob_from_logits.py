@@ -1,15 +1,12 @@
-"""`logprob_from_logits` and `linear_logprob` against a float64 formula written row by row."""
+"""`logprob_from_logits` against a float64 formula written row by row."""
 
 import math
 from itertools import pairwise
-from typing import Any
 
-import fastgrpo_kernels.reference.logprob as reference
 import pytest
 import torch
 from fastgrpo_kernels import linear_logprob, logprob_from_logits
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 IGNORED = -100
 
@@ -171,111 +168,6 @@ def test_wrong_shapes_rows_and_temperatures_are_refused() -> None:
     for temperature in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="temperature"):
             logprob_from_logits(torch.randn(4, 7), targets, temperature=temperature)
-
-
-ROWS = {
-    "own row each": None,
-    "shared prompt rows": [0, 0, 0, 1, 2, 9, 9, 3, 0, 9, 5],
-    "unordered": [10, 3, 7, 3, 0, 10, 1],
-    "one target": [4],
-}
-
-
-@pytest.mark.parametrize("byte_budget", [1, 11 * 4 * 4 * 100, 1 << 30])
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
-def test_linear_logprob_equals_the_plain_formula(rows: list[int] | None, byte_budget: int) -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(11, 8, requires_grad=True)
-    weight = torch.randn(1021, 8, requires_grad=True)
-    index = torch.arange(11) if rows is None else torch.tensor(rows)
-    targets = torch.randint(1021, index.shape)
-    targets[len(index) // 3] = IGNORED
-    output = linear_logprob(
-        hidden,
-        weight,
-        targets,
-        rows=None if rows is None else index,
-        temperature=0.8,
-        entropy=True,
-        byte_budget=byte_budget,
-    )
-    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    expected_logprobs, expected_entropy = truth(exact_hidden[index] @ exact_weight.T, targets, 0.8)
-    assert_close("logprobs", output.logprobs, expected_logprobs, atol=2e-5)
-    assert_close("entropy", output.entropy, expected_entropy, atol=2e-5)
-    weighted(*output).backward()
-    weighted(expected_logprobs, expected_entropy).backward()
-    assert_close("hidden.grad", hidden.grad, exact_hidden.grad, atol=2e-5)
-    assert_close("weight.grad", weight.grad, exact_weight.grad, atol=2e-5)
-
-
-def test_gradcheck_of_hidden_and_weight() -> None:
-    torch.manual_seed(0)
-    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(13, 4, dtype=torch.float64, requires_grad=True)
-    rows, targets = torch.tensor([5, 0, 0, 2, 5]), torch.tensor([1, 12, IGNORED, 4, 4])
-    assert torch.autograd.gradcheck(
-        lambda h, w: tuple(linear_logprob(h, w, targets, rows=rows, entropy=True, byte_budget=1)), (hidden, weight)
-    )
-
-
-def test_each_hidden_row_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows_seen = []
-    tiles = reference._tiles
-
-    def counting(x: Tensor, *args: Any, **options: Any) -> Any:
-        rows_seen.append(len(x))
-        return tiles(x, *args, **options)
-
-    monkeypatch.setattr(reference, "_tiles", counting)
-    rows = torch.tensor([0] * 8 + [1, 2, 3] * 4)
-    hidden = torch.randn(6, 4, requires_grad=True)
-    output = reference.linear_logprob(hidden, torch.randn(50, 4), rows, rows=rows)
-    output.logprobs[rows < 2].sum().backward()
-    # Forward the rows that a target reads, backward those with a gradient.
-    assert rows_seen == [4, 2]
-    assert (hidden.grad[2:] == 0).all()
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
-        return result
-
-
-def test_memory_stays_within_a_tile_forward_and_backward() -> None:
-    hidden = torch.randn(256, 4, requires_grad=True)
-    weight = torch.randn(1000, 4, requires_grad=True)
-    targets = torch.randint(1000, (256,))
-    with LargestTensor() as largest:
-        output = reference.linear_logprob(hidden, weight, targets, entropy=True, byte_budget=4 * 4 * 256 * 64)
-        weighted(*output).backward()
-    assert largest.numel == 256 * 64  # a tile of 64 columns; all 1000 would be 256,000
-
-
-def test_no_tokens_give_empty_outputs_and_zero_gradients() -> None:
-    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    empty = torch.zeros(0, dtype=torch.long)
-    for rows in (None, empty):
-        output = linear_logprob(hidden, weight, empty, rows=rows, entropy=True)
-        assert output.logprobs.shape == output.entropy.shape == (0,)
-        (output.logprobs.sum() + output.entropy.sum()).backward()
-    assert (weight.grad == 0).all()
-    assert logprob_from_logits(torch.randn(0, 9), empty, entropy=True).logprobs.shape == (0,)
-
-
-def test_frozen_inputs_need_no_gradient() -> None:
-    hidden, weight = torch.randn(3, 4), torch.randn(9, 4, requires_grad=True)
-    linear_logprob(hidden, weight, torch.tensor([0, 1, 2])).logprobs.sum().backward()
-    assert weight.grad.abs().sum() > 0
-    assert not linear_logprob(hidden, weight.detach(), torch.tensor([0, 1, 2])).logprobs.requires_grad
 
 
 def test_colder_is_surer() -> None:

@@ -1,0 +1,57 @@
+"""How completions become micro-batches, rollouts and optimizer steps: the arithmetic of a run's batch sizes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Counts of one rank. A rollout is cut into slices, each the batch of one optimizer step, and may be used again.
+
+    Raises:
+        ValueError: sizes that do not divide; the message names the settings and the fix.
+    """
+
+    num_generations: int
+    """Completions of a prompt."""
+    completions_per_micro_batch: int
+    accumulation: int
+    """Micro-batches of an optimizer step."""
+    micro_batches_per_rollout: int
+    """Before the rollout is used again."""
+    num_iterations: int
+    """Times a rollout is trained on."""
+
+    def __post_init__(self) -> None:
+        drawn = self.completions_per_micro_batch * self.micro_batches_per_rollout
+        if drawn % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size={self.completions_per_micro_batch} × {self.micro_batches_per_rollout} "
+                f"accumulated is {drawn} completions a rank, which num_generations={self.num_generations} does not "
+                "divide. Make it a multiple, or pass --batch_unit prompts to count prompts instead of completions."
+            )
+        if self.micro_batches_per_rollout % self.accumulation:
+            raise ValueError(
+                f"steps_per_generation={self.micro_batches_per_rollout} is not a multiple of "
+                f"gradient_accumulation_steps={self.accumulation}. Make it one."
+            )
+        if self.prompts_per_rollout % self.slices_per_rollout:
+            raise ValueError(
+                f"{self.prompts_per_rollout} prompts a rollout cannot be shared evenly by {self.slices_per_rollout} "
+                "optimizer steps. Make per_device_train_batch_size × gradient_accumulation_steps a multiple of "
+                "num_generations, or pass --batch_unit prompts."
+            )
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that one rank answers in one rollout."""
+        return self.completions_per_micro_batch * self.micro_batches_per_rollout // self.num_generations
+
+    @property
+    def slices_per_rollout(self) -> int:
+        """Optimizer steps that one pass over a rollout takes."""
+        return self.micro_batches_per_rollout // self.accumulation
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.slices_per_rollout * self.num_iterations

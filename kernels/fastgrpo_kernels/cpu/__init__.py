@@ -1,0 +1,10 @@
+"""Ops that plain torch does faster, or in less memory, than the way `reference` says them: the same results.
+
+They run on anything but CUDA tensors; an op that is not here runs as its reference. Inputs are checked by the public
+functions, not here.
+"""
+
+from fastgrpo_kernels.cpu.attention import paged_attention, rope_and_cache
+from fastgrpo_kernels.cpu.linear_logprob import linear_logprob
+
+__all__ = ["linear_logprob", "paged_attention", "rope_and_cache"]

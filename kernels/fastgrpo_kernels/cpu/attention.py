@@ -1,0 +1,162 @@
+"""Decode attention over a paged KV cache, read where its pages lie, and the write of rotated keys into it."""
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgrpo_kernels.checks import computing_dtype
+from fastgrpo_kernels.types import PagedLayout
+
+_NOTHING = -1e30
+"""Score of a token that does not count. Finite, so that attention to nothing is 0 and not NaN."""
+
+
+def rope_and_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """`fastgrpo_kernels.rope_and_cache`."""
+    heads, half = query.shape[1], query.shape[2] // 2
+    both = torch.cat((query, key), dim=1)  # [T, Hq + Hkv, D]
+    cos, sin = cos[:, None], sin[:, None]
+    wide = both.to(torch.promote_types(both.dtype, cos.dtype))
+    rotated = wide * cos
+    rotated[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    rotated[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    rotated = rotated.to(query.dtype)
+    keys = rotated[:, heads:]
+    if len(slots) and int(slots.amin()) < 0:
+        kept = slots >= 0
+        slots, keys, value = slots[kept], keys[kept], value[kept]
+    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slots, keys.to(key_cache.dtype))
+    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slots, value.to(value_cache.dtype))
+    return rotated[:, :heads].contiguous()
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    grouped: bool | None = None,
+) -> Tensor:
+    """`fastgrpo_kernels.paged_attention`: a prefix is read once for all its rows. Reads `layout` on the host, once.
+
+    `grouped` None means True; False reads it again for each. What the cache holds past a length never counts, whatever
+    it is.
+    """
+    rows, heads, width = query.shape
+    if rows == 0:
+        return query.new_empty(query.shape)
+    kv_heads = key_cache.shape[2]
+    queries = query.reshape(rows, kv_heads, heads // kv_heads, width)  # [B, Hkv, R, D]
+    suffixes, prefixes = _plan(layout, key_cache.shape)
+    own, own_lse = _attend(queries, suffixes, key_cache, value_cache, scale)
+    shared, shared_lse = torch.zeros_like(own), torch.full_like(own_lse, -math.inf)
+    for start, end, prefix in prefixes:
+        members = queries[start:end]
+        if grouped is not False:
+            members = members.transpose(0, 1).reshape(1, kv_heads, -1, width)  # [1, Hkv, G · R, D]
+        part, lse = _attend(members, prefix, key_cache, value_cache, scale)
+        if grouped is not False:
+            part = part.view(kv_heads, end - start, -1, width).transpose(0, 1)
+            lse = lse.view(kv_heads, end - start, -1).transpose(0, 1)
+        shared[start:end], shared_lse[start:end] = part, lse
+    # exp(a) / (exp(a) + exp(b)) is sigmoid(a − b): the share that the prefix has of all weights.
+    merged = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)[..., None].to(own.dtype))
+    return merged.reshape(rows, heads, width)
+
+
+class _Tokens(NamedTuple):
+    """Where N sequences' tokens lie in a cache, to be read as [N, Hkv, size, D]."""
+
+    shape: tuple[int, int, int, int]
+    """N, Hkv, size, D, where size has room for the longest."""
+    strides: tuple[int, int, int, int] | None = None
+    """Where every sequence's pages follow each other, at even distances: read without a copy."""
+    offset: int = 0
+    pages: Tensor | None = None
+    """Otherwise [N · pages of a sequence]."""
+    unused: Tensor | None = None
+    """[N, size] bool: room that no token takes, if there is any."""
+    dead: Tensor | None = None
+    """The same as indices into [N · size]."""
+
+    def read(self, cache: Tensor) -> Tensor:
+        """[N, Hkv, size, D] of a cache [pages, page_size, Hkv, D]."""
+        if self.strides is not None:
+            return cache.as_strided(self.shape, self.strides, cache.storage_offset() + self.offset)
+        assert self.pages is not None
+        tokens = cache.index_select(0, self.pages).flatten(0, 1)
+        if self.dead is not None:
+            tokens.index_fill_(0, self.dead, 0.0)
+        return tokens.unflatten(0, (self.shape[0], -1))[:, : self.shape[2]].transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[tuple[int, int, _Tokens]]]:
+    """Where each row's own tokens lie; and each prefix that has tokens, with the range of rows that read it.
+
+    The layers of a decode step share a layout, so the lengths and tables are looked at once a step.
+    """
+    bounds, lens = layout.cu_prefix_rows.tolist(), layout.prefix_lens.tolist()
+    prefixes = [
+        (start, end, _tokens(layout.prefix_tables[p : p + 1], [lens[p]], cache))
+        for p, (start, end) in enumerate(pairwise(bounds))
+        if end > start and lens[p]
+    ]
+    return _tokens(layout.suffix_tables, layout.suffix_lens.tolist(), cache), prefixes
+
+
+def _tokens(tables: Tensor, lens: list[int], cache: torch.Size) -> _Tokens:
+    """The tokens of N page tables, so many of each."""
+    pages, page_size, heads, width = cache
+    count, size = len(lens), max([1, *lens])
+    tables = tables[:, : -(-size // page_size)]
+    if min(lens) < size:
+        size = tables.shape[1] * page_size
+        unused = torch.arange(size, device=tables.device) >= torch.tensor(lens, device=tables.device)[:, None]
+        dead = unused.flatten().nonzero().squeeze(1)
+        used = tables.clamp(0, pages - 1).flatten()
+        return _Tokens((count, heads, size, width), pages=used, unused=unused, dead=dead)
+    first, *others = tables[:, 0].tolist()
+    stride = others[0] - first if others else 0
+    rows, columns = (torch.arange(n, device=tables.device) for n in tables.shape)
+    if stride >= 0 and torch.equal(tables.long(), first + rows[:, None] * stride + columns):
+        page = page_size * heads * width
+        return _Tokens((count, heads, size, width), (stride * page, width, heads * width, 1), first * page)
+    return _Tokens((count, heads, size, width), pages=tables.flatten())
+
+
+def _attend(
+    queries: Tensor, tokens: _Tokens, key_cache: Tensor, value_cache: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries [N, Hkv, M, D] to N sequences, or to one: outputs like them, log-sum-exp [N, Hkv, M]."""
+    keys, values = tokens.read(key_cache), tokens.read(value_cache)
+    if queries.shape[0] != keys.shape[0]:
+        keys, values = (x.expand(queries.shape[0], -1, -1, -1) for x in (keys, values))
+    dtype, bias = computing_dtype(queries), None
+    if tokens.unused is not None:
+        bias = torch.zeros(tokens.unused.shape, dtype=dtype, device=queries.device)
+        bias = bias.masked_fill_(tokens.unused, _NOTHING)[:, None, None]
+    if queries.device.type == "cpu":
+        # What scaled_dot_product_attention runs on CPU; it alone also returns the log-sum-exp. Half the time of below.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, attn_mask=bias, scale=scale
+        )
+    scores = (queries @ keys.transpose(-1, -2)).to(dtype) * scale
+    scores = scores if bias is None else scores + bias
+    lse = scores.logsumexp(dim=-1)
+    return (scores - lse[..., None]).exp().to(values.dtype) @ values, lse

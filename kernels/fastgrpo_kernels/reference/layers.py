@@ -1,0 +1,55 @@
+"""The elementwise parts of a transformer layer: norms, activations, rotary embedding, and attention merged."""
+
+import torch
+from torch import Tensor
+
+from fastgrpo_kernels.checks import computing_dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y = s / √(mean s² + eps) · weight and s = x + residual, both [..., H] in x's dtype (arXiv 1910.07467)."""
+    total = x if residual is None else x + residual
+    wide = total.to(computing_dtype(x))
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (normed * weight).to(x.dtype), total
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """y = (s − mean s) / √(var s + eps) · weight + bias and s = x + residual, both [..., H] in x's dtype."""
+    total = x if residual is None else x + residual
+    dtype = computing_dtype(x)
+    shape, wide = x.shape[-1:], total.to(dtype)
+    return torch.layer_norm(wide, shape, weight.to(dtype), bias.to(dtype), eps).to(x.dtype), total
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, of one shape, in their dtype (arXiv 2002.05202)."""
+    return (torch.nn.functional.silu(gate.to(computing_dtype(gate))) * up).to(gate.dtype)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · sigmoid(1.702 x), in x's dtype."""
+    wide = x.to(computing_dtype(x))
+    return (wide * torch.sigmoid(1.702 * wide)).to(x.dtype)
+
+
+def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """x · cos + rotate_half(x) · sin of queries [T, Hq, D] and keys [T, Hkv, D]; cos and sin [T, D]."""
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    low, high = wide.chunk(2, dim=-1)
+    return (wide * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]).to(x.dtype)
+
+
+def merge_attention(
+    first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Writes softmax attention over two sets of keys, from that over each and its log-sum-exp: [T, H, D] and [H, T]."""
+    torch.logaddexp(first_lse, second_lse, out=lse)
+    shares = [(part - lse).exp().T[..., None] for part in (first_lse, second_lse)]  # [T, H, 1]
+    out.copy_(first * shares[0] + second * shares[1])
