@@ -52,6 +52,18 @@ class GRPOConfig(TRLFields, TrainingArguments):
             "const": True,
         },
     )
+    gradient_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute layers again in the backward pass instead of keeping their activations; auto: where a "
+            "step would not fit the GPU otherwise, by an estimate that is logged.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
+    dataloader_num_workers: int | None = option(
+        None, "Processes that prepare prompts and pictures ahead; by default 2 on a GPU, none elsewhere."
+    )
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder, or `last`: the newest of output_dir, from the start where there is none."
     )
@@ -175,6 +187,9 @@ class GRPOConfig(TRLFields, TrainingArguments):
             self.fp16: bool = self.fp16 or launcher == "fp16"
             on_cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = not self.fp16 and (launcher == "bf16" or (on_cuda and torch.cuda.is_bf16_supported()))
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu or not torch.cuda.is_available() else 2
+        self._resolve_checkpointing()
         super().__post_init__()
         if self.engine == "reference":
             logger.warning("engine=reference is called plain now; plain is used.")
@@ -235,6 +250,17 @@ class GRPOConfig(TRLFields, TrainingArguments):
             micro_batches_per_rollout=micro_batches,
             num_iterations=self.num_iterations,
         )
+
+    def _resolve_checkpointing(self) -> None:
+        """transformers takes True or False; what `auto` means is decided when the model is known."""
+        newer_name = getattr(self, "activation_checkpointing", None)
+        choice = str(self.gradient_checkpointing if newer_name is None else newer_name).lower()
+        answers = {"auto": None, "none": False}
+        answers |= dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+        if choice not in answers:
+            raise ValueError(f"gradient_checkpointing={choice!r} is not valid: use true, false or auto.")
+        self.decides_checkpointing = answers[choice] is None
+        self.gradient_checkpointing = answers[choice]  # type: ignore[assignment]
 
     def _drop_missing_reporters(self) -> None:
         modules = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}

@@ -23,6 +23,7 @@ from fastgrpo.sampler.decoder import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.scoring.rewards import RewardFunction, reads_golds
 from fastgrpo.training.deepspeed_settings import take_whole_steps
+from fastgrpo.training.memory import needs_checkpointing
 from fastgrpo.types import Engine, RowError, SamplingParams, Updater
 from fastgrpo.update.objective import loss_params
 from fastgrpo.update.updater import PackedUpdater
@@ -43,12 +44,15 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
     )
 
 
-def one_step_per_batch(config: GRPOConfig) -> GRPOConfig:
+def one_step_per_batch(config: GRPOConfig, model: PreTrainedModel) -> GRPOConfig:
     """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
     take_whole_steps(config)
     args = copy.copy(config)
     args.per_device_train_batch_size = config.batch_plan.prompts_per_rollout
     args.gradient_accumulation_steps = 1
+    if config.decides_checkpointing and needs_checkpointing(model, config):
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers' older and newer name
+            setattr(args, name, True)
     if args.n_gpu > 1:
         logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
         args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces

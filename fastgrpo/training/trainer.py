@@ -114,7 +114,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
 
         super().__init__(
             model=model,
-            args=one_step_per_batch(self.config),
+            args=one_step_per_batch(self.config, model),
             data_collator=PromptCollator(rows, self.builder),
             train_dataset=rows,
             eval_dataset=eval_dataset,

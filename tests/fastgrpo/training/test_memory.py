@@ -1,0 +1,62 @@
+"""`gradient_checkpointing=auto`: on where a step would not fit otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from fastgrpo import GRPOConfig
+from fastgrpo.training.memory import needs_checkpointing, step_setting
+
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def two_billion() -> Any:
+    """Qwen2-VL-2B's shape, without memory for its weights."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text = {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151_936, "rope_parameters": rope,
+    }  # fmt: skip
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 1536}
+    with torch.device("meta"):
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+
+
+def papers_run(tmp_path: Path, **changes: Any) -> GRPOConfig:
+    settings = {
+        "output_dir": str(tmp_path), "use_cpu": True, "bf16": True, "beta": 0.04, "batch_unit": "prompts",
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_prompt_length": 1024,
+        "max_completion_length": 700, "report_to": [],
+    }  # fmt: skip
+    return GRPOConfig(**settings | changes)
+
+
+def test_the_papers_run_is_checkpointed_on_80_gb_and_not_on_141(two_billion: Any, tmp_path: Path) -> None:
+    config = papers_run(tmp_path)
+    assert needs_checkpointing(two_billion, config, 84 * GB)
+    assert not needs_checkpointing(two_billion, config, 150 * GB)
+
+
+def test_smaller_micro_batches_and_adapters_need_less(two_billion: Any, tmp_path: Path) -> None:
+    whole = step_setting(two_billion, papers_run(tmp_path))
+    assert whole.groups_together == 2
+    assert step_setting(two_billion, papers_run(tmp_path, token_budget=8192)).groups_together == 1
+    assert not needs_checkpointing(two_billion, papers_run(tmp_path, token_budget=8192, beta=0.0), 84 * GB)
+
+
+@pytest.mark.parametrize(
+    ("given", "decides", "is_on"),
+    [("auto", True, False), (True, False, True), ("1", False, True), (False, False, False), ("false", False, False)],
+)
+def test_the_setting_is_a_choice_or_auto(tmp_path: Path, given: Any, decides: bool, is_on: bool) -> None:
+    config = papers_run(tmp_path, gradient_checkpointing=given)
+    assert (config.decides_checkpointing, config.gradient_checkpointing) == (decides, is_on)
+
+
+def test_another_word_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gradient_checkpointing='sometimes' is not valid: use true, false or auto"):
+        papers_run(tmp_path, gradient_checkpointing="sometimes")
