@@ -27,11 +27,12 @@ model = load_policy(path)
 rows = load_rows(data)
 collate = PromptCollator(rows, PromptBuilder(processing.tokenizer, processing.image_processor))
 updater = PackedUpdater(model, loss_params(config), token_budget=config.token_budget)
-engine = SamplerEngine(model, processing.tokenizer, version=lambda: updater.version)
+engine = SamplerEngine(model, processing.tokenizer)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 
 for step in range(steps):
     batch = collate([rows[i % len(rows)] for i in range(4 * step, 4 * step + 4)])
+    engine.sync()  # the sampler takes over the weights
     drawn = list(engine.generate(batch.prompts, config.num_generations, sampling_params(config), step))
     rewards = score(drawn, [accuracy_reward, format_reward])
     groups = [ScoredRollout(*group, r) for group, r in zip(drawn, rewards.split(config.num_generations), strict=True)]
@@ -43,5 +44,4 @@ for step in range(steps):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        updater.version += 1  # the sampler then takes over the new weights
     print(f"step {step}: loss {result.loss:.4f} reward {rewards.sum(dim=1).mean():.3f}")

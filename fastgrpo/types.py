@@ -165,12 +165,12 @@ class Engine(Protocol):
     ) -> Iterator[Rollout]:
         """Yields each prompt with its finished group, in any order, so that rewards start while others run.
 
-        `step` enters the completions' seeds. Uses the policy's current weights.
+        `step` enters the completions' seeds. Draws from the weights of the last `sync`, which comes first.
         """
         ...
 
     def sync(self) -> None:
-        """Takes over the policy's weights, where the engine has its own; under ZeRO-3 on all ranks together."""
+        """Takes over the policy's weights as they are now; under ZeRO-3 on all ranks together."""
         ...
 
 
@@ -179,8 +179,6 @@ class Updater(Protocol):
 
     model: Any
     """What the forward pass calls; the trainer puts the module wrapped in DDP or DeepSpeed here."""
-    version: int
-    """Rises by one with each optimizer step; an engine with weights of its own syncs when it is behind."""
 
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """Per group, G tensors [C] float32: the current policy's log-probs, without gradient (π_old)."""

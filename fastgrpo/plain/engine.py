@@ -79,7 +79,7 @@ class PlainEngine:
                 )
 
     def sync(self) -> None:
-        """Nothing to do: it draws from the policy itself."""
+        """Nothing to take over: it draws from the policy itself."""
 
     @torch.no_grad()
     def _generate(self, prompts: list[Prompt], params: SamplingParams) -> list[tuple[Any, ...]]:

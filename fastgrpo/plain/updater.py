@@ -45,7 +45,6 @@ class PlainUpdater:
         self.temperature = temperature
         self.reference_model = reference_model
         self.accumulation = GradientAccumulation(accelerator)
-        self.version = 0
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
         self._dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 

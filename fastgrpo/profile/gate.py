@@ -86,6 +86,7 @@ def draw_fixed_batch(trainer: GRPOTrainer) -> FixedBatch:
     """Completions of the trainer's own engine to its first prompts, weighted as one mean over completions."""
     prompts = first_prompts(trainer)
     size = trainer.config.num_generations
+    trainer.engine.sync()
     drawn = list(trainer.engine.generate(prompts, size, sampling_params(trainer.config), step=0))
     by_row = {prompt.row_id: tuple(map(_over_full_softmax, group)) for prompt, group in drawn}
     advantages = torch.randn(len(prompts), size, generator=torch.Generator().manual_seed(0))

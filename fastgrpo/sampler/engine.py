@@ -1,7 +1,6 @@
 """`SamplerEngine`: draws completions from weights of its own, many times faster than HF `generate`."""
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -53,22 +52,6 @@ class SamplerOptions:
             raise ValueError(f"page_size={self.page_size} is not valid: use a power of two.")
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a call of `generate` stands."""
-
-    running: int
-    waiting: int
-    finished: int
-    """Completions, all three."""
-    tokens: int
-    """In the finished completions."""
-    tokens_per_second: float
-    """Of those, since the call began."""
-    cache_occupancy: float
-    """Share of the cache's pages that are taken, 0 … 1."""
-
-
 class SamplerEngine:
     """`Engine` with a paged KV cache, prompts shared by their group, and its own copy of the policy's text weights."""
 
@@ -77,24 +60,20 @@ class SamplerEngine:
         model: Any,
         tokenizer: Any,
         *,
-        version: Callable[[], int] = lambda: 0,
         options: SamplerOptions | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        on_progress: Callable[[Progress], None] | None = None,
         vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
             model: the policy, a transformers or peft model; its vision tower is used as it is, without copying it.
             tokenizer: for the end token and the completions' texts.
-            version: the policy's version; `generate` syncs when it has changed.
             options: how to use the machine.
             dtype: of weights and cache; None: the model's.
             device: of weights and cache; None: where the model is now.
             autocast: the context that the vision tower runs in.
-            on_progress: called after every look at the decode.
             vision_cache: where to keep what a frozen vision tower sees; the policy may share it.
 
         Raises:
@@ -104,9 +83,7 @@ class SamplerEngine:
             raise ValueError(f"the sampler cannot run this model, {reason}: use PlainEngine.")
         self.model = model
         self.tokenizer = tokenizer
-        self.version = version
         self.options = options or SamplerOptions()
-        self.on_progress = on_progress
         policy = base_model(model)
         eos = policy.generation_config.eos_token_id
         self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
@@ -119,13 +96,12 @@ class SamplerEngine:
         self.runner: Runner | None = None
         self.served: Limits | None = None
         """What the runner was asked to be, before memory cut its cache."""
-        self.synced_version: int | None = None
+        self._is_synced = False
         self._is_busy = False
         self._aborted: set[int] = set()
 
     def sync(self) -> None:
-        """Takes over the policy's weights. `generate` calls this when `version()` has changed; others need it only
-        after changing weights in any other way. Under ZeRO-3 all ranks must call it together."""
+        """Takes over the policy's weights. Under ZeRO-3 all ranks must call it together."""
         with span("rollout/sync"):
             sync_weights(self.decoder, self.model)
             tower = vision_tower(self.model)
@@ -134,7 +110,7 @@ class SamplerEngine:
                 if self.prefill.tower is tower:
                     self.prefill.tower = empty_copy(tower, self.decoder.dtype, self.decoder.device)
                 sync_tower(self.prefill.tower, tower)
-        self.synced_version = self.version()
+        self._is_synced = True
 
     @torch.no_grad()
     def generate(
@@ -144,12 +120,12 @@ class SamplerEngine:
 
         Raises:
             ValueError: a prompt with its completion does not fit the cache.
-            RuntimeError: another call's iterator has neither ended nor been closed.
+            RuntimeError: `sync` was never called, or another call's iterator has neither ended nor been closed.
         """
         if self._is_busy:
             raise RuntimeError("generate: another call has not ended; exhaust its iterator or close() it first.")
-        if self.synced_version != self.version():
-            self.sync()  # even without prompts: other ranks may wait
+        if not self._is_synced:
+            raise RuntimeError("generate: the sampler has no weights yet; call sync() first, on all ranks together.")
         if not prompts:
             return
         groups = [PromptGroup.of(p, num_generations, seed=params.seed, step=step) for p in prompts]
@@ -168,20 +144,19 @@ class SamplerEngine:
         except ValueError:
             self.runner = None  # the next call looks anew at how much memory is free
             raise
-        progress = ProgressMeter(self.on_progress, scheduler)
         self._is_busy = True
         try:
             while scheduler.has_work:
                 self._admit(scheduler, runner)
                 self._decode(scheduler, runner)
-                yield from self._finish(scheduler, runner, progress)
+                yield from self._finish(scheduler, runner)
         finally:
             runner.arrange([])
             self._is_busy = False
             self._aborted.clear()
 
     def abort(self, row_id: int) -> None:
-        """Ends a prompt's completions at the next look at the decode; call it between two groups, or in `on_progress`.
+        """Ends a prompt's completions at the next look at the decode; call it between two groups.
 
         They come with what was drawn of them, nothing if they had not begun, and with finish reason "abort". When no
         call is under way, there is nothing to end.
@@ -205,7 +180,7 @@ class SamplerEngine:
         with span("rollout/decode"):
             runner.run(min(self.options.steps_per_check or default, runner.limits.max_new_tokens))
 
-    def _finish(self, scheduler: Scheduler, runner: Runner, progress: "ProgressMeter") -> Iterator[Rollout]:
+    def _finish(self, scheduler: Scheduler, runner: Runner) -> Iterator[Rollout]:
         """Takes out the sequences that have ended; yields the groups that are complete."""
         with span("rollout/check"):
             ended = [*self._take_aborted(scheduler, runner), *runner.ended()]
@@ -223,11 +198,9 @@ class SamplerEngine:
                 logprobs,
                 sampling_logprobs,
             )
-            progress.note(len(tokens))
             if group.unfinished == 0:
                 group.first_logits = None
                 complete.append(group)
-        progress.report()
         for group in complete:
             yield Rollout(group.prompt, tuple(group.completions[i] for i in range(len(group.sequences))))
 
@@ -287,34 +260,3 @@ class SamplerEngine:
         unused = torch.cuda.memory_reserved(self.decoder.device) - torch.cuda.memory_allocated(self.decoder.device)
         page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)
         return replace(limits, pages=min(limits.pages, int(0.8 * max(0, free + unused - coming)) // page))
-
-
-class ProgressMeter:
-    """Counts what a call of `generate` has finished and tells the callback."""
-
-    def __init__(self, callback: Callable[[Progress], None] | None, scheduler: Scheduler) -> None:
-        self.callback = callback
-        self.scheduler = scheduler
-        self.finished = 0
-        self.tokens = 0
-        self.start = time.perf_counter()
-
-    def note(self, tokens: int) -> None:
-        """One more completion, of so many tokens."""
-        self.finished += 1
-        self.tokens += tokens
-
-    def report(self) -> None:
-        if self.callback is None:
-            return
-        blocks, seconds = self.scheduler.blocks, time.perf_counter() - self.start
-        self.callback(
-            Progress(
-                running=len(self.scheduler.running),
-                waiting=len(self.scheduler.waiting),
-                finished=self.finished,
-                tokens=self.tokens,
-                tokens_per_second=self.tokens / seconds,
-                cache_occupancy=blocks.used / blocks.num_pages,
-            )
-        )

@@ -20,8 +20,6 @@ class Advantages:
     """[N·G] float32, weighted sum over the reward functions; NaN where every one abstained."""
     group_std: Tensor
     """[N] float32, with Bessel's correction; 0 where fewer than two completions have a reward."""
-    frac_zero_std: Tensor
-    """Scalar float32: share of groups whose rewards do not differ, which teach nothing."""
 
 
 def group_advantages(
@@ -67,9 +65,8 @@ def group_advantages(
         centred = centred / (group_std[:, None] + 1e-4)
     elif scale == "batch":
         centred = centred / ((nan_std(total) if batch_std is None else batch_std.to(total)) + 1e-4)
-    frac_zero_std = (group_std <= ZERO_STD).float().sum() / max(1, len(group_std))  # 0 of no groups
     advantages = centred.flatten().nan_to_num(0.0)
-    return Advantages(advantages.float(), total.float(), group_std.float(), frac_zero_std)
+    return Advantages(advantages.float(), total.float(), group_std.float())
 
 
 def nan_std(values: Tensor) -> Tensor:

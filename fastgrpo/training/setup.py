@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,19 +138,14 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     config: GRPOConfig,
     accelerator: Accelerator,
-    version: Callable[[], int],
     vision_cache: VisionCache | None = None,
 ) -> Engine:
-    """The paged sampler; HF `generate` for `engine="plain"`, and with a warning for models it does not know.
-
-    `version` tells the policy's version: the sampler refreshes its weights when that has changed.
-    """
+    """The paged sampler; HF `generate` for `engine="plain"`, and with a warning for models it does not know."""
     reason = unsupported(model)
     if config.engine == "fast" and reason is None:
         return SamplerEngine(
             model,
             tokenizer,
-            version=version,
             options=SamplerOptions(max_rows=config.sampler_max_rows, max_cache_tokens=config.sampler_max_cache_tokens),
             device=accelerator.device,  # the model itself may be moved there later
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,

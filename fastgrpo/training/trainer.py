@@ -139,7 +139,6 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             self.processing.tokenizer,
             self.config,
             self.accelerator,
-            version=lambda: self.updater.version,
             vision_cache=self.vision_cache,
         )
         self.live_figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
@@ -180,6 +179,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
     def generate(self, batch: PromptBatch) -> list[Rollout]:
         """G completions for each prompt, in the batch's order."""
         with span("rollout"):
+            self.engine.sync()
             size, params = self.config.num_generations, sampling_params(self.config)
             groups = self.engine.generate(batch.prompts, size, params, step=self.state.global_step)
             order = {prompt.row_id: i for i, prompt in enumerate(batch.prompts)}
@@ -269,7 +269,6 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
         if "loss" in self.step_metrics:
-            self.updater.version += 1
             spans, seconds = self.end_step()
             metrics = {
                 "epoch": self.state.epoch,
@@ -310,7 +309,6 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         checkpoint = find_checkpoint(resume, Path(self.config.output_dir))
         state = load_state(checkpoint)
         self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
-        self.updater.version += 1  # the checkpoint's weights are not those the engine knows
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)
         self.window = defaultdict(list, state.get("window", {}))
@@ -325,10 +323,6 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self.display.close()
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.updater.version += 1
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run

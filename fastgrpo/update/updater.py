@@ -71,7 +71,6 @@ class PackedUpdater:
         self.attn_backend = attn_backend
         self.logprob_bytes = logprob_bytes
         self.vision_cache = vision_cache
-        self.version = 0
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
         self._dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 

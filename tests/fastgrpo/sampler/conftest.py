@@ -42,6 +42,7 @@ class Family:
         engine = SamplerEngine(self.model, self.processing.tokenizer, options=SamplerOptions(**options))
         if not stops:
             engine.eos_ids = []
+        engine.sync()
         return engine
 
     def inputs(self, prompt: Prompt, token_ids: Tensor | None = None) -> dict[str, Tensor]:

@@ -51,10 +51,11 @@ def test_tokens_and_logprobs_are_as_exact_as_transformers_own(family: Any) -> No
 def test_a_float32_policy_is_sampled_in_bfloat16_and_synced(qwen2_vl: Any) -> None:
     """Weights rounded once, the cache in bfloat16; after a step it draws what a sampler made afterwards draws."""
     family = replace(qwen2_vl, model=copy.deepcopy(qwen2_vl.model))
-    version = 0
 
     def build() -> SamplerEngine:
-        return SamplerEngine(family.model, family.processing.tokenizer, dtype=torch.bfloat16, version=lambda: version)
+        engine = SamplerEngine(family.model, family.processing.tokenizer, dtype=torch.bfloat16)
+        engine.sync()
+        return engine
 
     engine = build()
     before = completions_of(engine, family, DRAWN)
@@ -62,7 +63,7 @@ def test_a_float32_policy_is_sampled_in_bfloat16_and_synced(qwen2_vl: Any) -> No
     with torch.no_grad():
         for parameter in family.model.parameters():
             parameter.add_(0.05 * parameter.abs().mean() * torch.randn(parameter.shape, generator=draw))
-    version = 1
+    engine.sync()
     after, fresh = (completions_of(e, family, DRAWN) for e in (engine, build()))
     assert engine.runner is not None
     assert {t.dtype for t in (*engine.runner.cache.keys, *engine.runner.cache.values)} == {torch.bfloat16}

@@ -12,7 +12,7 @@ from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.sampler.decoder import KVCache
-from fastgrpo.sampler.engine import Progress, SamplerEngine, SamplerOptions
+from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.sampler.runner import Limits
 from fastgrpo.sampler.sequence import completion_seed
 from fastgrpo.types import Completion, Prompt, SamplingParams
@@ -133,7 +133,6 @@ def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, tr
     rng = random.Random(0)
     sampler, alone = qwen2_exact.engine(), qwen2_exact.engine()
     ends = [5, 77, 130, 211, 300]
-    occupancy: list[float] = []
     for trial in range(trials):
         size = rng.choice([4, 8, 16])
         new_tokens, group = rng.choice([1, 2, 9, 17]), rng.choice([1, 2, 5])
@@ -155,14 +154,11 @@ def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, tr
         params = SamplingParams(new_tokens, temperature=1.5, seed=trial)
         unwanted = {p.row_id for p in prompts if rng.random() < 0.15}
 
-        def abort_some(progress: Progress) -> None:
-            occupancy.append(progress.cache_occupancy)
-            for row in unwanted:  # noqa: B023
+        together = {}
+        for prompt, completions in sampler.generate(prompts, group, params, step=3):
+            together[prompt.row_id] = completions
+            for row in unwanted:
                 sampler.abort(row)
-
-        sampler.on_progress = abort_some
-        together = generate(sampler, prompts, params, group)
-        assert occupancy[-1] == 0.0
         assert together.keys() == {prompt.row_id for prompt in prompts}
         for prompt in prompts:
             for mine, single in zip(
@@ -181,18 +177,13 @@ def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, tr
 
 def test_groups_come_as_soon_as_they_are_complete(qwen2: Any) -> None:
     prompts = list(qwen2.prompts.values())
-    seen: list[Progress] = []
     engine = qwen2.engine(max_rows=2, stops=False)
-    engine.on_progress = seen.append
-    for i, (prompt, completions) in enumerate(engine.generate(prompts, 2, replace(DRAWN, max_new_tokens=4), 0)):
-        assert prompt is prompts[i]
-        assert len(completions) == 2
-        assert seen[-1].finished == 2 * (i + 1)
-        assert seen[-1].tokens == 8 * (i + 1)
-    last = seen[-1]
-    assert (last.running, last.waiting, last.cache_occupancy) == (0, 0, 0.0)
-    assert max(progress.cache_occupancy for progress in seen) > 0
-    assert last.tokens_per_second > 0
+    with record() as recorder:
+        for i, (prompt, completions) in enumerate(engine.generate(prompts, 2, replace(DRAWN, max_new_tokens=4), 0)):
+            assert prompt is prompts[i]
+            assert len(completions) == 2
+            # The first of four tokens comes of the prefill.
+            assert recorder.totals["rollout/prefill"].count == i + 1
 
 
 def test_an_iterator_left_early_frees_everything(qwen2_exact: Any) -> None:
@@ -210,27 +201,26 @@ def test_an_iterator_left_early_frees_everything(qwen2_exact: Any) -> None:
 
 
 def test_an_aborted_prompt_gives_what_it_has_and_makes_room(qwen2_exact: Any) -> None:
-    """One aborted while it waits, one when the first group comes; the others are what they are without them."""
+    """Aborted are one that runs and one that waits; the others are what they are without them."""
     engine, prompts = qwen2_exact.engine(max_rows=3, stops=False), list(qwen2_exact.prompts.values())
     params = replace(DRAWN, max_new_tokens=8)
     expected = generate(qwen2_exact.engine(stops=False), prompts, params)
-    engine.on_progress = lambda _: engine.abort(2)
     found = {}
     for prompt, completions in engine.generate(prompts, 2, params, step=3):
         found[prompt.row_id] = completions
         if prompt.row_id == 0:
             engine.abort(1)
+            engine.abort(3)
     lengths = {row: [len(c.token_ids) for c in completions] for row, completions in found.items()}
-    assert lengths[0] == lengths[3] == [8, 8]
-    assert [c.finish_reason for row in (1, 2) for c in found[row]] == ["length", "abort", "abort", "abort"]
+    assert lengths[0] == lengths[2] == [8, 8]
+    assert [c.finish_reason for row in (1, 3) for c in found[row]] == ["length", "abort", "abort", "abort"]
     assert lengths[1][0] == 8
     assert 0 < lengths[1][1] < 8
-    assert lengths[2] == [0, 0]
-    for row in (0, 3):
+    assert lengths[3] == [0, 0]
+    for row in (0, 2):
         for mine, other in zip(found[row], expected[row], strict=True):
             assert_equal(mine, other)
-    engine.on_progress = None
-    engine.abort(3)  # too late: nothing is under way
+    engine.abort(2)  # too late: nothing is under way
     again = generate(engine, prompts, params)
     assert [c.finish_reason for row in again for c in again[row]] == ["length"] * 8
 

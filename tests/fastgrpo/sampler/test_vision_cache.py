@@ -131,6 +131,7 @@ def test_the_sampler_draws_what_it_draws_without_a_cache(pictured: Any) -> None:
 
 
 def drawn(engine: SamplerEngine, prompts: list[Prompt], params: SamplingParams) -> list[list[int]]:
+    engine.sync()
     return [c.token_ids.tolist() for _, group in engine.generate(prompts, 2, params, 0) for c in group]
 
 
@@ -290,5 +291,5 @@ def test_a_picture_goes_through_a_frozen_tower_once_in_a_run(train: Any) -> None
 
 
 def test_a_negative_size_is_named() -> None:
-    with pytest.raises(ValueError, match=r"vision_cache_bytes=-1 is not valid: use 0 \(off\) or more"):
+    with pytest.raises(ValueError, match=r"vision_cache_bytes=-1 is not valid: use 0 or more"):
         GRPOConfig(output_dir="unused", use_cpu=True, vision_cache_bytes=-1)

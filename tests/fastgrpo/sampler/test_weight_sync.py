@@ -71,15 +71,25 @@ def greedy(engine: SamplerEngine, prompt: Prompt) -> list[int]:
     return next(iter(engine.generate([prompt], 1, GREEDY, 0)))[1][0].token_ids.tolist()
 
 
-def test_generate_syncs_when_the_policys_version_has_changed(model: Any) -> None:
-    version = 0
-    engine = SamplerEngine(model, load_tokenizer(), version=lambda: version)
+def synced(model: Any) -> SamplerEngine:
+    engine = SamplerEngine(model, load_tokenizer())
+    engine.sync()
+    return engine
+
+
+def test_a_sampler_without_weights_says_so(model: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"no weights yet; call sync\(\) first"):
+        greedy(SamplerEngine(model, load_tokenizer()), make_prompt(model))
+
+
+def test_generate_draws_from_the_weights_of_the_last_sync(model: Any) -> None:
+    engine = synced(model)
     prompt = make_prompt(model)
     before, addresses = greedy(engine, prompt), {n: w.data_ptr() for n, w in weights_of(engine.decoder).items()}
     train_a_step(model)
-    assert greedy(engine, prompt) == before  # the same version: the sampler does not look
-    version = 1
-    assert greedy(engine, prompt) == greedy(SamplerEngine(model, load_tokenizer()), prompt) != before
+    assert greedy(engine, prompt) == before  # of its own
+    engine.sync()
+    assert greedy(engine, prompt) == greedy(synced(model), prompt) != before
     assert_fresh(engine.decoder, model)
     assert {n: w.data_ptr() for n, w in weights_of(engine.decoder).items()} == addresses
 

@@ -26,6 +26,8 @@ rank = dist.get_rank()
 model, same = tiny_model(seed=4), tiny_model(seed=4)
 engine, plain = SamplerEngine(model, load_tokenizer()), SamplerEngine(same, load_tokenizer())
 engine.model = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=CONFIG)[0]
+for sampler in (engine, plain):
+    sampler.sync()
 length = 9 + 20 * rank
 ids = torch.randint(10, 200, (length,), generator=torch.Generator().manual_seed(rank))
 pixels, grid = None, None

@@ -35,7 +35,10 @@ class ScriptedEngine:
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
     ) -> Iterator[Rollout]:
         for prompt in prompts:
-            yield prompt, tuple(self.completion(prompt.row_id, index) for index in range(num_generations))
+            yield Rollout(prompt, tuple(self.completion(prompt.row_id, index) for index in range(num_generations)))
+
+    def sync(self) -> None:
+        """It has no weights."""
 
     def completion(self, row_id: int, index: int) -> Completion:
         draw = torch.Generator().manual_seed(100 * row_id + index)

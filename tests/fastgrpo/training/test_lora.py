@@ -115,6 +115,7 @@ def test_the_plain_engine_takes_the_same_steps(tiny_model_dir: Path, sat_file: P
 
 def test_the_sampler_draws_from_the_merged_model(trained: GRPOTrainer) -> None:
     prompt = prompt_of(trained)
+    trained.engine.sync()
     (_, (completion,)) = next(iter(trained.engine.generate([prompt], 1, SamplingParams(12, temperature=0.0), step=0)))
     merged = copy.deepcopy(trained.model).merge_and_unload().eval()
     ids = prompt.input_ids[None]

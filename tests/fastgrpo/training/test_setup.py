@@ -41,7 +41,7 @@ def llama(processing: Processing, **settings: object) -> PreTrainedModel:
 
 def test_the_fast_ones_are_the_default(tmp_path, tiny_model_dir, processing, caplog):
     model, settings = load_policy(str(tiny_model_dir)), config(tmp_path, sampler_max_rows=3, token_budget=77)
-    engine = build_engine(model, processing.tokenizer, settings, Accelerator(), version=lambda: 0)
+    engine = build_engine(model, processing.tokenizer, settings, Accelerator())
     updater = build_updater(model, None, settings, Accelerator())
     assert isinstance(engine, SamplerEngine)
     assert engine.options.max_rows == 3
@@ -52,18 +52,19 @@ def test_the_fast_ones_are_the_default(tmp_path, tiny_model_dir, processing, cap
 
 def test_the_reference_ones_on_request(tmp_path, tiny_model_dir, processing):
     model, settings = load_policy(str(tiny_model_dir)), config(tmp_path, engine="plain")
-    assert isinstance(build_engine(model, processing.tokenizer, settings, Accelerator(), lambda: 0), PlainEngine)
+    assert isinstance(build_engine(model, processing.tokenizer, settings, Accelerator()), PlainEngine)
     assert isinstance(build_updater(model, None, settings, Accelerator()), PlainUpdater)
 
 
 def test_a_model_the_sampler_does_not_know_falls_back_with_one_warning(tmp_path, processing, caplog):
     model, settings = llama(processing), config(tmp_path)
-    engine = build_engine(model, processing.tokenizer, settings, Accelerator(), lambda: 0)
+    engine = build_engine(model, processing.tokenizer, settings, Accelerator())
     assert isinstance(engine, PlainEngine)
     (record,) = caplog.records
     assert "model type llama is none of" in record.message
     assert "Lost are" in record.message
     ids = torch.tensor([5, 6, 7])
+    engine.sync()
     prompt = Prompt(0, ids, torch.arange(3).expand(3, -1), None, None, "")
     assert len(list(engine.generate([prompt], 2, sampling_params(settings), 0))) == 1
 
@@ -79,6 +80,6 @@ def test_a_model_that_cannot_be_packed_falls_back_with_one_warning(tmp_path, pro
 def test_half_precision_runs_sample_in_half_precision(tmp_path, processing):
     sizes = {"vocab_size": len(processing.tokenizer), "num_key_value_heads": 1, **SIZES}
     model, settings = Qwen2ForCausalLM(Qwen2Config(**sizes)), config(tmp_path, bf16=True)
-    engine = build_engine(model, processing.tokenizer, settings, Accelerator(), lambda: 0)
+    engine = build_engine(model, processing.tokenizer, settings, Accelerator())
     assert isinstance(engine, SamplerEngine)
     assert engine.decoder.dtype == torch.bfloat16
