@@ -31,7 +31,7 @@ from harness import Result, parser, print_table
 MODULES = tuple(
     f"fastgrpo_kernels.{name}"
     for name in (
-        "linear_logprob",
+        "linear_logprob_passes",
         "grpo_loss",
         "kv_cache",
         "paged_attention",

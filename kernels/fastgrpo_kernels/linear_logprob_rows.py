@@ -1,22 +1,30 @@
 """What `linear_logprob` computes per row and per target, between its products: see `linear_logprob_gemm`."""
 
-import torch
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgrpo_kernels.linear_logprob_gemm import TileBuffers, gemm_config
+from fastgrpo_kernels.linear_logprob_gemm import TileBuffers, logits_tile
 from fastgrpo_kernels.tl_utils import launch
 
-_TILES_PER_PROGRAM = 8
-"""Of the elementwise pass over a row."""
+_COLUMNS_PER_PROGRAM = 4096
+"""Of the elementwise pass over a row: 16 a thread, in two accesses of 16 bytes."""
+_LN_2 = tl.constexpr(math.log(2.0))
 
 
 def launch_reduce(order: Tensor, count: Tensor, buffers: TileBuffers, lse: Tensor, entropy: Tensor) -> None:
-    """From the tiles' statistics to the rows': lse [T] and, where weighted sums were kept, entropy [T]."""
+    """From the tiles' statistics to the rows': lse [T] and, where weighted sums were kept, entropy [T].
+
+    Args:
+        order: [R] int64, the hidden row that each of the buffers' is.
+        count: [1] int64, how many of these were computed; no other row's lse is set.
+    """
     rows, tiles = buffers.maximum.shape
-    args = (order, count, *buffers[:3], lse, entropy, tiles)
-    launch(_reduce_kernel, (rows,), *args, BLOCK=triton.next_power_of_2(tiles), num_warps=4)
+    if rows and tiles:
+        args = (order, count, *buffers[:3], lse, entropy, tiles)
+        launch(_reduce_kernel, (rows,), *args, BLOCK=triton.next_power_of_2(tiles), num_warps=4)
 
 
 def launch_targets(
@@ -39,43 +47,39 @@ def launch_targets(
 
 def launch_dlogits(
     order: Tensor,
-    count: Tensor,
-    buffers: TileBuffers,
+    live: Tensor,
+    exponentials: Tensor,
+    maximum: Tensor,
     lse: Tensor,
     row_entropy: Tensor,
     readers: tuple[Tensor, Tensor, Tensor, Tensor],
-    first: int,
+    first_column: int,
     temperature: float,
     entropy: bool,
-    dtype: torch.dtype,
 ) -> None:
-    """Turns exponentials into the gradient of logits, in place.
+    """Turns exponentials [R, C] into the gradient of logits, in place: each is read once and written once.
+
+    4·R·C bytes in bfloat16: 10 GB for 16,384 rows and 151,936 columns, 3.4 ms at the 2.97 TB/s of an H100's copies.
 
     Args:
+        order: [R] int64, the hidden row that each is.
+        live: [R] bool, which have a gradient; the others are set to 0, whatever they held.
+        maximum: [R, tiles]
+        lse: [T]
+        row_entropy: [T]
         readers: the targets, their gradients of log-prob and of entropy [N], sorted by the row that they read; and
-            [rows + 1], where each row's begin.
-        first: which row of the last of these is the buffers' row 0.
+            [T + 1], where each row's begin.
+        first_column: which of the vocabulary is the buffer's column 0.
     """
-    columns = gemm_config(dtype).block_n
-    rows, tiles = buffers.maximum.shape
-    launch(
-        _dlogits_kernel,
-        (rows, triton.cdiv(tiles, _TILES_PER_PROGRAM)),
-        order,
-        count,
-        buffers.exponentials,
-        buffers.maximum,
-        lse,
-        row_entropy,
-        *readers[:3],
-        readers[3][first:],
-        1.0 / temperature,
-        tiles,
-        ENTROPY=entropy,
-        TILES=_TILES_PER_PROGRAM,
-        COLUMNS=columns,
-        num_warps=4,
-    )
+    rows, columns = exponentials.shape
+    if rows == 0 or columns == 0:
+        return
+    blocks = triton.cdiv(columns, _COLUMNS_PER_PROGRAM)
+    width = logits_tile(exponentials.dtype).columns
+    tensors = (order, live, exponentials, maximum, lse, row_entropy, *readers)
+    meta = {"TILES": _COLUMNS_PER_PROGRAM // width, "COLUMNS": width, "num_warps": 8}
+    sizes = (first_column, blocks, maximum.shape[1])
+    launch(_dlogits_kernel, (rows * blocks,), *tensors, 1.0 / temperature, *sizes, ENTROPY=entropy, **meta)
 
 
 @triton.jit
@@ -93,9 +97,8 @@ def _reduce_kernel(
     i = tl.program_id(0)
     if i >= tl.load(count):
         return
-    row = tl.load(order + i)
     tile = tl.arange(0, BLOCK)
-    at = row * n_tiles + tile
+    at = i.to(tl.int64) * n_tiles + tile
     top = tl.load(maximum + at, mask=tile < n_tiles, other=float("-inf"))
     part = tl.load(total + at, mask=tile < n_tiles, other=0.0)
     highest = tl.max(top, 0)
@@ -103,10 +106,11 @@ def _reduce_kernel(
     share = part * tl.exp(top - shift)
     whole = tl.sum(share, 0)
     row_lse = shift + tl.log(whole)
+    row = tl.load(order + i)
     tl.store(lse + row, row_lse)
     if weighted is not None:
         # Σ −p log p over the tile; every term is ≥ 0, so large logits cancel nothing.
-        mean = tl.load(weighted + at, mask=tile < n_tiles, other=0.0) / part
+        mean = tl.load(weighted + at, mask=tile < n_tiles, other=0.0) * _LN_2 / part
         terms = tl.where(share > 0, share / whole * (row_lse - top - mean), 0.0)
         tl.store(entropy + row, tl.sum(terms, 0))
 
@@ -153,7 +157,7 @@ def _target_kernel(
 @triton.jit
 def _dlogits_kernel(
     order: tl.tensor,
-    count: tl.tensor,
+    live: tl.tensor,
     exponentials: tl.tensor,
     maximum: tl.tensor,
     lse: tl.tensor,
@@ -163,14 +167,25 @@ def _dlogits_kernel(
     grad_entropy: tl.tensor,
     begins: tl.tensor,
     inverse_temperature: tl.tensor,
+    first_column: tl.tensor,
+    blocks: tl.tensor,
     n_tiles: tl.tensor,
     ENTROPY: tl.constexpr,
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    i = tl.program_id(0)
-    if i >= tl.load(count):
+    # Neighbours share a row: memory is read and written in its order.
+    i = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
+    inside = (tile < n_tiles)[:, None]
+    column = tile[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at = exponentials + i * (n_tiles * COLUMNS) + column
+    if tl.load(live + i) == 0:
+        tl.store(at, tl.zeros((TILES, COLUMNS), exponentials.dtype.element_ty), mask=inside)
         return
+    # First: what follows waits for loads that wait for each other.
+    e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    top = tl.load(maximum + i * n_tiles + tile, mask=tile < n_tiles, other=float("-inf"))
     row = tl.load(order + i)
     begin = tl.load(begins + row)
     end = tl.load(begins + row + 1)
@@ -180,19 +195,16 @@ def _dlogits_kernel(
         by_row += tl.load(grad_logprobs + n)
         entropy_by_row += tl.load(grad_entropy + n)
 
-    row_lse = tl.load(lse + row)
-    tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
-    inside = (tile < n_tiles)[:, None]
-    shift = tl.load(maximum + row * n_tiles + tile, mask=tile < n_tiles, other=float("-inf")) - row_lse
-    column = tile[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    at = exponentials + row * (n_tiles * COLUMNS) + column
-    e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    shift = top - tl.load(lse + row)
     p = e * tl.exp(shift)[:, None]
     gradient = -p * by_row
-    if ENTROPY:
+    if ENTROPY & (entropy_by_row != 0.0):
         # log p from the stored exponential: no logit was kept. 0 · log 0 counts as 0.
         logp = tl.log(tl.where(e > 0, e, 1.0)) + tl.where(shift == float("-inf"), 0.0, shift)[:, None]
         gradient -= p * entropy_by_row * (logp + tl.load(row_entropy + row))
+    start = tl.program_id(0) % blocks * (TILES * COLUMNS)
     for n in range(begin, end):
-        gradient += tl.where(column == tl.load(targets + n), tl.load(grad_logprobs + n), 0.0)
+        place = tl.load(targets + n) - first_column
+        if (place >= start) & (place < start + TILES * COLUMNS):  # few programs: the rest is spared the comparisons
+            gradient += tl.where(column == place, tl.load(grad_logprobs + n), 0.0)
     tl.store(at, (gradient * inverse_temperature).to(exponentials.dtype.element_ty), mask=inside)

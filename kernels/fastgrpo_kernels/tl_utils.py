@@ -42,6 +42,11 @@ def target_arch() -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has: the programs of a persistent grid. A few where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
 def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
     """`kernel[grid](*args, **meta)`; inside `compile_only`, the same specialisation is compiled and nothing runs."""
     if _compiled is None:

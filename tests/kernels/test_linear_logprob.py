@@ -1,7 +1,7 @@
 """`linear_logprob` on Triton: under the interpreter in float32 and float16, on a GPU in bfloat16 too.
 
 Values and gradients are compared with float64 truth: the error is at most what plain torch makes in the same dtype,
-times 1.2, plus 4 float32 roundings of the largest entry.
+times 1.2, plus 4 float32 roundings of the largest entry (of log-probs: of the largest logit, which they come from).
 """
 
 import math
@@ -65,7 +65,7 @@ def plain(
 
 
 def triton(hidden: Tensor, *args: Tensor, keep: bool = True, **options: object) -> LogprobOutput:
-    """Keeps everything, or recomputes in chunks of a third of the rows (at 1021 columns)."""
+    """Keeps everything, or makes it again in chunks of at most a third of the columns (of 1021)."""
     byte_budget = 1 << 30 if keep else max(1, len(hidden) // 3 * 1024 * hidden.element_size())
     return linear_logprob(hidden, *args, byte_budget=byte_budget, backend="triton", **options)  # type: ignore[arg-type]
 
@@ -89,8 +89,10 @@ def assert_no_worse_than_plain(case: Problem, *, rounding: float = 4.0, **option
     dtype = case.hidden.dtype
     exact, theirs = run(plain, case, torch.float64, **settings), run(plain, case, dtype, **settings)
     ours = run(triton, case, dtype, **options)
+    largest_logit = float((case.hidden.double() @ case.weight.double().T).abs().max())
     for name, truth in exact.items():
-        slack = rounding * torch.finfo(torch.float32).eps * float(truth.abs().max()) / float(settings["temperature"])
+        largest = max(float(truth.abs().max()), largest_logit if name == "logprobs" else 0.0)
+        slack = rounding * torch.finfo(torch.float32).eps * largest / float(settings["temperature"])
         error, allowed = (ours[name] - truth).abs().max(), (theirs[name] - truth).abs().max()
         assert error <= 1.2 * allowed + slack, f"{name}: error {error:.2e}, plain torch's {allowed:.2e}"
 
@@ -167,12 +169,11 @@ def test_keep_and_recompute_agree(dtype: torch.dtype) -> None:
     case = problem(dtype=dtype, shared=True)
     kept, again = (run(triton, case, dtype, keep=keep) for keep in (True, False))
     for name in kept:
-        # dW is summed chunk by chunk: another order in float32.
-        exact = name != "weight.grad"
+        # dhidden is summed chunk by chunk, dW over rows that lie elsewhere: another order in float32.
+        exact = name in ("logprobs", "entropy")
         size = float(kept[name].abs().max())
-        torch.testing.assert_close(
-            kept[name], again[name], rtol=0, atol=0 if exact else 2 * torch.finfo(dtype).eps * size
-        )
+        tolerance = 0.0 if exact else size * max(2 * torch.finfo(dtype).eps, 1e-5)
+        torch.testing.assert_close(kept[name], again[name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(("tokens", "keep"), [(63, True), (63, False), (2, False)])
