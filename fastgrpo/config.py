@@ -124,9 +124,10 @@ class GRPOConfig(TRLFields, TrainingArguments):
     attn_backend: str = option(
         "auto", "Attention of the packed update: " + ", ".join(ATTN_BACKENDS) + ".", choices=ATTN_BACKENDS
     )
-    logprob_bytes: int = option(
-        1 << 30,
-        "Scratch of the LM head's log-probs; with room for tokens × vocabulary × 2 nothing is computed twice.",
+    logprob_bytes: int | None = option(
+        None,
+        "Scratch of the LM head's log-probs; with room for tokens × vocabulary × 2 nothing is computed twice. Half of "
+        "what a GPU has free if unset, 1 GiB on CPU.",
         at_least=1,
     )
     vision_cache_bytes: int = option(

@@ -45,7 +45,7 @@ def packed_logprobs(
     temperature: float = 1.0,
     entropy: bool = True,
     attn_backend: str = "auto",
-    logprob_bytes: int = 1 << 30,
+    logprob_bytes: int | None = None,
     vision_cache: VisionCache | None = None,
 ) -> LogprobOutput:
     """Log-probs and entropies [N] float32 of a batch's completion tokens, with gradient.
@@ -56,7 +56,7 @@ def packed_logprobs(
         model: a transformers model, or one wrapped in peft, DDP or a DeepSpeed engine.
         batch: on the model's device.
         attn_backend: one of `config.ATTN_BACKENDS`.
-        logprob_bytes: scratch of the head, `linear_logprob`'s byte budget.
+        logprob_bytes: scratch of the head, `linear_logprob`'s byte budget; None: by what is free.
         vision_cache: features of pictures, where the tower is frozen.
     """
     pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
@@ -75,7 +75,7 @@ def packed_logprobs(
 
 
 def _logprob_head(
-    model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int
+    model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int | None
 ) -> AbstractContextManager[None]:
     """Meanwhile the model's head answers [1, T, H] with log-probs and entropies [2, N] in the place of logits."""
     head = model.get_output_embeddings()

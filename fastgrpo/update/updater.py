@@ -46,14 +46,14 @@ class PackedUpdater:
         reference_model: PreTrainedModel | None = None,
         accelerator: Accelerator | None = None,
         attn_backend: str = "auto",
-        logprob_bytes: int = 1 << 30,
+        logprob_bytes: int | None = None,
         vision_cache: VisionCache | None = None,
     ) -> None:
         """
         Args:
             token_budget: input tokens of a micro-batch, prompts counted once.
             attn_backend: see `fastgrpo.update.attention`.
-            logprob_bytes: scratch of the LM head, see `linear_logprob`.
+            logprob_bytes: scratch of the LM head, see `linear_logprob`; None: by what is free.
             vision_cache: where to keep what the model's frozen vision tower sees; the sampler may share it.
 
         Raises:
