@@ -29,8 +29,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLForConditionalGeneratio
 from fastgrpo.demo.base_model import build_config, load_tokenizer, save_model
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
-from fastgrpo.profile import gate, sides
+from fastgrpo.profile import gate
+from fastgrpo.profile.opponents import OPPONENTS, OURS, TRL
 from fastgrpo.profile.run import QUIET, ProfileOptions, run_profile
+from fastgrpo.profile.sides.start import start_side
 
 PROMPTS, GROUP, TOKENS, PICTURE = 4, 8, 64, 336
 GATE_PROMPTS, GATE_TOKENS, GATE_PICTURE = 2, 24, 84
@@ -114,9 +116,9 @@ def peak_above_start(against: str, settings: Sequence[str], folder: Path, trl_py
     """
     found = {}
     returning = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    for name in (sides.OURS, against):
+    for name in (OURS, against):
         with ExitStack() as stack:
-            side = sides.start_side(
+            side = start_side(
                 name, [*settings, "--max_steps", "3"], folder, trl_python=trl_python, environment=returning
             )
             stack.callback(side.close)
@@ -142,8 +144,8 @@ def reward_differences(
         flags = [*settings, *changes, "--seed", str(seed)]
         with ExitStack() as stack:
             pair = []
-            for name in (sides.OURS, against):
-                pair.append(sides.start_side(name, flags, folder / f"seed-{seed}", trl_python=trl_python))
+            for name in (OURS, against):
+                pair.append(start_side(name, flags, folder / f"seed-{seed}", trl_python=trl_python))
                 stack.callback(pair[-1].close)
             for side in pair:
                 side.ready()
@@ -161,7 +163,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def main() -> int:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--against", choices=tuple(sides.OPPONENTS), default=sides.TRL)
+    arguments.add_argument("--against", choices=tuple(OPPONENTS), default=TRL)
     arguments.add_argument("--steps", type=int, default=5, help="timed steps of each side")
     arguments.add_argument("--seeds", type=int, choices=tuple(T95), default=3)
     arguments.add_argument("--gate_steps", type=int, default=30, help="steps of each seed")
@@ -207,7 +209,7 @@ def main() -> int:
     result.ratios |= {
         f"step_time_vs_{options.against}": report.speedup.median,
         f"tokens_per_s_vs_{options.against}": ours.tokens_per_s.median / theirs.tokens_per_s.median,
-        f"peak_memory_vs_{options.against}": memory[options.against] / memory[sides.OURS],
+        f"peak_memory_vs_{options.against}": memory[options.against] / memory[OURS],
     }
     result.figures |= {"peak_bytes_above_start": memory}
     result.figures |= {"parameters": parameters, "speedup": asdict(report.speedup), "unattributed": ours.unattributed}

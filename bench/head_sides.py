@@ -201,7 +201,7 @@ def _cce(device: str) -> HeadSide:
 def _trl(device: str) -> HeadSide:
     """TRL's fused head."""
     if device != "cuda":
-        importlib.import_module("trl_on_cpu")
+        importlib.import_module("fastgrpo.profile.sides.trl_on_cpu")
     function = _attribute("trl.kernels", "ChunkedLogProbFunction")
 
     def apply(inputs: HeadInputs) -> Tensor:

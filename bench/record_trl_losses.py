@@ -8,6 +8,8 @@ same file. Combinations are drawn at random, the same number for each loss type 
 of different options meet.
 """
 
+import fastgrpo.profile.sides.trl_on_cpu  # noqa: F401  isort: skip
+
 import argparse
 import itertools
 import json
@@ -18,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import trl_on_cpu  # noqa: F401
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor

@@ -22,8 +22,10 @@ from transformers import AutoConfig
 from fastgrpo.cli.arguments import parse
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
-from fastgrpo.profile import gate, sides
+from fastgrpo.profile import gate
+from fastgrpo.profile.opponents import OURS, PLAIN, TRL
 from fastgrpo.profile.run import ProfileOptions, free_memory, run_profile, training_flags
+from fastgrpo.profile.sides.start import build_trainer, start_side
 from stages import NotHereError
 from stages.ceilings import compute_dtype
 
@@ -135,7 +137,7 @@ def run(scale: str, device: str) -> Iterator[Result]:
     log-probs are plain torch's; last a step without checkpointing. A part that fails costs what it is about."""
     result, size = Result("step", device), SIZES[scale]
     with prepared(size, device) as folder:
-        settings = training_flags(profile_options(folder, sides.PLAIN, size.timed))
+        settings = training_flags(profile_options(folder, PLAIN, size.timed))
         figures = time_ours(settings, folder, size, device)
         drawn = size.prompts * size.group * size.tokens
         result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == drawn
@@ -161,11 +163,9 @@ def run(scale: str, device: str) -> Iterator[Result]:
 def compare_with_plain(settings: Sequence[str], folder: Path) -> gate.Gate:
     """What both sides make of the first prompts, one after the other: two such models do not fit one GPU."""
     config, script = parse([*settings, "--output_dir", str(folder / "gate")])
-    answer = gate.answer_of(sides.build_trainer(sides.OURS, config, script))
+    answer = gate.answer_of(build_trainer(OURS, config, script))
     free_memory()
-    checked = gate.compare(
-        answer, sides.build_trainer(sides.PLAIN, config, script), gate.tolerances(config, script.dtype)
-    )
+    checked = gate.compare(answer, build_trainer(PLAIN, config, script), gate.tolerances(config, script.dtype))
     free_memory()
     return checked
 
@@ -175,7 +175,7 @@ def time_ours(settings: Sequence[str], folder: Path, size: StepSize, device: str
     dtype = compute_dtype(device)
     shape = ModelShape.from_config(AutoConfig.from_pretrained(folder / "model"))
     cost = Cost(shape, measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
-    side = sides.start_side(sides.OURS, settings, folder, trl_python=TRL_PYTHON)
+    side = start_side(OURS, settings, folder, trl_python=TRL_PYTHON)
     try:
         held = side.ready()["held_bytes"]
         steps = alternate([side], warmup=1, steps=size.timed).steps[side.name]
@@ -186,7 +186,7 @@ def time_ours(settings: Sequence[str], folder: Path, size: StepSize, device: str
 
 def against_plain(scale: str, device: str) -> Iterator[Result]:
     """Both sides in turn; the other is HF `generate` and the padded batch."""
-    yield compared(sides.PLAIN, scale, device)
+    yield compared(PLAIN, scale, device)
 
 
 def against_trl(scale: str, device: str) -> Iterator[Result]:
@@ -197,7 +197,7 @@ def against_trl(scale: str, device: str) -> Iterator[Result]:
     """
     if not TRL_PYTHON.is_file():
         raise NotHereError("no .venv-bench here: `make install-bench` makes it")
-    yield compared(sides.TRL, scale, device)
+    yield compared(TRL, scale, device)
 
 
 def compared(against: str, scale: str, device: str) -> Result:

@@ -1,6 +1,5 @@
 """The command line of a training run: `GRPOConfig` and `ScriptArguments`, from flags and a YAML file."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
 
 
@@ -25,7 +25,7 @@ class ScriptArguments:
     single_image_only: bool = field(default=False, metadata={"help": "Leave out rows with several pictures."})
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": "Reward functions: accuracy, format, length, or module:function."},
+        metadata={"help": "Reward functions: accuracy, format, length, or module:function of your own."},
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Of the parameters and the optimizer; --bf16 sets what is computed in."}
@@ -76,7 +76,7 @@ class ScriptArguments:
 
 
 class _Parser(HfArgumentParser):
-    """Says a mistake in one line instead of printing 300 flags."""
+    """Tells a mistake in one line instead of printing 300 flags."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -88,13 +88,13 @@ def parse(argv: Sequence[str]) -> tuple[GRPOConfig, ScriptArguments]:
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
     """
-    parser = _Parser((GRPOConfig, ScriptArguments), allow_abbrev=False, prog="fastgrpo train")
+    parser = _Parser((GRPOConfig, ScriptArguments), allow_abbrev=False, add_help=False, prog="fastgrpo train")
     known = sorted(option for action in parser._actions for option in action.option_strings)
     flags = _normalise(argv)
     config_files, flags = _take_config(flags)
     # Ahead of the parser, which would only say of a misspelt required flag that it is missing.
     if unknown := next((token for token in flags if token.startswith("--") and token not in known), None):
-        raise ValueError(f"unknown argument {unknown}{_nearest(unknown, known)}")
+        raise ValueError(f"unknown argument {unknown}{_hint(unknown, known)}")
     from_files = [token for file in config_files for token in _yaml_flags(file, known)]
     *parsed, stray = parser.parse_args_into_dataclasses([*from_files, *flags], return_remaining_strings=True)
     if stray:
@@ -141,7 +141,7 @@ def _yaml_flags(file: Path, known: Sequence[str]) -> list[str]:
     flags: list[str] = []
     for name, value in settings.items():
         if f"--{name}" not in known:
-            raise ValueError(f"--config {file}: unknown setting {name}{_nearest(f'--{name}', known)}")
+            raise ValueError(f"--config {file}: unknown setting {name}{_hint(f'--{name}', known)}")
         if value is not None:
             flags += [f"--{name}", *_flag_values(value)]
     return flags
@@ -153,6 +153,5 @@ def _flag_values(value: Any) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def _nearest(flag: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-    return f" (did you mean {found[0]}?)" if found else "; `fastgrpo train --help` lists all"
+def _hint(flag: str, known: Sequence[str]) -> str:
+    return did_you_mean(flag, known, "; `fastgrpo train --help` lists all")

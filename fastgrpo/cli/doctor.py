@@ -1,11 +1,16 @@
-"""What this machine has, and what each missing part costs."""
+"""`fastgrpo doctor`: what this machine has, and what each missing part costs."""
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastgrpo.cli.options import Parser
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,15 @@ OPTIONAL = {
     "trl": ("comparisons against TRL", "no comparisons against TRL"),
 }
 """Package → what it gives, what its absence costs."""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Prints the table."""
+    Parser(prog="fastgrpo doctor", description="What is installed, and what each missing part costs.").parse_args(argv)
+    table = Table("part", "found", "what follows")
+    for finding in examine():
+        table.add_row(finding.part, finding.found, finding.consequence)
+    Console().print(table)
 
 
 def examine() -> list[Finding]:

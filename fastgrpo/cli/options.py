@@ -1,13 +1,33 @@
 """Options of commands: parsed with mistakes as ValueErrors."""
 
-from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
-from typing import NoReturn
+import os
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
-import torch
+from fastgrpo.cli.suggestions import did_you_mean
 
 
 class Parser(ArgumentParser):
+    """Tells a mistake in one line, with the flag that was probably meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.flags: list[str] = []
+        super().__init__(allow_abbrev=False, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> Action:
+        self.flags += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **settings)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Namespace:  # type: ignore[override]
+        options, rest = self.parse_known_args(args, namespace)
+        for token in rest:
+            flag = token.split("=", 1)[0]
+            hint = did_you_mean(flag, self.flags, f"; `{self.prog} --help` lists all") if flag.startswith("--") else ""
+            raise ValueError(f"unknown argument {flag}{hint}")
+        return options
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
@@ -25,8 +45,12 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse_number
 
 
-def device(text: str) -> torch.device:
+def require_writable(folder: Path) -> None:
+    """Raises ValueError unless files can be written into `folder`, which is created when missing."""
+    probe = folder / f".write-test-{os.getpid()}"
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ArgumentTypeError(f"{text!r} cannot be used here: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written: {error.strerror}. Choose another.") from error

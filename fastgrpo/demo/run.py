@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.cli.arguments import parse
-from fastgrpo.cli.train import require_writable, run_training
+from fastgrpo.cli.options import require_writable
+from fastgrpo.cli.train import run_training
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet

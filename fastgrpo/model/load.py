@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -24,6 +25,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
+from fastgrpo.model.adapters import adapter_base, processing_source
 from fastgrpo.model.families import VISION_TOWERS
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ def load_processing(
         if value < 1:
             raise ValueError(f"{name}={value} must be positive: it is an area in pixels")
     config = _load_config(name_or_path, trust_remote_code)
+    name_or_path = processing_source(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -115,7 +118,7 @@ def load_policy(
     """Loads the model to train, from safetensors files only.
 
     Args:
-        name_or_path: a folder or hub id.
+        name_or_path: a folder or hub id; where it holds adapters, their base is loaded and they train further.
         dtype: of the parameters; None is float32, since the optimizer's master weights stay in float32 and
             autocast gives the compute dtype.
         attn_implementation: attention backend; None leaves the choice to transformers. `flash_attention_2`
@@ -138,12 +141,16 @@ def load_policy(
         arguments.setdefault("dtype", arguments.pop("torch_dtype"))
     dtype = _merge("dtype", dtype, arguments, torch.float32)
     attn_implementation = _merge("attn_implementation", attn_implementation, arguments, None)
+    base = adapter_base(name_or_path)
+    if base is not None and (freeze_vision or freeze_llm):
+        flag = "freeze_vision" if freeze_vision else "freeze_llm"
+        raise ValueError(f"{flag}=True, but {name_or_path} holds adapters, whose base is frozen already: leave it off")
     config = _load_config(name_or_path, trust_remote_code)
     auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
     try:
         with _whole_weights():
             model = auto_class.from_pretrained(
-                name_or_path,
+                base or name_or_path,
                 dtype=_resolve_dtype(dtype),
                 attn_implementation=_available_attention(attn_implementation),
                 trust_remote_code=trust_remote_code,
@@ -157,7 +164,25 @@ def load_policy(
         ) from error
     logger.info("attention backend: %s", model.config._attn_implementation)
     _freeze(model, freeze_vision, freeze_llm)
-    return model
+    return model if base is None else _with_adapters(model, name_or_path)
+
+
+def load_merged(name_or_path: str, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+    """Loads a model for use: adapters, if that is what the folder holds, become part of their base's weights.
+
+    Raises:
+        ValueError: as `load_policy`.
+    """
+    model = load_policy(name_or_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    merged: Any = model.merge_and_unload() if isinstance(model, PeftModel) else model
+    return merged.requires_grad_(False).eval()
+
+
+def _with_adapters(model: PreTrainedModel, name_or_path: str) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model_name_or_path={name_or_path!r}: its adapters do not fit: {_one_line(error)}") from error
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -211,6 +236,8 @@ def _whole_weights() -> Iterator[None]:
 
 
 def _load_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's, or where there are adapters their base's."""
+    adapters, name_or_path = name_or_path, adapter_base(name_or_path) or name_or_path
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -218,6 +245,8 @@ def _load_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig
             problem = "is a folder without a usable config.json"
         else:
             problem = "is neither a folder nor a model reachable on the hub"
+        if adapters != name_or_path:
+            problem += f" (the adapters in {adapters} belong to it: see their adapter_config.json)"
         raise ValueError(f"model_name_or_path={name_or_path!r} {problem}: {_one_line(error)}") from error
 
 

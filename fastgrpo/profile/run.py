@@ -23,13 +23,15 @@ from rich.table import Table
 
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.cli.arguments import ScriptArguments, parse
-from fastgrpo.cli.train import require_writable
+from fastgrpo.cli.options import require_writable
 from fastgrpo.config import GRPOConfig
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
-from fastgrpo.profile import gate, sides
+from fastgrpo.profile import gate
+from fastgrpo.profile.opponents import OURS, PLAIN, TRL
 from fastgrpo.profile.page import write_page
+from fastgrpo.profile.sides import start
 from fastgrpo.profile.trl import compare_with_trl
 from fastgrpo.training.live_figures import compute_dtype, update_of
 
@@ -70,17 +72,17 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         ValueError: a setting that cannot work, or sides that do not do the same thing (`gate.GateError`).
     """
     require_writable(options.output_dir)
-    if options.against == sides.TRL:
-        sides.require_trl(options.trl_python)
+    if options.against == TRL:
+        start.require_trl(options.trl_python)
     settings = training_flags(options)
     config, script = parse([*settings, "--output_dir", str(options.output_dir / "gate")])
-    if script.use_peft and options.against != sides.PLAIN:
+    if script.use_peft and options.against != PLAIN:
         raise ValueError(
             f"--against {options.against} trains whole weights: leave out use_peft or use --against plain."
         )
     if options.scale:
         parse([*settings, *_half_group(config), "--output_dir", str(options.output_dir / "gate")])
-    ours = sides.build_trainer(sides.OURS, config, script)
+    ours = start.build_trainer(OURS, config, script)
     shape = ModelShape.known(ours.model.config)
     update, dtype = update_of(ours.model, config), compute_dtype(ours.model, config)
     device = ours.accelerator.device.type
@@ -104,7 +106,7 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
         ceilings,
         checked,
         span_off_seconds(),
-        _facts(config, script, dtype, device, introduced[sides.OURS]["threads"], comparison.steps[sides.OURS]),
+        _facts(config, script, dtype, device, introduced[OURS]["threads"], comparison.steps[OURS]),
         InsideDecode.of(inside, device),
         growth_of(options, settings, config, comparison) if options.scale else None,
     )
@@ -150,10 +152,10 @@ def _pass_gate(
     answer: gate.Answer,
 ) -> dict[str, float]:
     limits = gate.tolerances(config, script.dtype)
-    if options.against == sides.TRL:
+    if options.against == TRL:
         checked = compare_with_trl(answer, limits, settings, options.output_dir, options.trl_python)
     else:
-        checked = gate.compare(answer, sides.build_trainer(options.against, config, script), limits)
+        checked = gate.compare(answer, start.build_trainer(options.against, config, script), limits)
     checked.require()
     return checked.figures
 
@@ -168,8 +170,8 @@ def free_memory() -> None:
 def _start_sides(options: ProfileOptions, settings: Sequence[str], stack: ExitStack) -> list[WorkerSide]:
     """Both sides' processes, which end with `stack`."""
     started = []
-    for name in (sides.OURS, options.against):
-        started.append(sides.start_side(name, settings, options.output_dir, trl_python=options.trl_python))
+    for name in (OURS, options.against):
+        started.append(start.start_side(name, settings, options.output_dir, trl_python=options.trl_python))
         stack.callback(started[-1].close)
     return started
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo.profile import gate
-from fastgrpo.profile.sides import TRL, TRL_WORKER, require_trl, trl_environment
+from fastgrpo.profile.opponents import TRL
+from fastgrpo.profile.sides.start import TRL_WORKER, require_trl, trl_environment
 
 
 def compare_with_trl(
@@ -40,7 +41,7 @@ def compare_with_trl(
         },
         folder / "batch.safetensors",
     )
-    command = [str(trl_python), str(TRL_WORKER), "--check", str(folder), *settings, "--output_dir", str(folder)]
+    command = [str(trl_python), "-m", TRL_WORKER, "--check", str(folder), *settings, "--output_dir", str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **trl_environment()})
     if run.returncode != 0:
         raise gate.GateError(f"TRL's side could not be checked:\n{run.stderr[-3000:]}")

@@ -80,6 +80,8 @@ def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTraine
             f"beta={config.beta} needs a frozen copy, but the model is partitioned by ZeRO-3. Pass its name or folder "
             "as model, or load it before GRPOConfig(deepspeed=…) is made."
         )
+    if peft_config is not None and hasattr(model, "disable_adapter"):
+        raise ValueError("peft_config: the model has adapters already, which train further. Leave it out.")
     if peft_config is not None:
         set_seed(config.seed)  # for the adapters' first values, as transformers' Trainer does a little later
         model = get_peft_model(model, peft_config)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from fastgrpo.cli.eval import _prompts_of
+from fastgrpo.cli.inference import prompts_of
 from fastgrpo.cli.main import main
 
 
@@ -66,10 +66,10 @@ def test_eval_of_what_is_missing(
         (["--batch_size", "0"], "argument --batch_size: 0 is not 1 or more"),
         (["--max_samples", "some"], "argument --max_samples: 'some' is not a whole number"),
         (["--pass_at_k", "-1"], "argument --pass_at_k: -1 is not 0 or more"),
-        (["--device", "toaster"], "argument --device: 'toaster' cannot be used here"),
+        (["--device", "toaster"], "--device 'toaster' cannot be used here"),
         (["--dtype", "int3"], "dtype='int3' is unknown"),
         (["--min_pixels", "99999999"], "exceeds max_pixels"),
-        (["--shufles", "1"], "unrecognized arguments: --shufles 1"),
+        (["--shufles", "1"], "unknown argument --shufles (did you mean --shuffles?)"),
     ],
 )
 def test_eval_flags_that_do_not_fit(score: Callable[..., tuple[int, str, str]], flags: list[str], message: str) -> None:
@@ -93,8 +93,10 @@ def test_eval_of_other_data(score: Callable[..., tuple[int, str, str]], tmp_path
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "How many?"}\n')
     code, _, errors = score(dataset=path)
-    assert (code, len(errors.splitlines())) == (2, 1)
-    assert "has no `solution` to score against" in errors
+    assert code == 2
+    mode, error = errors.splitlines()
+    assert mode == "questions are asked in base mode, template paper"
+    assert "has no `solution` to score against" in error
 
 
 def test_eval_output_that_cannot_be_written(score: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
@@ -109,9 +111,9 @@ def test_eval_asks_as_the_run_that_trained_the_model_did(tmp_path: Path) -> None
     (tmp_path / "settings.json").write_text(json.dumps({"prompt_mode": "instruct", "prompt_template": "answer"}))
     unsaid = {"prompt_mode": None, "prompt_template": None}
     for model in (tmp_path, tmp_path / "checkpoint-5"):
-        asked = _prompts_of(Namespace(model=str(model), **unsaid))
+        asked = prompts_of(Namespace(model=str(model), **unsaid))
         assert asked == {"prompt_mode": "instruct", "prompt_template": "answer"}
-    told = _prompts_of(Namespace(model=str(tmp_path), **unsaid | {"prompt_mode": "base"}))
+    told = prompts_of(Namespace(model=str(tmp_path), **unsaid | {"prompt_mode": "base"}))
     assert told == {"prompt_mode": "base", "prompt_template": "answer"}
-    elsewhere = _prompts_of(Namespace(model="someone/model", **unsaid))
+    elsewhere = prompts_of(Namespace(model="someone/model", **unsaid))
     assert elsewhere == {"prompt_mode": "base", "prompt_template": "paper"}

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastgrpo import __version__
+from fastgrpo.cli import train as train_command
 from fastgrpo.cli.main import COMMANDS, main
 
 Train = Callable[..., tuple[int, list[str]]]
@@ -39,12 +40,13 @@ def train(tiny_model_dir: Path, sat_file: Path, out: Path, capsys: pytest.Captur
 
 @pytest.fixture
 def refused(train: Train, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
-    """Runs and expects exit code 2 and one line, which it returns."""
+    """Runs and expects exit code 2 and one line, which it returns; before the run's banner, or right behind it."""
 
     def run(*flags: Any, **options: Any) -> str:
         code, lines = train(*flags, **options)
         assert code == 2
-        [line] = lines
+        *banner, line = lines
+        assert [fact.split()[0] for fact in banner] in ([], ["model", "device", "rollout", "update", "prompts"])
         assert line.startswith("fastgrpo train: error: ")
         assert caplog.records == []
         return line.removeprefix("fastgrpo train: error: ")
@@ -100,14 +102,16 @@ def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert capsys.readouterr().err == f"fastgrpo: unknown command 'trian': use {', '.join(COMMANDS)}\n"
+    assert capsys.readouterr().err == "fastgrpo: unknown command 'trian' (did you mean train?)\n"
+    assert main(["xyz"]) == 2
+    assert capsys.readouterr().err == f"fastgrpo: unknown command 'xyz': use {', '.join(COMMANDS)}\n"
 
 
 def test_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(argv: Sequence[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "train", interrupted)
+    monkeypatch.setattr(train_command, "run", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "fastgrpo train: interrupted\n"
 
@@ -126,7 +130,7 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--num_generatons", "4"], "unknown argument --num_generatons (did you mean --num_generations?)"),
         (["--num_generations", "two"], "invalid int value: 'two'"),
-        (["--num_generations", "1"], "num_generations=1: a group needs at least 2 completions"),
+        (["--num_generations", "1"], "num_generations=1 is not valid: use 2 or more"),
         (
             ["--num_generations", "3"],
             "num_generations=3 does not divide. Make it a multiple, or pass --batch_unit prompts",
@@ -137,7 +141,7 @@ def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--reward_funcs", "acuracy"], "'acuracy' is not a reward function. Use accuracy, format, length"),
         (["--reward_funcs", "no_such_module:f"], "'no_such_module:f' cannot be imported"),
         (["--reward_weights", "1"], "1 values for 2 reward functions, give one each"),
-        (["--max_prompt_length", "0"], "max_prompt_length=0 must be at least 1"),
+        (["--max_prompt_length", "0"], "max_prompt_length=0 is not valid: use 1 or more"),
         (["--max_pixels", "-4"], "max_pixels=-4 must be positive"),
         (["--max_samples", "0"], "max_samples=0 is not valid: use 1 or more"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path='./nowhere' is neither a folder nor a model"),

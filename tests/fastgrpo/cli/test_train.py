@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import Qwen2VLForConditionalGeneration
 
-from fastgrpo.cli import train
 from fastgrpo.cli.arguments import parse
-from fastgrpo.cli.train import progress_lines, require_writable, run_training, summarise
+from fastgrpo.cli.train import run_training
 
 TRL_NAMES = {
     *("num_tokens", "step_time", "reward", "reward_std", "frac_reward_zero_std", "entropy", "kl"),
@@ -40,14 +39,14 @@ def read(path: Path) -> dict[str, Any]:
 def test_the_published_command_runs_as_written_and_says_nothing_needless(
     tiny_model_dir: Path, sat_file: Path, tmp_path: Path
 ) -> None:
-    """The flags of VisualThinker-R1-Zero's run_grpo_SAT.sh, but for the model, the file, the lengths and the device."""
+    """The flags of VisualThinker-R1-Zero's run_grpo_SAT.sh, but for the model, the file and the lengths."""
     out = tmp_path / "out"
     command = f"""train --output_dir {out} --model_name_or_path {tiny_model_dir} --dataset_name {sat_file}
         --max_prompt_length 1024 --max_completion_length 6 --per_device_train_batch_size 1
         --gradient_accumulation_steps 2 --logging_steps 1 --bf16 --gradient_checkpointing 1
         --attn_implementation flash_attention_2 --max_pixels 401408 --num_train_epochs 2
         --run_name Qwen2-VL-2B-GRPO-SAT --save_steps 100 --save_only_model true --report_to wandb
-        --batch_unit prompts --max_steps 2 --use_cpu"""
+        --batch_unit prompts --max_steps 2"""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, "-m", "fastgrpo", *command.split()],
@@ -59,9 +58,11 @@ def test_the_published_command_runs_as_written_and_says_nothing_needless(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    wandb, attention, first, second, summary, report = done.stderr.splitlines()
+    wandb, attention, *banner, warning, first, second, summary, report = done.stderr.splitlines()
     assert wandb == "report_to: wandb not installed; metrics go to metrics.jsonl and TensorBoard instead."
     assert attention.startswith("attn_implementation=flash_attention_2 is not available")
+    assert [line.split()[0] for line in banner] == ["model", "device", "rollout", "update", "prompts"]
+    assert warning.endswith("pass --bf16 false to compute in the model's own dtype")
     assert first.startswith("step 1/2  reward ")
     assert second.startswith("step 2/2  reward ")
     assert summary == f"summary: {out / 'summary.json'}"
@@ -122,86 +123,3 @@ def test_too_few_rows_are_told_before_anything_is_scored(arguments: list[str], t
     with pytest.raises(ValueError, match="has 64 rows, but one rollout takes 128 prompts"):
         run_training(*parse([*arguments, "--per_device_train_batch_size", "256"]))
     assert not (tmp_path / "out" / "evals").exists()
-
-
-def write_run(folder: Path) -> None:
-    (folder / "evals").mkdir(parents=True)
-    steps = [
-        {"step": 1, "step_time": 2.0, "tokens_per_second": 100.0},
-        {"step": 2, "step_time": 1.0, "tokens_per_second": 250.0},
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    tasks = {"Count": (0.1, 0.5, 0.25, 6), "Depth": (0.4, 0.9, 0.5, 4)}
-    for name, place in (("before", 0), ("after", 1)):
-        figures = {
-            "accuracy": [0.2, 0.7][place],
-            "answered_accuracy": [0.5, 0.8][place],
-            "answered_rate": [0.4, 0.9][place],
-            "answered_accuracy_shuffled_images": [None, 0.45][place],
-            "chance": 0.35,
-            "mean_length": [12.5, 30.0][place],
-            "reflection_rate": [0.0, 0.1][place],
-            "pass_at_k": [{"k": 8, "value": 0.75}, None][place],
-            "accuracy_by_task": {
-                task: {"accuracy": values[place], "chance": values[2], "count": values[3]}
-                for task, values in tasks.items()
-            },
-        }
-        (folder / "evals" / f"{name}.json").write_text(json.dumps(figures))
-
-
-def test_figures_of_a_summary(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    summary = summarise(tmp_path, seed=5, wall_s=10.0)
-    del summary["torch"]
-    assert summary == {
-        "accuracy_before": 0.2,
-        "accuracy_after": 0.7,
-        "answered_accuracy_before": 0.5,
-        "answered_accuracy_after": 0.8,
-        "answered_rate_before": 0.4,
-        "answered_rate_after": 0.9,
-        "answered_accuracy_shuffled_images": 0.45,
-        "chance": 0.35,
-        "pass_at_8_before": 0.75,
-        "accuracy_by_task": {
-            "Count": {"before": 0.1, "after": 0.5, "chance": 0.25, "count": 6},
-            "Depth": {"before": 0.4, "after": 0.9, "chance": 0.5, "count": 4},
-        },
-        "mean_length_before": 12.5,
-        "mean_length_after": 30.0,
-        "reflection_rate_before": 0.0,
-        "reflection_rate_after": 0.1,
-        "steps": 2,
-        "wall_s": 10.0,
-        "train_s": 3.0,
-        "tokens_per_s": 150.0,  # 200 and 250 tokens in 3 s
-        "seed": 5,
-    }
-
-
-def test_summary_of_a_run_without_scores(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    for path in (tmp_path / "evals").iterdir():
-        path.unlink()
-    summary = summarise(tmp_path, seed=0, wall_s=1.0)
-    assert (summary["accuracy_before"], summary["accuracy_after"], summary["accuracy_by_task"]) == (None, None, {})
-    assert "pass_at_8_before" not in summary
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert summarise(tmp_path, seed=0, wall_s=1.0)["tokens_per_s"] is None
-
-
-def test_require_writable_makes_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
-    require_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-def test_progress_lines_come_now_and_then_and_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 1.0, 6.0, 6.0, 7.0])
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
-    progress = progress_lines("scoring", every_seconds=5.0)
-    for done in (10, 20, 30):
-        progress(done, 30)
-    assert capsys.readouterr().err.splitlines() == ["scoring: 20/30 questions", "scoring: 30/30 questions"]

@@ -5,7 +5,8 @@ import torch
 
 from fastgrpo.cli.arguments import parse
 from fastgrpo.profile import gate
-from fastgrpo.profile.sides import OURS, PAPER, PLAIN, build_trainer
+from fastgrpo.profile.opponents import OURS, PAPER, PLAIN
+from fastgrpo.profile.sides.start import build_trainer
 from fastgrpo.update.updater import PackedUpdater
 
 

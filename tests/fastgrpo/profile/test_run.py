@@ -17,10 +17,12 @@ from fastgrpo_profiling.trace import problems
 
 from fastgrpo.cli.arguments import parse
 from fastgrpo.cli.main import main
-from fastgrpo.profile import gate, run, sides
+from fastgrpo.profile import gate, run
+from fastgrpo.profile.opponents import OURS, PAPER, PLAIN
 from fastgrpo.profile.page import render_page
 from fastgrpo.profile.run import ProfileOptions, training_flags
-from fastgrpo.profile.sides import OURS, PAPER, PLAIN, build_trainer
+from fastgrpo.profile.sides import start
+from fastgrpo.profile.sides.start import build_trainer
 from fastgrpo.update import packed_forward, updater
 
 SMALL = (
@@ -111,7 +113,7 @@ def test_scale_takes_the_steps_again_with_half_the_completions(flags, halves, co
         started.append(ScriptedSide(name, settings))
         return started[-1]
 
-    monkeypatch.setattr(sides, "start_side", start_side)
+    monkeypatch.setattr(start, "start_side", start_side)
     options = ProfileOptions(config_file, "plain", 2, 0, tmp_path, Path("python"), flags, scale=True)
     settings = training_flags(options)
     config, _ = parse([*settings, "--output_dir", str(tmp_path)])
@@ -207,7 +209,7 @@ def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
 
 
 def test_every_phase_has_a_span_somewhere():
-    root = Path(sides.__file__).parents[2]
+    root = Path(__file__).parents[3]
     sources = "".join(path.read_text() for folder in ("fastgrpo", "bench") for path in (root / folder).rglob("*.py"))
     assert [name for name in PHASE_OF if f'"{name}"' not in sources] == []
 

@@ -13,8 +13,8 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.cli.arguments import parse
+from fastgrpo.cli.assembly import lora_config
 from fastgrpo.cli.main import main
-from fastgrpo.cli.train import lora_config
 from fastgrpo.data.loading import load_rows
 from fastgrpo.model.load import load_policy
 from fastgrpo.plain.engine import vision_inputs

@@ -1,4 +1,4 @@
-"""Lets TRL be imported beside a CPU build of torch: `import trl_on_cpu` before `import trl`.
+"""Lets TRL be imported beside a CPU build of torch: import this module before `trl`.
 
 torchvision is only to be had built for CUDA here, and its import then fails for want of two operators that nothing in a
 comparison calls. Declaring their schemas is enough.

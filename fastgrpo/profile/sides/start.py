@@ -1,31 +1,29 @@
-"""The sides of a comparison: the same settings, model and data; another engine and updater."""
+"""Builds and starts the sides of a comparison: the same settings, model and data; another engine and updater."""
 
 import copy
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastgrpo_profiling.worker import WorkerSide
 
 from fastgrpo.cli.arguments import ScriptArguments
-from fastgrpo.cli.train import load_model, load_training_rows, lora_config
+from fastgrpo.cli.assembly import build_trainer as build_our_trainer
+from fastgrpo.cli.assembly import load_training_rows
 from fastgrpo.config import GRPOConfig
-from fastgrpo.model.load import load_processing
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.updater import PlainUpdater
-from fastgrpo.profile.paper import paper_parts
+from fastgrpo.profile.opponents import OURS, PAPER, TRL
+from fastgrpo.profile.sides.paper import paper_parts
 from fastgrpo.training.trainer import GRPOTrainer
 
-OURS, PLAIN, PAPER, TRL = "ours", "plain", "paper", "trl"
-OPPONENTS = {
-    PLAIN: "HF generate and one padded batch (fastgrpo.plain.engine)",
-    PAPER: "the published code's way (fastgrpo.profile.paper)",
-    TRL: "TRL's GRPOTrainer, as installed in its own environment",
-}
-"""What `--against` takes."""
-
-TRL_WORKER = Path(__file__).parents[2] / "bench" / "trl_worker.py"
+OUR_WORKER, TRL_WORKER = "fastgrpo.profile.sides.worker", "fastgrpo.profile.sides.trl"
+"""Modules that run as a side's process."""
+NEEDED = ("trl", "fastgrpo", "fastgrpo_kernels", "fastgrpo_profiling")
+"""What TRL's process imports."""
 
 
 def build_trainer(
@@ -35,16 +33,8 @@ def build_trainer(
     if side != OURS:
         config = copy.copy(config)
         config.engine = "plain"
-    trainer = trainer_class(
-        model=load_model(script, config),
-        reward_funcs=script.reward_funcs,
-        args=config,
-        train_dataset=load_training_rows(script, config.seed),
-        processing_class=load_processing(
-            script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
-        ),
-        peft_config=lora_config(script),
-    )
+    rows = load_training_rows(script, config.seed)
+    trainer = build_our_trainer(config, script, rows, trainer_class=trainer_class)
     if side == PAPER:
         assert isinstance(trainer.engine, PlainEngine)
         assert isinstance(trainer.updater, PlainUpdater)
@@ -79,22 +69,36 @@ def start_side(
     flags = [*settings, "--output_dir", str(output_dir / side)]
     if side == TRL:
         require_trl(trl_python)
-        return WorkerSide(
-            side, [str(trl_python), str(TRL_WORKER), *flags], {**trl_environment(), **(environment or {})}
-        )
-    return WorkerSide(side, [sys.executable, "-m", "fastgrpo.profile.worker", side, *flags], environment)
+        command = [str(trl_python), "-m", TRL_WORKER, *flags]
+        return WorkerSide(side, command, {**trl_environment(), **(environment or {})})
+    return WorkerSide(side, [sys.executable, "-m", OUR_WORKER, side, *flags], environment)
 
 
 def require_trl(trl_python: Path) -> None:
     """Raises ValueError unless TRL's side can be started."""
-    if not TRL_WORKER.is_file():
-        raise ValueError(f"--against trl needs a checkout of this project: {TRL_WORKER} is not installed with it.")
     if not trl_python.is_file():
         raise ValueError(f"--trl_python {trl_python} is missing: run `make install-bench`, or name another.")
+    code = f"from importlib.util import find_spec; print(*(name for name in {NEEDED} if find_spec(name) is None))"
+    looked = subprocess.run(
+        [str(trl_python), "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **trl_environment()},
+    )
+    if looked.returncode != 0 or looked.stdout.strip():
+        raise ValueError(
+            f"--trl_python {trl_python} lacks {looked.stdout.strip() or 'a Python that works'}: install it there, or "
+            "name another."
+        )
 
 
 def trl_environment() -> dict[str, str]:
-    """Variables of TRL's process: it reads settings and data with this very code."""
-    root = TRL_WORKER.parents[1]
-    folders = [*(str(root / folder) for folder in (".", "kernels", "profiling")), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    """Variables of TRL's process, which reads settings and data with this very code.
+
+    An installed package is not handed on: its folder holds all the other packages of this environment too.
+    """
+    origins = [spec.origin for name in NEEDED[1:] if (spec := find_spec(name)) and spec.origin]
+    roots = dict.fromkeys(str(Path(origin).parents[1]) for origin in origins)
+    ours = [root for root in roots if Path(root).name not in ("site-packages", "dist-packages")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [*ours, os.environ.get("PYTHONPATH", "")]))}

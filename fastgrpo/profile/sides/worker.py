@@ -1,6 +1,6 @@
 """The process of one of our sides: the real trainer, taking a step when asked.
 
-usage: python -m fastgrpo.profile.worker ours|plain|paper TRAINING-FLAGS…
+usage: python -m fastgrpo.profile.sides.worker ours|plain|paper TRAINING-FLAGS…
 """
 
 import sys
@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fastgrpo.cli.arguments import parse
-from fastgrpo.profile.sides import build_trainer
+from fastgrpo.profile.sides.start import build_trainer
 from fastgrpo.scoring.advantages import Advantages
 from fastgrpo.training.live_figures import trained_part, work_of
 from fastgrpo.training.trainer import GRPOTrainer

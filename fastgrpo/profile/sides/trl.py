@@ -1,12 +1,12 @@
 """TRL's side of a comparison, in the environment that has TRL: its GRPOTrainer, taking a step when asked.
 
-usage: python bench/trl_worker.py [--check FOLDER] TRAINING-FLAGS…
+usage: python -m fastgrpo.profile.sides.trl [--check FOLDER] TRAINING-FLAGS…
 
 It reads the flags, the data and the rewards that `fastgrpo train` would, and asks the same rows in the same order.
 With --check it takes FOLDER/batch.safetensors through TRL's loss instead of training, for the gate.
 """
 
-import trl_on_cpu  # noqa: F401  isort: skip
+import fastgrpo.profile.sides.trl_on_cpu  # noqa: F401  isort: skip
 
 import copy
 import json
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, Qwen2VLProcessor, Qwen2VLVideoProcesso
 from transformers.utils import logging
 
 from fastgrpo.cli.arguments import ScriptArguments, parse
-from fastgrpo.cli.train import load_model, load_training_rows
+from fastgrpo.cli.assembly import load_model, load_training_rows
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_order import RolloutSampler
@@ -148,7 +148,7 @@ def build_trainer(config: GRPOConfig, script: ScriptArguments, **overrides: Any)
     """TRL's trainer on the model, data and rewards of the flags."""
     data = RunData(config, script)
     return TurnTakingTrainer(
-        model=load_model(script, config),
+        model=load_model(config, script),
         reward_funcs=resolve_reward_functions(script.reward_funcs),
         args=trl_settings(config, **overrides),
         train_dataset=datasets.Dataset.from_list(data.rows),
@@ -205,7 +205,7 @@ def check(folder: Path, config: GRPOConfig, script: ScriptArguments) -> None:
     completions = [ids[:n].tolist() for ids, n in zip(batch["token_ids"], batch["lengths"].tolist(), strict=True)]
     trainer = build_trainer(config, script, loss_type="grpo")
     trainer.turns = TurnTaker(sys.stdin, sys.stdout, trainer.accelerator.device.type)
-    trainer._generate_single_turn = lambda *_, **__: (completions, None)
+    trainer._generate_single_turn = lambda *_, **__: (completions, None)  # type: ignore[method-assign]
     group = config.num_generations
     rows = [row for row in trainer.train_dataset.select(range(len(completions) // group)) for _ in range(group)]
     trainer.model.train()

@@ -1,0 +1,26 @@
+"""What commands print while they work: lines on standard error."""
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+
+console = Console(stderr=True)
+
+
+def say(line: str) -> None:
+    """One line, whatever the terminal's width."""
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def progress_lines(what: str, every_seconds: float = 5.0) -> Callable[[int, int], None]:
+    """A progress callback that prints a line now and then, and one at the end."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last > every_seconds:
+            last = time.monotonic()
+            say(f"{what}: {done}/{total} questions")
+
+    return progress

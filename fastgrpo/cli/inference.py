@@ -1,0 +1,107 @@
+"""A trained model made ready to answer: what `fastgrpo eval` and `fastgrpo generate` share."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgrpo.cli.console import say
+from fastgrpo.cli.options import Parser, at_least
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastgrpo.data.prompts import PromptBuilder
+    from fastgrpo.types import Engine
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What answers questions."""
+
+    engine: Engine
+    builder: PromptBuilder
+
+
+def add_model_options(parser: Parser) -> None:
+    """The model, and how it is asked."""
+    parser.add_argument("model", help="hub id or folder, of a model or of adapters")
+    parser.add_argument("--prompt_mode", choices=("base", "instruct"), help="as in the model's training, else base")
+    parser.add_argument("--prompt_template", choices=("paper", "answer"), help="as in its training, else paper")
+    parser.add_argument("--max_pixels", type=at_least(1), help="largest area of a picture, height × width")
+    parser.add_argument("--min_pixels", type=at_least(1), help="least area of a picture, height × width")
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
+    parser.add_argument("--device", help="cuda, cpu …; a GPU if there is one")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def load_inference(options: Namespace, max_rows: int) -> Inference:
+    """Loads the model that the options name, merged with its adapters, and says how it will be asked.
+
+    Args:
+        options: of `add_model_options`.
+        max_rows: most answers drawn at a time.
+
+    Raises:
+        ValueError: a model, device or dtype that cannot be used.
+    """
+    from fastgrpo.data.prompts import PromptBuilder
+    from fastgrpo.model.load import load_merged, load_processing
+    from fastgrpo.plain.engine import PlainEngine
+    from fastgrpo.sampler.decoder import unsupported
+    from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
+
+    device = usable_device(options.device)
+    processing = load_processing(options.model, options.min_pixels, options.max_pixels, options.trust_remote_code)
+    model = load_merged(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code).to(device)
+    engine: Engine
+    if reason := unsupported(model):
+        say(f"transformers' generate is used, slower: the sampler cannot run this model, {reason}")
+        engine = PlainEngine(model, processing.tokenizer, max_batch=max_rows)
+    else:
+        engine = SamplerEngine(model, processing.tokenizer, options=SamplerOptions(max_rows=max_rows))
+    prompts = prompts_of(options)
+    builder = PromptBuilder(
+        processing.tokenizer,
+        processing.image_processor,
+        mode=prompts["prompt_mode"],
+        template=prompts["prompt_template"],
+    )
+    return Inference(engine, builder)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU if there is one.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    import torch
+
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ValueError(f"--device {name!r} cannot be used here: {error}") from None
+
+
+def prompts_of(options: Namespace) -> dict[str, Any]:
+    """How questions are asked: as told, else as the run that trained the model asked them, else as the paper did."""
+    from fastgrpo.cli.chat_models import chat_warning
+
+    prompts: dict[str, Any] = {"prompt_mode": "base", "prompt_template": "paper"}
+    for folder in (Path(options.model).parent, Path(options.model)):  # a checkpoint-N lies inside its run's folder
+        if (folder / "settings.json").is_file():
+            settings = json.loads((folder / "settings.json").read_text())
+            prompts |= {name: settings[name] for name in prompts if name in settings}
+    prompts |= {name: getattr(options, name) for name in prompts if getattr(options, name) is not None}
+    template = f", template {prompts['prompt_template']}" if prompts["prompt_mode"] == "base" else ""
+    say(f"questions are asked in {prompts['prompt_mode']} mode{template}")
+    if warning := chat_warning(options.model, prompts["prompt_mode"]):
+        say(warning)
+    return prompts

@@ -1,0 +1,152 @@
+"""`fastgrpo train --help`: our flags and the ones a run is usually given, in groups; `--help_all`: the rest as well."""
+
+import textwrap
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin
+
+from transformers import TrainingArguments
+
+from fastgrpo.cli.arguments import ScriptArguments
+from fastgrpo.config import GRPOConfig
+from fastgrpo.trl_fields import IGNORED, NOT_YET
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Model": (
+        *("model_name_or_path", "dtype", "attn_implementation", "freeze_vision", "freeze_llm", "trust_remote_code"),
+        *("model_init_kwargs", "disable_dropout"),
+    ),
+    "Adapters": (
+        *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+        "use_rslora",
+    ),
+    "Data and prompts": (
+        *("dataset_name", "dataset_config", "dataset_train_split", "max_samples", "single_image_only"),
+        *("min_pixels", "max_pixels", "prompt_mode", "prompt_template", "chat_template_kwargs", "max_prompt_length"),
+        "shuffle_dataset",
+    ),
+    "Rewards": ("reward_funcs", "reward_weights", "scale_rewards"),
+    "Batches and steps": (
+        *("per_device_train_batch_size", "batch_unit", "gradient_accumulation_steps", "generation_batch_size"),
+        *("steps_per_generation", "num_iterations", "num_train_epochs", "max_steps", "learning_rate"),
+        *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm"),
+        "seed",
+    ),
+    "Rollouts": (
+        *("num_generations", "num_generations_eval", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+        "repetition_penalty",
+    ),
+    "Objective": (
+        *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+        *("use_bias_correction_kl", "mask_truncated_completions", "sapo_temperature_neg", "sapo_temperature_pos"),
+        *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_on_cpu"),
+    ),
+    "Machine": (
+        *("bf16", "fp16", "gradient_checkpointing", "deepspeed", "use_liger_kernel", "use_cpu", "engine"),
+        *("token_budget", "attn_backend", "logprob_bytes", "vision_cache_bytes", "sampler_max_rows"),
+        "sampler_max_cache_tokens",
+    ),
+    "Scores before and after training": (
+        *("eval_dataset_name", "eval_split", "eval_max_samples", "eval_max_new_tokens", "eval_pass_at_k"),
+        *("eval_shuffles", "per_device_eval_batch_size"),
+    ),
+    "Output": (
+        *("output_dir", "run_name", "report_to", "logging_steps", "log_completions", "log_multimodal"),
+        *("num_completions_to_print", "save_steps", "save_total_limit", "save_only_model", "resume_from_checkpoint"),
+        "profile_steps",
+    ),
+}
+"""Title → flags. A flag of ours that no group names comes under `FURTHER`."""
+FURTHER = "Further"
+SAID_BETTER = {
+    "gradient_accumulation_steps": "Micro-batches of an optimizer step.",
+    "max_steps": "Optimizer steps; overrides num_train_epochs where positive.",
+    "output_dir": "Folder of the run: logs, checkpoints, scores, report. trainer_output if unset.",
+    "per_device_train_batch_size": "Completions (or prompts, see batch_unit) of a rank's micro-batch.",
+    "per_device_eval_batch_size": "Questions that are scored at a time.",
+    "use_cpu": "Train on the CPU, even where there is a GPU.",
+}
+"""Help of flags that mean something of their own here, or that transformers describes at length."""
+INDENT = 40
+"""Columns before a flag's description."""
+
+
+def help_text(every_flag: bool, width: int) -> str:
+    """The page; with `every_flag` also what only transformers documents, and what TRL has and we do not."""
+    lines = [
+        "usage: fastgrpo train [--config FILE.yaml] --model_name_or_path MODEL --dataset_name DATA [--name value …]",
+        "",
+        "A YAML file holds the same names; flags override it. In parentheses: what is used where a flag is not given.",
+    ]
+    for title, known in help_groups(every_flag).items():
+        lines += ["", f"{title}:"]
+        for field in known:
+            lines += _described(f"  {_flag(field)}", _help(field) + _default(field), width)
+    if not every_flag:
+        lines += ["", "`fastgrpo train --help_all` adds the other settings of transformers' Trainer."]
+    return "\n".join(lines)
+
+
+def _described(flag: str, text: str, width: int) -> list[str]:
+    described = textwrap.wrap(text, max(width - INDENT, 20)) or [""]
+    if len(flag) > INDENT - 2:
+        described.insert(0, "")
+    first, *others = described
+    return [f"{flag:<{INDENT}}{first}".rstrip(), *(" " * INDENT + line for line in others)]
+
+
+def help_groups(every_flag: bool) -> dict[str, list[Field[Any]]]:
+    """Title → the fields behind its flags, in the order of the page."""
+    known = {field.name: field for record in (ScriptArguments, GRPOConfig) for field in fields(record)}
+    of_transformers = {field.name for field in fields(TrainingArguments)}
+    without_effect = {name for name, field in known.items() if field.metadata.get("help") in (IGNORED, NOT_YET)}
+    groups = {title: [known[name] for name in names] for title, names in GROUPS.items()}
+    grouped = {name for names in GROUPS.values() for name in names}
+
+    def rest(names: Iterable[str]) -> list[Field[Any]]:
+        return [field for name, field in known.items() if name in names and name not in grouped]
+
+    groups[FURTHER] = rest(known.keys() - of_transformers - without_effect)
+    if every_flag:
+        groups["transformers' Trainer"] = rest(of_transformers)
+        groups["TRL's, without effect or not supported yet"] = rest(without_effect)
+    return {title: found for title, found in groups.items() if found}
+
+
+def _flag(field: Field[Any]) -> str:
+    if _kinds(field) <= {bool, type(None)}:
+        return f"--[no_]{field.name}" if field.default is True else f"--{field.name}"
+    return f"--{field.name} {_value(field)}"
+
+
+def _value(field: Field[Any]) -> str:
+    if get_origin(field.type) is Literal:
+        return "|".join(get_args(field.type))
+    names = {int: "N", float: "X", str: "TEXT", dict: "JSON"}
+    kinds = {get_origin(kind) or kind for kind in _kinds(field)}
+    if list in kinds:
+        return "VALUE…"
+    # A setting that may be given as an object or by name is written as text.
+    return next((name for kind, name in names.items() if kind in kinds and kinds <= {kind, type(None)}), "VALUE")
+
+
+def _kinds(field: Field[Any]) -> set[Any]:
+    is_union = get_origin(field.type) in (Union, types.UnionType)
+    return set(get_args(field.type)) if is_union else {field.type}
+
+
+def _help(field: Field[Any]) -> str:
+    told = SAID_BETTER.get(field.name) or str(field.metadata.get("help") or "")
+    return " ".join(told.replace("%%", "%").split())
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value is MISSING:
+        return " (required)"
+    if value is None or isinstance(value, bool) or value == "":
+        return ""
+    shown = value.value if isinstance(value, Enum) else value
+    return f" ({' '.join(map(str, shown)) if isinstance(shown, list) else shown})"

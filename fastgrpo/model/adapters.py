@@ -1,0 +1,39 @@
+"""Folders of adapters, as training with `use_peft` leaves them: which model they belong to."""
+
+import json
+from pathlib import Path
+
+from transformers.utils.peft_utils import find_adapter_config_file
+
+
+def adapter_base(name_or_path: str) -> str | None:
+    """The model that the adapters in a folder or hub repository were trained on; None where there are no adapters.
+
+    Raises:
+        ValueError: an adapter_config.json that is no JSON or names no base.
+    """
+    try:
+        file = find_adapter_config_file(name_or_path)
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with its name
+    if file is None:
+        return None
+    try:
+        base = json.loads(Path(file).read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} names no base_model_name_or_path: {error!r}") from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{file}: base_model_name_or_path={base!r} is no model: name the one the adapters belong to")
+    return base
+
+
+def processing_source(name_or_path: str) -> str:
+    """Where a model's tokenizer and image processor are: with the adapters, if both were saved there, else their base.
+
+    Args:
+        name_or_path: a folder or hub id, of a model or of adapters.
+    """
+    folder = Path(name_or_path)
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    has_processor = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
+    return name_or_path if has_tokenizer and has_processor else adapter_base(name_or_path) or name_or_path

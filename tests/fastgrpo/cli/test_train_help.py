@@ -1,0 +1,51 @@
+"""`fastgrpo train --help`."""
+
+from dataclasses import fields
+
+import pytest
+
+from fastgrpo.cli.arguments import ScriptArguments
+from fastgrpo.cli.main import main
+from fastgrpo.cli.train_help import GROUPS, help_groups, help_text
+from fastgrpo.config import GRPOConfig
+from fastgrpo.trl_fields import IGNORED, NOT_YET
+
+ALL = {field.name: field for record in (ScriptArguments, GRPOConfig) for field in fields(record)}
+
+
+def test_groups_name_flags_that_exist_once() -> None:
+    named = [name for names in GROUPS.values() for name in names]
+    assert set(named) <= set(ALL)
+    assert len(named) == len(set(named))
+
+
+def test_help_shows_ours_and_help_all_every_flag() -> None:
+    shown = {field.name for found in help_groups(False).values() for field in found}
+    assert {field.name for field in fields(ScriptArguments)} <= shown
+    assert "loss_type" in shown
+    assert not {name for name in shown if ALL[name].metadata.get("help") in (IGNORED, NOT_YET)}
+    assert {field.name for found in help_groups(True).values() for field in found} == set(ALL)
+
+
+def test_the_page_begins_with_model_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    page = capsys.readouterr().out.splitlines()
+    assert len(page) < 300
+    begins = [page.index(f"{title}:") for title in ("Model", "Data and prompts", "Rewards", "Objective")]
+    assert begins == sorted(begins)
+    assert begins[2] < 70
+    assert not any(line.startswith("  --neftune_noise_alpha") for line in page)
+    assert main(["train", "--help_all"]) == 0
+    assert "  --neftune_noise_alpha X" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [60, 118])
+def test_lines_fit_and_defaults_are_told(width: int) -> None:
+    lines = help_text(False, width).splitlines()
+    described = [line for line in lines[3:-1] if not line.startswith("  --")]
+    assert all(len(line) <= width for line in described)
+    text = " ".join(help_text(False, 118).split())
+    assert "Peak learning rate. (1e-06)" in text
+    assert "--prompt_mode base|instruct" in text
+    assert "--[no_]shuffle_dataset" in text
+    assert "(required)" in text
