@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from fastgrpo_kernels.reference.sampling import UNIT, row_keys, uniforms
-from fastgrpo_kernels.sampling_kernels import uniform
+from fastgrpo_kernels.sampling_scores import uniform
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
