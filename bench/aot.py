@@ -34,7 +34,7 @@ MODULES = tuple(
         "linear_logprob_passes",
         "grpo_loss",
         "kv_cache",
-        "paged_attention",
+        "attention_launch",
         "sampling",
         "norms",
         "activations",

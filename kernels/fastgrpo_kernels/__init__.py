@@ -1,6 +1,7 @@
 """GRPO's operations over flat (packed) tokens. Usable alone: imports torch and triton and nothing of fastgrpo."""
 
 from fastgrpo_kernels.activations import quick_gelu, swiglu
+from fastgrpo_kernels.decode_attention import decode_attention
 from fastgrpo_kernels.grpo_loss import grpo_loss
 from fastgrpo_kernels.kv_cache import rope_and_cache
 from fastgrpo_kernels.linear_logprob import linear_logprob
@@ -31,6 +32,7 @@ __all__ = [
     "SampleParams",
     "Surrogate",
     "apply_rotary",
+    "decode_attention",
     "grpo_loss",
     "layer_norm",
     "linear_logprob",

@@ -1,12 +1,17 @@
-"""The kernels of `paged_attention`: splits of shared prefixes, splits of single rows, and their merge."""
+"""The kernels of decode attention: splits of shared prefixes and of single rows in one launch, and their merge."""
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def prefix_kernel(
+@triton.jit(do_not_specialize=["prefixes", "tiles", "prefix_splits", "row_splits"])
+def attend_kernel(
     query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
     key_cache: tl.tensor,
     value_cache: tl.tensor,
     suffix_tables: tl.tensor,
@@ -19,116 +24,147 @@ def prefix_kernel(
     partial_lse: tl.tensor,
     query_stride_row: tl.tensor,
     query_stride_head: tl.tensor,
+    key_stride_row: tl.tensor,
+    key_stride_head: tl.tensor,
+    value_stride_row: tl.tensor,
+    value_stride_head: tl.tensor,
     suffix_pages: tl.tensor,
     prefix_pages: tl.tensor,
     scale: tl.tensor,
+    rows: tl.tensor,
+    prefixes: tl.tensor,
+    tiles: tl.tensor,
+    prefix_splits: tl.tensor,
+    row_splits: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PREFIXES: tl.constexpr,
-    PREFIX_SPLITS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    READ_PREFIX: tl.constexpr,
+    ROTATE: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PREFIX_M: tl.constexpr,
+    ROW_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One split of one prefix, for a tile of rows that share it: all their query heads of one KV head."""
-    TILE_ROWS: tl.constexpr = BLOCK_M // GROUP
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    p = tl.arange(0, BLOCK_P)
-    first_row = tl.load(cu_prefix_rows + p, mask=p < PREFIXES, other=0)
-    last_row = tl.load(cu_prefix_rows + p + 1, mask=p < PREFIXES, other=0)
-    tiles = (last_row - first_row + TILE_ROWS - 1) // TILE_ROWS  # [P]
-    end_tile = tl.cumsum(tiles, 0)
-    prefix = tl.sum((end_tile <= tile).to(tl.int32), 0)  # the one whose tiles hold this tile
-    if prefix < PREFIXES:
-        mine = p == prefix
-        tile_in_prefix = tile - tl.sum(tl.where(mine, end_tile - tiles, 0), 0)
-        m = tl.arange(0, BLOCK_M)
-        row = tl.sum(tl.where(mine, first_row, 0), 0) + tile_in_prefix * TILE_ROWS + m // GROUP
-        live = (m < TILE_ROWS * GROUP) & (row < tl.sum(tl.where(mine, last_row, 0), 0))
-        head = kv_head * GROUP + m % GROUP
-        d = tl.arange(0, BLOCK_D)
-        row = row.to(tl.int64)
-        source = query + row[:, None] * query_stride_row + head[:, None] * query_stride_head + d[None, :]
-        q = tl.load(source, mask=live[:, None] & (d[None, :] < D), other=0.0)  # [M, D]
-        begin, end = _split_range(tl.load(prefix_lens + prefix), split, PREFIX_SPLITS, BLOCK_N)
-        top, total, mixed = _nothing_yet(BLOCK_M, BLOCK_D)
-        table = prefix_tables + prefix.to(tl.int64) * prefix_pages
+    """One split of the keys of a prefix, for a tile of rows that share it (GROUPED), or of one row's own keys.
+
+    Both for the query heads of one KV head. Prefixes come first, and all are in flight together. A row reads its prefix
+    itself where READ_PREFIX. ROTATE: queries and keys still have to be rotated; each row's new key and value are not
+    in the cache yet: its first split writes and counts them.
+    """
+    TILE_ROWS: tl.constexpr = PREFIX_M // GROUP
+    splits = prefix_splits + row_splits
+    program = tl.program_id(0)
+    prefix_programs = tiles * prefix_splits * KV_HEADS
+    if program < prefix_programs:
+        if GROUPED:
+            kv_head = program % KV_HEADS
+            tile = program // KV_HEADS % tiles
+            split = program // KV_HEADS // tiles
+            p = tl.arange(0, BLOCK_P)
+            first_row = tl.load(cu_prefix_rows + p, mask=p < prefixes, other=0)
+            last_row = tl.load(cu_prefix_rows + p + 1, mask=p < prefixes, other=0)
+            prefix_tiles = (last_row - first_row + TILE_ROWS - 1) // TILE_ROWS  # [P]
+            end_tile = tl.cumsum(prefix_tiles, 0)
+            prefix = tl.sum((end_tile <= tile).to(tl.int32), 0)  # the one whose tiles hold this tile
+            if prefix < prefixes:
+                mine = p == prefix
+                tile_in_prefix = tile - tl.sum(tl.where(mine, end_tile - prefix_tiles, 0), 0)
+                m = tl.arange(0, PREFIX_M)
+                row = tl.sum(tl.where(mine, first_row, 0), 0) + tile_in_prefix * TILE_ROWS + m // GROUP
+                live = (m < TILE_ROWS * GROUP) & (row < tl.sum(tl.where(mine, last_row, 0), 0))
+                head = kv_head * GROUP + m % GROUP
+                row = row.to(tl.int64)
+                at = row * query_stride_row + head * query_stride_head
+                q = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_D)
+                begin, end = _split_range(tl.load(prefix_lens + prefix), split, prefix_splits, BLOCK_N)
+                top, total, mixed = _nothing_yet(PREFIX_M, BLOCK_D)
+                table = prefix_tables + prefix.to(tl.int64) * prefix_pages
+                top, total, mixed = _attend(
+                    q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
+                    KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+                slot = (row * (KV_HEADS * GROUP) + head) * splits + split
+                _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
+    else:
+        program -= prefix_programs
+        kv_head = program % KV_HEADS
+        one_row = (program // KV_HEADS % rows).to(tl.int64)
+        split = program // KV_HEADS // rows
+        m = tl.arange(0, ROW_M)
+        live = m < GROUP
+        head = kv_head * GROUP + m
+        row = one_row + m * 0
+        at = row * query_stride_row + head * query_stride_head
+        q = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_D)
+        top, total, mixed = _nothing_yet(ROW_M, BLOCK_D)
+        if READ_PREFIX:
+            prefix = tl.load(prefix_ids + one_row)
+            length = tl.load(prefix_lens + prefix, mask=prefix >= 0, other=0)
+            begin, end = _split_range(length, split, row_splits, BLOCK_N)
+            table = prefix_tables + prefix.to(tl.int64) * prefix_pages
+            top, total, mixed = _attend(
+                q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
+                KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        length = tl.load(suffix_lens + one_row)
+        if ROTATE:
+            new_slot = tl.load(slots + one_row)
+            length -= (new_slot >= 0).to(tl.int32)
+        begin, end = _split_range(length, split, row_splits, BLOCK_N)
+        table = suffix_tables + one_row * suffix_pages
         top, total, mixed = _attend(
             q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
             KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        slot = (row * (KV_HEADS * GROUP) + head) * SPLITS + split
+        if ROTATE:
+            is_mine = (split == 0) & (new_slot >= 0)
+            top, total, mixed = _attend_new(
+                q, top, total, mixed, is_mine, one_row, key + one_row * key_stride_row + kv_head * key_stride_head,
+                value + one_row * value_stride_row + kv_head * value_stride_head, cos, sin,
+                key_cache + (new_slot * KV_HEADS + kv_head) * D, value_cache + (new_slot * KV_HEADS + kv_head) * D,
+                scale, D, BLOCK_D,
+            )  # fmt: skip
+        slot = (row * (KV_HEADS * GROUP) + head) * splits + prefix_splits + split
         _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
 
 
 @triton.jit
-def row_kernel(
-    query: tl.tensor,
-    key_cache: tl.tensor,
-    value_cache: tl.tensor,
-    suffix_tables: tl.tensor,
-    suffix_lens: tl.tensor,
-    prefix_tables: tl.tensor,
-    prefix_lens: tl.tensor,
-    prefix_ids: tl.tensor,
-    cu_prefix_rows: tl.tensor,
-    partial: tl.tensor,
-    partial_lse: tl.tensor,
-    query_stride_row: tl.tensor,
-    query_stride_head: tl.tensor,
-    suffix_pages: tl.tensor,
-    prefix_pages: tl.tensor,
-    scale: tl.tensor,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
+def _load_heads(
+    source: tl.tensor,
+    at: tl.tensor,
+    row: tl.tensor,
+    live: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    ROTATE: tl.constexpr,
     D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    READ_PREFIX: tl.constexpr,
-    PREFIX_SPLITS: tl.constexpr,
-    ROW_SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-) -> None:
-    """One split of a row's own tokens, and of its prefix where READ_PREFIX, for the query heads of one KV head."""
-    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    m = tl.arange(0, BLOCK_M)
-    live = m < GROUP
-    head = kv_head * GROUP + m
+) -> tl.tensor:
+    """[M, D] of heads that start at `at` [M], rotated by their rows' angles if ROTATE and then rounded once."""
     d = tl.arange(0, BLOCK_D)
-    source = query + row * query_stride_row + head[:, None] * query_stride_head + d[None, :]
-    q = tl.load(source, mask=live[:, None] & (d[None, :] < D), other=0.0)  # [M, D]
-    top, total, mixed = _nothing_yet(BLOCK_M, BLOCK_D)
-    if READ_PREFIX:
-        prefix = tl.load(prefix_ids + row)
-        length = tl.load(prefix_lens + prefix, mask=prefix >= 0, other=0)
-        begin, end = _split_range(length, split, ROW_SPLITS, BLOCK_N)
-        table = prefix_tables + prefix.to(tl.int64) * prefix_pages
-        top, total, mixed = _attend(
-            q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-            KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    begin, end = _split_range(tl.load(suffix_lens + row), split, ROW_SPLITS, BLOCK_N)
-    table = suffix_tables + row * suffix_pages
-    top, total, mixed = _attend(
-        q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-        KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    slot = (row * (KV_HEADS * GROUP) + head) * SPLITS + PREFIX_SPLITS + split
-    _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
+    mask = live[:, None] & (d[None, :] < D)
+    x = tl.load(source + at[:, None] + d[None, :], mask=mask, other=0.0)
+    if ROTATE:
+        other = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        partner = tl.load(source + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        partner = tl.where(d[None, :] < D // 2, -partner, partner)
+        angle = row[:, None] * D + d[None, :]
+        c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * c + partner * s).to(x.dtype)
+    return x
 
 
 @triton.jit
 def _split_range(
-    length: tl.tensor, split: tl.tensor, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+    length: tl.tensor, split: tl.tensor, splits: tl.tensor, BLOCK_N: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
     """Tokens begin … end of a split: equal parts, in whole blocks."""
-    size = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    size = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     begin = split * size
     return begin, tl.minimum(begin + size, length)
 
@@ -181,6 +217,42 @@ def _attend(
 
 
 @triton.jit
+def _attend_new(
+    q: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    mixed: tl.tensor,
+    is_mine: tl.tensor,
+    row: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    key_target: tl.tensor,
+    value_target: tl.tensor,
+    scale: tl.tensor,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Where `is_mine`: writes the row's new key, rotated, and its value, and goes on with the softmax over them."""
+    d = tl.arange(0, BLOCK_D)
+    one = tl.zeros([1], tl.int64)
+    new_key = _load_heads(key, one, one + row, one == 0, cos, sin, True, D, BLOCK_D)  # [1, D]
+    new_value = _load_heads(value, one, one + row, one == 0, cos, sin, False, D, BLOCK_D)
+    written = d[None, :] < tl.where(is_mine, D, 0)
+    tl.store(key_target + d[None, :], new_key, mask=written)
+    tl.store(value_target + d[None, :], new_value, mask=written)
+    score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32), 1) * scale  # [M]
+    score = tl.where(is_mine, score, float("-inf"))
+    new_top = tl.maximum(top, score)
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+    fade = tl.exp2(top - shift)
+    weight = tl.exp2(score - shift)
+    total = total * fade + weight
+    return new_top, total, mixed * fade[:, None] + weight[:, None] * new_value.to(tl.float32)
+
+
+@triton.jit
 def _store_partial(
     partial: tl.tensor,
     partial_lse: tl.tensor,
@@ -201,14 +273,14 @@ def _store_partial(
     tl.store(partial_lse + slot, tl.where(some, top + tl.log2(total), float("-inf")), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_splits", "splits"])
 def merge_kernel(
     prefix_ids: tl.tensor,
     partial: tl.tensor,
     partial_lse: tl.tensor,
     mixed: tl.tensor,
-    PREFIX_SPLITS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    prefix_splits: tl.tensor,
+    splits: tl.tensor,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -219,15 +291,14 @@ def merge_kernel(
     at = row * HEADS + tl.program_id(1)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
-    written = s < SPLITS
-    if PREFIX_SPLITS > 0:  # no tile holds a row without a prefix
-        first = tl.where(tl.load(prefix_ids + row) >= 0, 0, PREFIX_SPLITS)
-        written = written & (s >= first)
-    lse = tl.load(partial_lse + at * SPLITS + s, mask=written, other=float("-inf"))
+    # No tile holds a row without a prefix.
+    first = tl.where(tl.load(prefix_ids + row) >= 0, 0, prefix_splits)
+    written = (s >= first) & (s < splits)
+    lse = tl.load(partial_lse + at * splits + s, mask=written, other=float("-inf"))
     top = tl.max(lse, 0)
     weights = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weights, 0)
     weights = weights / tl.where(total > 0, total, 1.0)
-    source = partial + (at * SPLITS + s[:, None]) * D + d[None, :]
+    source = partial + (at * splits + s[:, None]) * D + d[None, :]
     values = tl.load(source, mask=written[:, None] & (d[None, :] < D), other=0.0)  # [S, D]
     tl.store(mixed + at * D + d, tl.sum(values * weights[:, None], 0), mask=d < D)

@@ -31,7 +31,7 @@ CHUNK_BLOCK = 4096
 WALK_BLOCK = 2048
 """Tokens that a program takes at once."""
 
-SEARCHED = 1000
+SEARCHED = 500
 """How many tokens of a row can be told from its chunks; a top_k beyond that walks through the row instead."""
 
 
@@ -217,9 +217,9 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
     top_k, top_p, min_p = 0 < params.top_k < vocabulary, params.top_p < 1, params.min_p > 0
     wanted = min(params.top_k, SEARCHED) if top_k else SEARCHED
     # Room for some ties. Larger chunks for fewer tokens: either way the chunks' tokens fit a program's registers.
-    chunk, hot_room = (64, max(16, triton.next_power_of_2(wanted + 4))) if wanted <= 124 else (16, 1024)
+    chunk, hot_room = (64, max(16, triton.next_power_of_2(wanted + 4))) if wanted <= 124 else (16, 512)
     chunks = triton.cdiv(vocabulary, chunk)
-    splits, split_size = _splits(rows, vocabulary, CHUNK_BLOCK)
+    splits, split_size = _splits(max(rows, 32), vocabulary, CHUNK_BLOCK)  # more would fill the last kernel's registers
     maxima, sums, floors = (
         torch.empty(size, dtype=torch.float32, device=logits.device)
         for size in ((rows, chunks), (rows, splits, 4), rows)
@@ -280,7 +280,7 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
         HOT=hot_room,
         BLOCK_S=triton.next_power_of_2(splits),
         BLOCK=WALK_BLOCK,
-        num_warps=8 if chunk * hot_room <= 8192 else 16,
+        num_warps=8 if chunk * hot_room <= 4096 else 16,
     )
 
 

@@ -160,7 +160,7 @@ def draw_kernel(
     is_hot = i // CHUNK < count
     chunk = tl.load(hot + row * HOT + i // CHUNK, mask=is_hot, other=0)
     token = tl.where(is_hot, chunk * CHUNK + i % CHUNK, vocabulary)
-    scores, tempered = load_scores(
+    scores, _tempered = load_scores(
         logits, seen, suppressed, token, vocabulary, inverse_temperature, penalty, PENALISE, SUPPRESS
     )
     top = tl.max(scores, 0)
@@ -170,16 +170,15 @@ def draw_kernel(
     missing = count > HOT
     if TOP_K:
         missing = missing | (top_k > wanted)
-        least = _bisect(scores, scores, least, top, top_k, False)
+        least = _bisect(scores, least, top, top_k, False)
     if TOP_P:
-        masses = fade(scores, top)
-        mass = tl.sum(tl.where(scores >= least, masses, 0.0), 0)
+        mass = tl.sum(tl.where(scores >= least, fade(scores, top), 0.0), 0)
         if not TOP_K:
             found = mass
             tops = tl.load(sums + 2, mask=s < splits, other=float("-inf"))
             mass = tl.sum(tl.load(sums + 3, mask=s < splits, other=0.0) * fade(tops, top), 0)
             missing = missing | (found < mass * top_p)
-        least = _bisect(scores, masses, least, top, mass * top_p, True)
+        least = _bisect(scores, least, top, mass * top_p, True)
     if MIN_P:
         if not (TOP_K or TOP_P):
             missing = missing | (top + log_min_p < floor)
@@ -214,10 +213,8 @@ def draw_kernel(
 
 
 @triton.jit
-def _bisect(
-    scores: tl.tensor, masses: tl.tensor, least: tl.tensor, top: tl.tensor, target: tl.tensor, BY_MASS: tl.constexpr
-) -> tl.tensor:
-    """The greatest score, from `least` on, at and above which `target` tokens lie, or so much of `masses`.
+def _bisect(scores: tl.tensor, least: tl.tensor, top: tl.tensor, target: tl.tensor, BY_MASS: tl.constexpr) -> tl.tensor:
+    """The greatest score, from `least` on, at and above which `target` tokens, or so much of Σ exp(score − top), lie.
 
     As `sampling_scores.least_score` finds it, of scores that are at hand.
     """
@@ -229,7 +226,7 @@ def _bisect(
         middle = (low + high) >> 1
         inside = scores >= unorder(middle)
         count = tl.sum(inside.to(tl.int32), 0)
-        weight = tl.sum(tl.where(inside, masses, 0.0), 0) if BY_MASS else count.to(tl.float32)
+        weight = tl.sum(tl.where(inside, fade(scores, top), 0.0), 0) if BY_MASS else count.to(tl.float32)
         enough = weight >= target
         low = tl.where(enough, middle, low)
         low_count = tl.where(enough, count, low_count)

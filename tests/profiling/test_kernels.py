@@ -21,7 +21,7 @@ DEVICE_KERNELS = {
     "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>)": "attention",
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
     "prefix_kernel": "attention",
-    "row_kernel": "attention",
+    "attend_kernel": "attention",
     "merge_kernel": "attention",
     "_rope_and_cache_kernel": "rope and cache",
     "scan_kernel": "sampling",
@@ -57,7 +57,7 @@ def test_a_replay_is_split_by_what_ran_on_the_device():
     events = [
         device_event("cudaGraphLaunch", 900.0, DeviceType.CPU),
         device_event("rollout/decode", 800.0, annotation=True),
-        *(device_event(name, 100.0) for name in ("nvjet_tst_64x8", "row_kernel", "merge_kernel", "scan_kernel")),
+        *(device_event(name, 100.0) for name in ("nvjet_tst_64x8", "attend_kernel", "merge_kernel", "scan_kernel")),
         device_event("nvjet_tst_128x8", 50.0),
     ]
     expected = {"matrix products": 150e-6, "attention": 200e-6, "sampling": 100e-6}

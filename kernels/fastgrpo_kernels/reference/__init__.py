@@ -5,7 +5,7 @@ start and, last, T. Half precision is computed in float32, float64 stays. Autogr
 checked by the public functions, not here.
 """
 
-from fastgrpo_kernels.reference.attention import paged_attention, rope_and_cache
+from fastgrpo_kernels.reference.attention import decode_attention, paged_attention, rope_and_cache
 from fastgrpo_kernels.reference.layers import (
     apply_rotary,
     layer_norm,
@@ -20,6 +20,7 @@ from fastgrpo_kernels.reference.sampling import sample
 
 __all__ = [
     "apply_rotary",
+    "decode_attention",
     "grpo_loss",
     "layer_norm",
     "linear_logprob",

@@ -51,6 +51,24 @@ def paged_attention(
     return outputs
 
 
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+) -> Tensor:
+    """`fastgrpo_kernels.decode_attention`: one after the other."""
+    rotated = rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
+    return paged_attention(rotated, key_cache, value_cache, layout, scale=scale)
+
+
 def _slots(table: Tensor, length: Tensor, cache: Tensor) -> Tensor:
     """[length] int64: where a page table's tokens lie in a cache's pages, one page behind the other."""
     token = torch.arange(int(length), device=cache.device)

@@ -1,0 +1,289 @@
+"""How decode attention is launched: its splits, its tiles, and which of some tilings is fastest here.
+
+Keys are read in splits, prefixes and rows by programs of one launch; each leaves its weighted values and their
+log-sum-exp, and a last kernel merges them. Grouped, the prefix is read once for all rows that share it: their query
+heads stand in one tile. Grids and buffers follow from shapes alone, so a captured graph holds for any lengths.
+
+64 rows in groups of 8 on 700 tokens, with 300 of their own, 2 KV heads of 128 in bfloat16: 25 MB, 8.5 us at 3 TB/s.
+Measured before on an H100, in launches of their own: prefixes 10.5 us, rows 11.7 us, merge 2.7 us, rotation 2.7 us.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgrpo_kernels import reference
+from fastgrpo_kernels.autopick import pick
+from fastgrpo_kernels.paged_attention_kernels import attend_kernel, merge_kernel
+from fastgrpo_kernels.tl_utils import launch
+from fastgrpo_kernels.types import PagedLayout
+
+GROUPED_FROM_TOKENS = 256
+"""Room in a prefix table, in tokens, from which prefixes are read once per group. An estimate (the second buffer of
+partial results costs about what reading 200 tokens twice does), not measured."""
+
+PROGRAMS = 1024
+"""How many programs the splits aim at: about eight for each multiprocessor of a large GPU."""
+
+MAX_SPLITS = 16
+MEASURED_BYTES = 2**28
+"""Of the cache on which tilings are measured."""
+
+
+class Tiling(NamedTuple):
+    """How the work is cut."""
+
+    split_tokens: int
+    """Fewest tokens that a split is made for."""
+    prefix_m: int
+    """Query heads in a tile of rows that share a prefix."""
+    block_n: int
+    """Tokens that a program takes at once."""
+    stages: int
+    """1: nothing is loaded ahead, and most programs fit a multiprocessor."""
+    warps: int
+
+
+TILINGS = {
+    "128 tokens, tile 32": Tiling(128, 32, 64, 2, 4),
+    "64 tokens, tile 32": Tiling(64, 32, 64, 1, 4),
+    "128 tokens, tile 64": Tiling(128, 64, 32, 2, 4),
+    "256 tokens, tile 64": Tiling(256, 64, 64, 3, 8),
+}
+"""For half precision, the default first; `pick` chooses on a GPU. What is wider takes half the tokens at once."""
+
+
+class NewTokens(NamedTuple):
+    """What `decode_attention` rotates and writes on the way."""
+
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+
+
+def is_worth_grouping(layout: PagedLayout, key_cache: Tensor) -> bool:
+    """Whether prefixes are read once per group."""
+    return layout.prefix_tables.shape[1] * key_cache.shape[1] >= GROUPED_FROM_TOKENS
+
+
+def launch_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: PagedLayout,
+    scale: float,
+    grouped: bool,
+    new: NewTokens | None = None,
+) -> Tensor:
+    """[B, Hq, D]; checks nothing."""
+    if not len(query):
+        return query.new_empty(query.shape)
+    name = _tiling_for(query, key_cache, layout, grouped, new is not None)
+    return _launch(TILINGS[name], query, key_cache, value_cache, layout, scale, grouped, new)
+
+
+def _launch(
+    tiling: Tiling,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: PagedLayout,
+    scale: float,
+    grouped: bool,
+    new: NewTokens | None,
+) -> Tensor:
+    rows, heads, width = query.shape
+    page_size, kv_heads = key_cache.shape[1:3]
+    group = heads // kv_heads
+    prefixes, prefix_pages = layout.prefix_tables.shape
+    prefix_room, suffix_room = prefix_pages * page_size, layout.suffix_tables.shape[1] * page_size
+    has_prefix = prefixes > 0 and prefix_pages > 0
+    grouped = grouped and has_prefix
+    query = query if query.stride(2) == 1 else query.contiguous()
+    mixed = torch.empty((rows, heads, width), dtype=query.dtype, device=query.device)
+    # Never read without new tokens: any pointer will do.
+    key, value, cos, sin, slots = new or (query, query, query, query, layout.suffix_lens)
+    key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
+
+    half = query.element_size() == 2
+    prefix_m = max(tiling.prefix_m, 16, triton.next_power_of_2(group))
+    tiles = rows // (prefix_m // group) + prefixes  # at most one tile of each prefix is not full
+    split_tokens = tiling.split_tokens
+    prefix_splits = _splits(tiles * kv_heads, prefix_room, split_tokens) if grouped else 0
+    room = suffix_room if grouped or not has_prefix else max(prefix_room, suffix_room)
+    row_splits = _splits(rows * kv_heads, room, split_tokens)
+    splits = prefix_splits + row_splits
+    partial = torch.empty((rows, heads, splits, width), dtype=torch.float32, device=query.device)
+    partial_lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=query.device)
+    launch(
+        attend_kernel,
+        ((tiles * prefix_splits + rows * row_splits) * kv_heads,),
+        query,
+        key,
+        value,
+        cos.contiguous(),
+        sin.contiguous(),
+        slots.contiguous(),
+        key_cache,
+        value_cache,
+        layout.suffix_tables.contiguous(),
+        layout.suffix_lens,
+        layout.prefix_tables.contiguous(),
+        layout.prefix_lens,
+        layout.prefix_ids,
+        layout.cu_prefix_rows,
+        partial,
+        partial_lse,
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        layout.suffix_tables.shape[1],
+        prefix_pages,
+        scale * 1.4426950408889634,  # exp2 is the hardware's: scores in units of log2
+        rows,
+        prefixes,
+        tiles,
+        prefix_splits,
+        row_splits,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=width,
+        PAGE_SIZE=page_size,
+        GROUPED=grouped,
+        READ_PREFIX=has_prefix and not grouped,
+        ROTATE=new is not None,
+        BLOCK_P=triton.next_power_of_2(max(1, prefixes)),
+        PREFIX_M=prefix_m,
+        ROW_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_N=tiling.block_n if half else 32,
+        BLOCK_D=max(16, triton.next_power_of_2(width)),
+        num_stages=tiling.stages if half else 1,
+        num_warps=tiling.warps,
+    )
+    launch(
+        merge_kernel,
+        (rows, heads),
+        layout.prefix_ids,
+        partial,
+        partial_lse,
+        mixed,
+        prefix_splits,
+        splits,
+        HEADS=heads,
+        D=width,
+        BLOCK_S=triton.next_power_of_2(splits),
+        BLOCK_D=triton.next_power_of_2(width),
+        num_warps=2,
+    )
+    return mixed
+
+
+def _splits(programs: int, room: int, split_tokens: int) -> int:
+    """Into how many splits each program's keys are cut, of at most `room` tokens."""
+    return max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(room, split_tokens), MAX_SPLITS))
+
+
+def _tiling_for(query: Tensor, key_cache: Tensor, layout: PagedLayout, grouped: bool, rotate: bool) -> str:
+    """The fastest tiling for these shapes, of a full prefix and half of the room for a row's own tokens."""
+    default = next(iter(TILINGS))
+    if not query.is_cuda or query.element_size() != 2:
+        return default
+    shape = (*query.shape, *key_cache.shape[1:3], *layout.prefix_tables.shape, layout.suffix_tables.shape[1], grouped)
+    known = _chosen.get((shape, query.dtype, query.device))
+    if known is None:
+        inputs = Synthetic(query, key_cache, layout, rotate)
+        candidates = {name: inputs.call(tiling, grouped) for name, tiling in TILINGS.items()}
+        known = pick("paged_attention", shape, query, candidates, default=default, agrees=inputs.agrees)
+        if not torch.cuda.is_current_stream_capturing():
+            _chosen[shape, query.dtype, query.device] = known
+    return known
+
+
+_chosen: dict[tuple[tuple[int, ...], torch.dtype, torch.device], str] = {}
+
+
+class Synthetic:
+    """Random inputs of given shapes, made when they are first asked for."""
+
+    def __init__(self, query: Tensor, key_cache: Tensor, layout: PagedLayout, rotate: bool) -> None:
+        self.like = query, key_cache, layout
+        self.rotate = rotate
+        self.inputs: tuple[Tensor, Tensor, PagedLayout, NewTokens | None] | None = None
+
+    def call(self, tiling: Tiling, grouped: bool) -> Callable[[], Tensor]:
+        """Attention of the inputs, tiled so. Nothing is new: `slots` are −1 and the angles 0."""
+
+        def run() -> Tensor:
+            query, cache, layout, new = self.make()
+            return _launch(tiling, query, cache, cache, layout, query.shape[2] ** -0.5, grouped, new)
+
+        return run
+
+    def make(self) -> tuple[Tensor, Tensor, PagedLayout, NewTokens | None]:
+        if self.inputs is None:
+            query, cache, layout = self.like
+            rows, width, device = len(query), query.shape[2], query.device
+            (prefixes, prefix_pages), suffix_pages = layout.prefix_tables.shape, layout.suffix_tables.shape[1]
+            used = prefixes * prefix_pages + rows * suffix_pages
+            pages = max(1, min(used, MEASURED_BYTES // cache[0].nbytes))
+            tables = (torch.arange(used, dtype=torch.int32, device=device) % pages).split(
+                [prefixes * prefix_pages, rows * suffix_pages]
+            )
+            ids = torch.arange(rows, dtype=torch.int32, device=device) * prefixes // rows
+            made = PagedLayout(
+                suffix_tables=tables[1].view(rows, suffix_pages),
+                suffix_lens=torch.full_like(layout.suffix_lens, suffix_pages * cache.shape[1] // 2),
+                prefix_tables=tables[0].view(prefixes, prefix_pages),
+                prefix_lens=torch.full_like(layout.prefix_lens, prefix_pages * cache.shape[1]),
+                prefix_ids=ids if prefixes else torch.full_like(ids, -1),
+                cu_prefix_rows=torch.searchsorted(
+                    ids, torch.arange(prefixes + 1, dtype=torch.int32, device=device), out_int32=True
+                ),
+            )
+            new = None
+            if self.rotate:
+                one = torch.ones((rows, width), dtype=torch.float32, device=device)
+                some = torch.zeros((rows, cache.shape[2], width), dtype=query.dtype, device=device)
+                slots = torch.full((rows,), -1, dtype=torch.int64, device=device)
+                new = NewTokens(some, some, one, torch.zeros_like(one), slots)
+            self.inputs = torch.randn_like(query), cache.new_empty(pages, *cache.shape[1:]).normal_(), made, new
+        return self.inputs
+
+    def agrees(self, result: Tensor) -> bool:
+        query, cache, layout, _ = self.make()
+        exact = reference.paged_attention(query, cache, cache, layout, scale=query.shape[2] ** -0.5)
+        return bool((result - exact).abs().max() <= 0.02 * exact.abs().max())
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls of the launcher on meta tensors: the 2B and 7B models, groups of 8 on a prefix of 704 tokens."""
+
+    def case(rows: int, heads: int, kv_heads: int, page_size: int, grouped: bool, tiling: Tiling) -> Callable[[], None]:
+        def run() -> None:
+            def integers(*shape: int) -> Tensor:
+                return torch.empty(shape, dtype=torch.int32, device="meta")
+
+            packed = torch.empty(rows, heads + 2 * kv_heads, 128, dtype=torch.bfloat16, device="meta")
+            query, key, value = packed.split([heads, kv_heads, kv_heads], dim=1)
+            angle = torch.empty(rows, 128, dtype=torch.float32, device="meta")
+            cache = torch.empty(64, page_size, kv_heads, 128, dtype=torch.bfloat16, device="meta")
+            suffixes, prefixes = integers(rows, 384 // page_size), integers(rows // 8, 704 // page_size)
+            prefix_lens, cu_rows = integers(rows // 8), integers(rows // 8 + 1)
+            layout = PagedLayout(suffixes, integers(rows), prefixes, prefix_lens, integers(rows), cu_rows)
+            slots = torch.empty(rows, dtype=torch.int64, device="meta")
+            for new in (NewTokens(key, value, angle, angle, slots), None):
+                _launch(tiling, query, cache, cache, layout, 128**-0.5, grouped, new)
+
+        return run
+
+    for heads, kv_heads in ((12, 2), (28, 4)):
+        for name, tiling in TILINGS.items():
+            for page_size in (16, 64):
+                for rows, grouped in ((8, True), (64, True), (64, False), (512, True)):
+                    label = f"attention {heads}/{kv_heads} page {page_size} B={rows} grouped={grouped} {name}"
+                    yield label, case(rows, heads, kv_heads, page_size, grouped, tiling)

@@ -1,0 +1,114 @@
+"""A decode step's attention in one op: rotation, write of the new keys and values, attention over the paged cache."""
+
+from torch import Tensor
+
+from fastgrpo_kernels import cpu
+from fastgrpo_kernels.attention_launch import NewTokens, is_worth_grouping, launch_attention
+from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
+from fastgrpo_kernels.checks import shape_of
+from fastgrpo_kernels.paged_attention import check_attention
+from fastgrpo_kernels.types import PagedLayout
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`rope_and_cache` of one new token per row, then `paged_attention`, the new tokens included. [B, Hq, D].
+
+    No gradients.
+
+    Args:
+        query: [B, Hq, D]; like key and value it may be a view into one packed [B, (Hq + 2 Hkv) · D].
+        key: [B, Hkv, D].
+        value: [B, Hkv, D].
+        cos: [B, D] of each row's new position, float32 or the queries' dtype.
+        sin: [B, D].
+        key_cache: [pages, page_size, Hkv, D], contiguous, written in place.
+        value_cache: the same.
+        slots: [B] int64, where the last of the row's own tokens in `layout` goes; −1 in a row without tokens of its
+            own: nothing is written.
+        layout: which pages each row reads, the new token counted.
+
+    Raises:
+        ValueError: shapes that do not fit, or caches that are not contiguous.
+    """
+    check_attention(query, key_cache, value_cache, layout)
+    rows, _, width = query.shape
+    if key.shape != value.shape or key.shape != (rows, key_cache.shape[2], width) or width % 2:
+        raise ValueError(
+            f"key {shape_of(key)}, value {shape_of(value)} do not fit query {shape_of(query)} and caches "
+            f"{shape_of(key_cache)}: pass twice [B, Hkv, D], with D even."
+        )
+    if cos.shape != (rows, width) or sin.shape != cos.shape or slots.shape != (rows,):
+        raise ValueError(
+            f"cos {shape_of(cos)}, sin {shape_of(sin)}, slots {shape_of(slots)} do not fit query {shape_of(query)}: "
+            "pass [B, D], [B, D] and [B]."
+        )
+    if pick_backend(query, backend) == "torch":
+        rotated = cpu.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
+        return cpu.paged_attention(rotated, key_cache, value_cache, layout, scale=scale)
+    return _operator(
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        key_cache,
+        value_cache,
+        slots,
+        layout.suffix_tables,
+        layout.suffix_lens,
+        layout.prefix_tables,
+        layout.prefix_lens,
+        layout.prefix_ids,
+        layout.cu_prefix_rows,
+        scale,
+        is_worth_grouping(layout, key_cache),
+    )
+
+
+def _decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    suffix_tables: Tensor,
+    suffix_lens: Tensor,
+    prefix_tables: Tensor,
+    prefix_lens: Tensor,
+    prefix_ids: Tensor,
+    cu_prefix_rows: Tensor,
+    scale: float,
+    grouped: bool,
+) -> Tensor:
+    layout = PagedLayout(suffix_tables, suffix_lens, prefix_tables, prefix_lens, prefix_ids, cu_prefix_rows)
+    new = NewTokens(key, value, cos, sin, slots)
+    return launch_attention(query, key_cache, value_cache, layout, scale, grouped, new)
+
+
+def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+_operator = register_operator(
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
+    "Tensor(b!) value_cache, Tensor slots, Tensor suffix_tables, Tensor suffix_lens, Tensor prefix_tables, "
+    "Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped) -> Tensor",
+    _decode_attention,
+    _fake,
+)
