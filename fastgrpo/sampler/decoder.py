@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastgrpo_kernels import PagedLayout, paged_attention, rope_and_cache
+from fastgrpo_kernels import PagedLayout, decode_attention, rms_norm, rope_and_cache, swiglu
 from torch import Tensor
 
 from fastgrpo.model.families import FAMILIES, base_model, family_of, mrope_sections, text_model
@@ -152,11 +152,11 @@ class Decoder:
             layout: pages that each row reads, the new token's included.
         """
         cos, sin = self._rotary(positions.unsqueeze(1) * self.inverse_frequencies)
+        scale = self.shape.head_dim**-0.5
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
-            query = rope_and_cache(query, key, value, cos, sin, keys, values, slots)
-            return paged_attention(query, keys, values, layout, scale=self.shape.head_dim**-0.5)
+            return decode_attention(query, key, value, cos, sin, keys, values, slots, layout, scale=scale)
 
         hidden = F.embedding(tokens, self.embed)
         for layer in range(self.shape.layers):
@@ -169,7 +169,7 @@ class Decoder:
         """Writes the keys and values of some prompts' tokens; returns each chunk's last hidden state [chunks, H].
 
         Args:
-            hidden: [T, H], token embeddings with the pictures' features in place.
+            hidden: [T, H], token embeddings with the pictures' features in place; overwritten.
             positions: [3, T] int64.
             slots: [T] int64.
             chunks: one after the other along T; what comes before a chunk's start is in the cache already.
@@ -193,7 +193,7 @@ class Decoder:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [N, V] of last hidden states [N, H]."""
-        hidden = F.rms_norm(hidden, (self.shape.hidden,), self.final_norm, self.shape.norm_eps)
+        hidden = self._norm(hidden, self.final_norm)
         if hidden.is_cuda and hidden.dtype != torch.float32:
             # In half precision a logit of 32 would be off by 0.06, and its log-prob with it.
             return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
@@ -202,18 +202,30 @@ class Decoder:
     def _layer(
         self, index: int, hidden: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor], kept: Any = None
     ) -> Tensor:
-        """[T, H] → [T, H], or the rows `kept` of it."""
+        """[T, H] → [T, H], or the rows `kept` of it; adds to `hidden` in place.
+
+        In decode on a GPU nine kernels: two norms, four matrix products, attention and its merge, the activation.
+        Measured before on an H100, for 64 rows of the 2B model: 15 kernels, 96 us.
+        """
         shape, weights = self.shape, self.layers[index]
-        normed = F.rms_norm(hidden, (shape.hidden,), weights.input_norm, shape.norm_eps)
-        packed = F.linear(normed, weights.qkv, weights.qkv_bias).unflatten(-1, (-1, shape.head_dim))
+        packed = F.linear(self._norm(hidden, weights.input_norm), weights.qkv, weights.qkv_bias).unflatten(
+            -1, (-1, shape.head_dim)
+        )
         query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)  # [T, heads, D]
         attended = attend(index, query, key, value).flatten(1)
         if kept is not None:
             hidden, attended = hidden[kept], attended[kept]
-        hidden = torch.addmm(hidden, attended, weights.out.T)
-        normed = F.rms_norm(hidden, (shape.hidden,), weights.post_norm, shape.norm_eps)
-        gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-        return torch.addmm(hidden, F.silu(gate).mul_(up), weights.down.T)
+        hidden.addmm_(attended, weights.out.T)
+        gate, up = F.linear(self._norm(hidden, weights.post_norm), weights.gate_up).chunk(2, dim=-1)
+        # Off the GPU torch's own are faster than the reference.
+        active = swiglu(gate, up) if hidden.is_cuda else F.silu(gate).mul_(up)
+        return hidden.addmm_(active, weights.down.T)
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of [T, H]."""
+        if hidden.is_cuda:
+            return rms_norm(hidden, weight, self.shape.norm_eps)[0]
+        return F.rms_norm(hidden, (self.shape.hidden,), weight, self.shape.norm_eps)
 
     def _rotary(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of angles [T, D / 2]."""

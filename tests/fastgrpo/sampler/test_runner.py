@@ -1,5 +1,7 @@
 """The decode step: no look at the device, the same addresses, rows that stand still once they have ended."""
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,6 +67,40 @@ def test_the_step_stays_on_a_cuda_device(
         for name, (value, size) in before.items():
             assert getattr(runner.state, name) is value, f"{name} was replaced"
             assert value.shape == size
+
+
+class OpsPerLayer(TorchDispatchMode):
+    """Counts what launches kernels; views do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and func.namespace != "prim":
+            self.ops[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_the_step_launches_nine_kernels(qwen2_vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ops, of which attention is two kernels. Found as the difference that one more layer makes."""
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    counts = []
+    for layers in (1, 2):
+        shape = replace(DecoderShape.of(qwen2_vl.model), layers=layers)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            runner = make_runner(Decoder(shape, torch.bfloat16, "cuda"), SETTINGS[1])
+            with OpsPerLayer() as mode:
+                runner.step(8)
+            counts.append(mode.ops)
+    assert counts[1] - counts[0] == {
+        "fastgrpo_kernels.norm_forward": 2,
+        "aten.addmm": 1,
+        "fastgrpo_kernels.decode_attention": 1,
+        "aten.addmm_": 2,
+        "aten.mm": 1,
+        "fastgrpo_kernels.swiglu": 1,
+    }
 
 
 def test_the_watch_notices_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
