@@ -20,7 +20,6 @@ DEVICE_KERNELS = {
     "void pytorch_flash::flash_fwd_splitkv_kernel<pytorch_flash::Flash_fwd_kernel_traits<128>>(...)": "attention",
     "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>)": "attention",
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
-    "prefix_kernel": "attention",
     "attend_kernel": "attention",
     "merge_kernel": "attention",
     "_rope_and_cache_kernel": "rope and cache",
