@@ -7,6 +7,11 @@ from typing import Any
 from torch import nn
 
 
+def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether ZeRO-3 holds any of them in pieces."""
+    return any(hasattr(p, "ds_id") for p in parameters)
+
+
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """Holds partitioned parameters whole for a while."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]

@@ -193,7 +193,15 @@ def _tiling_for(query: Tensor, key_cache: Tensor, layout: PagedLayout, grouped: 
     default = next(iter(TILINGS))
     if not query.is_cuda or query.element_size() != 2:
         return default
-    shape = (*query.shape, *key_cache.shape[1:3], *layout.prefix_tables.shape, layout.suffix_tables.shape[1], grouped)
+    bucket = triton.next_power_of_2(len(query))  # rows come and go where steps are not captured
+    shape = (
+        bucket,
+        *query.shape[1:],
+        *key_cache.shape[1:3],
+        *layout.prefix_tables.shape,
+        layout.suffix_tables.shape[1],
+        grouped,
+    )
     known = _chosen.get((shape, query.dtype, query.device))
     if known is None:
         inputs = Synthetic(query, key_cache, layout, rotate)
@@ -251,7 +259,10 @@ class Synthetic:
                 some = torch.zeros((rows, cache.shape[2], width), dtype=query.dtype, device=device)
                 slots = torch.full((rows,), -1, dtype=torch.int64, device=device)
                 new = NewTokens(some, some, one, torch.zeros_like(one), slots)
-            self.inputs = torch.randn_like(query), cache.new_empty(pages, *cache.shape[1:]).normal_(), made, new
+            own = torch.Generator(device).manual_seed(0)  # not the user's stream of random numbers
+            made_query = torch.empty(query.shape, dtype=query.dtype, device=device).normal_(generator=own)
+            made_cache = cache.new_empty(pages, *cache.shape[1:]).normal_(generator=own)
+            self.inputs = made_query, made_cache, made, new
         return self.inputs
 
     def agrees(self, result: Tensor) -> bool:

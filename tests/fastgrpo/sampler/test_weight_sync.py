@@ -1,5 +1,6 @@
 """A sampler that is synced equals one built afresh from the same policy."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgrpo.demo.base_model import load_tokenizer, tiny_model
 from fastgrpo.model.families import base_model
@@ -56,6 +58,26 @@ def assert_fresh(decoder: Decoder, model: Any) -> None:
     for name, weight in fresh_weights(model).items():
         assert weight.isfinite().all(), name
         assert torch.equal(weights_of(decoder)[name], weight), name
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators that copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "copy" in str(func):
+            self.calls[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_whole_weights_are_copied_together(model: Any) -> None:
+    decoder = Decoder(DecoderShape.of(model), torch.bfloat16, "cpu")
+    with Copies() as mode:
+        sync_weights(decoder, model)
+    assert mode.calls == {"aten._foreach_copy_": 1, "aten.copy_": 1}  # the rotary frequencies
 
 
 def train_a_step(model: Any) -> None:
