@@ -63,6 +63,7 @@ def load_inference(options: Namespace, max_rows: int) -> Inference:
         engine = PlainEngine(model, processing.tokenizer, max_batch=max_rows)
     else:
         engine = SamplerEngine(model, processing.tokenizer, options=SamplerOptions(max_rows=max_rows))
+    engine.sync()
     prompts = prompts_of(options)
     builder = PromptBuilder(
         processing.tokenizer,

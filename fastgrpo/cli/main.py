@@ -9,19 +9,21 @@ from fastgrpo import __version__
 from fastgrpo.cli.suggestions import did_you_mean
 
 COMMANDS = {
-    "train": "train a model with GRPO            fastgrpo train --help lists the flags",
-    "eval": "score a model on CV-Bench or SAT   fastgrpo eval MODEL DATASET",
-    "profile": "time a training step against another implementation, and show where the time went",
-    "report": "draw a run's report, or several    fastgrpo report RUN…",
-    "demo": "train a tiny model on this machine fastgrpo demo",
-    "doctor": "what is installed, and what each missing part costs",
+    "train": ("train a model with GRPO", "fastgrpo train --help lists the flags"),
+    "eval": ("score a model on CV-Bench or SAT", "fastgrpo eval MODEL DATASET"),
+    "generate": ("ask a model", 'fastgrpo generate MODEL --image FILE "question"'),
+    "merge": ("make a whole model of adapters", "fastgrpo merge ADAPTER OUT"),
+    "profile": ("see where a step's time goes", "fastgrpo profile CONFIG --against plain"),
+    "report": ("draw a run's report, or several", "fastgrpo report RUN…"),
+    "demo": ("train a tiny model on this machine", "fastgrpo demo"),
+    "doctor": ("see what is installed, what is missing", "fastgrpo doctor"),
 }
-"""Command, and module of this package → what it does."""
+"""Command, and module of this package → what it does, and an example."""
 
 
 def usage() -> str:
     """What `fastgrpo --help` prints."""
-    lines = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
+    lines = "\n".join(f"  {name:<8}  {what:<38}  {example}" for name, (what, example) in COMMANDS.items())
     return f"usage: fastgrpo COMMAND …\n\n{lines}\n\nFASTGRPO_TRACEBACK=1 shows where an error came from.\n"
 
 

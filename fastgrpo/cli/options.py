@@ -21,7 +21,7 @@ class Parser(ArgumentParser):
         return super().add_argument(*names, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Namespace:  # type: ignore[override]
-        options, rest = self.parse_known_args(args, namespace)
+        options, rest = self.parse_known_intermixed_args(args, namespace)  # flags may stand between positionals
         for token in rest:
             flag = token.split("=", 1)[0]
             hint = did_you_mean(flag, self.flags, f"; `{self.prog} --help` lists all") if flag.startswith("--") else ""
