@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["prefixes", "tiles", "prefix_splits", "row_splits"])
+@triton.jit(do_not_specialize=["rows", "prefixes", "tiles", "prefix_splits", "row_splits"])
 def attend_kernel(
     query: tl.tensor,
     key: tl.tensor,

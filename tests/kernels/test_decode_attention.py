@@ -67,17 +67,17 @@ def copied(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def check(inputs: dict[str, Any], tolerance: float) -> None:
     """Both backends against the reference."""
-    plain = copied(inputs)
+    plain, rounding = copied(inputs), 2 * torch.finfo(inputs["query"].dtype).eps
     expected = reference.decode_attention(**plain)
     for backend in ("torch", "triton"):
         mine = copied(inputs)
         output = decode_attention(**mine, backend=backend)
         assert output.dtype == expected.dtype
-        torch.testing.assert_close(output, expected, atol=tolerance, rtol=0)
+        torch.testing.assert_close(output, expected, atol=tolerance, rtol=rounding)
         for name in ("key_cache", "value_cache"):
             changed = (mine[name] != inputs[name]).any(dim=-1).any(dim=-1).flatten().nonzero().flatten()
             assert changed.tolist() == sorted(slot for slot in inputs["slots"].tolist() if slot >= 0)
-            torch.testing.assert_close(mine[name], plain[name], atol=tolerance, rtol=0)
+            torch.testing.assert_close(mine[name], plain[name], atol=tolerance, rtol=rounding)
 
 
 GROUPS = [(300, [1, 16, 17, 150]), (5, [2, 64, 65]), (40, [1])]
