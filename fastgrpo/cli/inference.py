@@ -68,6 +68,7 @@ def load_inference(options: Namespace, max_rows: int) -> Inference:
     builder = PromptBuilder(
         processing.tokenizer,
         processing.image_processor,
+        family=processing.family,
         mode=prompts["prompt_mode"],
         template=prompts["prompt_template"],
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgrpo.data.images import make_thumbnail
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
+from fastgrpo.model.families import FAMILIES, QWEN2_VL, Family
 from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
 
 _CONVERSATION = (
@@ -96,9 +97,10 @@ class PromptBuilder:
     """Builds `Prompt`s for one model. Holds no open files or threads: it can be sent to data loader workers.
 
     Args:
-        tokenizer: the model's tokenizer; image places are `<|vision_start|><|image_pad|><|vision_end|>`.
+        tokenizer: the model's tokenizer.
         image_processor: a Qwen2-VL style processor (`pixel_values`, `image_grid_thw`, `merge_size`), or
             None for a text-only model.
+        family: how the model takes pictures.
         mode: how a bare question is asked. "base": plain text, no roles; "instruct": a user turn in the
             model's chat template. Conversations always go through the chat template, plain-text prompts are
             taken as they are.
@@ -115,6 +117,7 @@ class PromptBuilder:
         tokenizer: Any,
         image_processor: Any | None,
         *,
+        family: Family = QWEN2_VL,
         mode: Mode = "base",
         template: Template = "paper",
         max_prompt_length: int | None = None,
@@ -133,11 +136,13 @@ class PromptBuilder:
         self.max_prompt_length = max_prompt_length
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.merge_size: int = getattr(image_processor, "merge_size", 1)
-        self.image_token: str = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-        self.image_place = f"<|vision_start|>{self.image_token}<|vision_end|>"
-        self.image_token_id: int | None = tokenizer.get_vocab().get(self.image_token)
+        self.family = family
+        self.image_token_id: int | None = tokenizer.get_vocab().get(family.image_token)
+        self._first_tokens = _added_in_front(tokenizer)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special_pattern = re.compile("|".join(map(re.escape, sorted({*specials, self.image_token}))))
+        specials |= {family.image_token} - {None}
+        # Without any special token, a pattern that matches nothing.
+        self._special_pattern = re.compile("|".join(map(re.escape, sorted(specials))) or r"(?!)")
 
     def build(self, row: Row) -> Prompt:
         """Renders, tokenizes and lays out one row.
@@ -148,15 +153,12 @@ class PromptBuilder:
             ValueError: the model cannot take such rows at all: it has no chat template, or no image
                 processor.
         """
-        if row.images and (self.image_processor is None or self.image_token_id is None):
-            lacking = "image processor" if self.image_processor is None else f"{self.image_token} token"
-            raise ValueError(
-                f"row {row.row_id} has images, but this model has no {lacking}: "
-                "train a vision-language model, or leave the image columns out of the data set"
-            )
+        if row.images:
+            self._require_pictures(row)
         messages, text = self._render(row)
         pixel_values, image_grid_thw = self._process_images(row)
-        input_ids = self._tokenize(text, image_grid_thw)
+        # A chat template writes the tokens that open a text itself.
+        input_ids = self._tokenize(text, image_grid_thw, self._first_tokens if messages is None else [])
         return Prompt(
             row_id=row.row_id,
             input_ids=input_ids,
@@ -170,12 +172,26 @@ class PromptBuilder:
             image_digests=image_digests(pixel_values, image_grid_thw),
         )
 
+    def _require_pictures(self, row: Row) -> None:
+        """Raises a ValueError that says what keeps this model from taking pictures."""
+        tokens = [token for token in (self.family.image_token, *self.family.image_markers) if token]
+        absent = [token for token in tokens if token not in self.tokenizer.get_vocab()]
+        if self.image_processor is None or absent:
+            lacking = "image processor" if self.image_processor is None else f"{absent[0]} token"
+            reason = f"this model has no {lacking}: train a vision-language model"
+        elif self.family.image_token is None:
+            known = ", ".join(family.name for family in FAMILIES if family.image_token is not None)
+            reason = f"how {self.family.name} models take pictures is not known to fastgrpo: train one of {known}"
+        else:
+            return
+        raise ValueError(f"row {row.row_id} has images, but {reason}, or leave the image columns out of the data set")
+
     def _render(self, row: Row) -> tuple[list[dict[str, Any]] | None, str]:
         """The conversation (None for plain text) and the prompt's text, one image token per image."""
         if isinstance(row.messages, str):
             # A finished prompt may hold special tokens: whoever wrote it rendered a template.
-            has_places = self.image_token in row.messages
-            return None, row.messages if has_places else self.image_place * len(row.images) + row.messages
+            has_places = self.family.image_token is not None and self.family.image_token in row.messages
+            return None, row.messages if has_places else self.family.image_place * len(row.images) + row.messages
         if row.messages is not None:
             for message in row.messages:
                 self._check_text(_message_text(message))
@@ -183,7 +199,7 @@ class PromptBuilder:
         assert row.question is not None, "a row has a question or messages"
         self._check_text(row.question)
         if self.mode == "base":
-            return None, self.image_place * len(row.images) + self.base_prompt.format(question=row.question)
+            return None, self.family.image_place * len(row.images) + self.base_prompt.format(question=row.question)
         text = INSTRUCT_PROMPT.format(question=row.question)
         parts = [*({"type": "image"} for _ in row.images), {"type": "text", "text": text}]
         messages = [{"role": "user", "content": parts if row.images else text}]
@@ -220,18 +236,23 @@ class PromptBuilder:
             raise RowError(f"image cannot be cut into patches: {error}") from error
         return features["pixel_values"], features["image_grid_thw"]
 
-    def _tokenize(self, text: str, image_grid_thw: Tensor | None) -> Tensor:
-        """[P] int64: the text's tokens with every image token repeated once per merged patch of its image."""
+    def _tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: list[int]) -> Tensor:
+        """[P] int64: the text's tokens with every image token repeated once per merged patch of its image.
+
+        `first_tokens` go in front, unless the text has them already.
+        """
         lengths = [] if image_grid_thw is None else (image_grid_thw.prod(-1) // self.merge_size**2).tolist()
-        input_ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise RowError("the prompt is empty")
+        ids = ids if ids[: len(first_tokens)] == first_tokens else [*first_tokens, *ids]
+        input_ids = torch.tensor(ids, dtype=torch.int64)
         is_image = input_ids == (-1 if self.image_token_id is None else self.image_token_id)
         if int(is_image.sum()) != len(lengths):
             raise RowError(f"the prompt has {int(is_image.sum())} image places for {len(lengths)} images")
         repeats = torch.ones_like(input_ids)
         repeats[is_image] = torch.tensor(lengths, dtype=torch.int64)
         input_ids = input_ids.repeat_interleave(repeats)
-        if not len(input_ids):
-            raise RowError("the prompt is empty")
         if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:
             # Cutting it would cut image tokens, which then no longer fit their pixels.
             raise RowError(
@@ -239,6 +260,12 @@ class PromptBuilder:
                 f"max_prompt_length={self.max_prompt_length}"
             )
         return input_ids
+
+
+def _added_in_front(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts in front of a text of its own accord: a BOS, for Llama and Gemma."""
+    whole, text = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
 
 
 def _message_text(message: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """What the project knows of a family of models. A model of no family here may still train on text."""
+    """What the project knows of a family of models. Of a family not in `FAMILIES` text trains, pictures do not."""
 
     name: str
     model_types: tuple[str, ...]
@@ -59,9 +59,10 @@ PICTURE_TOKENS = ("image_token_id", "image_token_index", "video_token_id")
 """Names under which configs keep the ids of placeholders."""
 
 
-def family_of(config: Any) -> Family | None:
-    """The family of a model with this transformers config; None for one we do not know."""
-    return next((family for family in FAMILIES if config.model_type in family.model_types), None)
+def family_of(config: Any) -> Family:
+    """The family of a model with this transformers config; one without pictures, called by its type, if unknown."""
+    kind = config.model_type
+    return next((family for family in FAMILIES if kind in family.model_types), Family(kind, (kind,)))
 
 
 def unwrap(model: Any) -> Any:
@@ -92,10 +93,7 @@ def mrope_sections(model: Any) -> tuple[int, ...] | None:
     """Frequencies that rotate by each of the axes time, height, width; None for a model with 1-D positions."""
     config = base_model(model).config
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    if sections := rope.get("mrope_section"):
-        return tuple(sections)
-    family = family_of(config)
-    return None if family is None else family.mrope_sections
+    return tuple(rope.get("mrope_section") or ()) or family_of(config).mrope_sections
 
 
 def placeholder_ids(model: Any) -> list[int]:

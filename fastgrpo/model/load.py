@@ -1,5 +1,6 @@
 """Loads a checkpoint in hub format: the policy, its tokenizer and its image processor."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    ProcessorMixin,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -26,7 +28,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
 from fastgrpo.model.adapters import adapter_base, processing_source
-from fastgrpo.model.families import VISION_TOWERS
+from fastgrpo.model.families import VISION_TOWERS, Family, family_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,9 @@ class Processing:
     tokenizer: Any
     """A `PreTrainedTokenizerBase`."""
     image_processor: Any | None
-    """A Qwen2-VL style image processor, or None for a text-only model."""
+    """Of a family that we know: Qwen2-VL style. None for a text-only model."""
+    family: Family
+    """How the model takes pictures."""
 
     def save_pretrained(self, folder: str) -> None:
         """Writes both in hub format beside a model's weights."""
@@ -66,43 +70,106 @@ def load_processing(
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: no such checkpoint, no tokenizer in it, or bounds that are not positive or cross.
+        ValueError: no such checkpoint, no tokenizer in it or not the model's (`checked_processing`), or bounds that are
+            not positive or cross.
     """
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     pixels = {name: value for name, value in bounds.items() if value is not None}
     for name, value in pixels.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be positive: it is an area in pixels")
-    config = _load_config(name_or_path, trust_remote_code)
+    config = load_config(name_or_path, trust_remote_code)
     name_or_path = processing_source(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         message = f"model_name_or_path={name_or_path!r} has no usable tokenizer: {_one_line(error)}"
         raise ValueError(message) from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        # What transformers returns, without a word, for a folder that holds no tokenizer files.
-        raise ValueError(f"model_name_or_path={name_or_path!r} has no usable tokenizer: its vocabulary is empty")
-    if not _takes_images(config):
-        return Processing(tokenizer, None)
+    source, image_processor = f"model_name_or_path={name_or_path!r}", None
+    _require_vocabulary(tokenizer, source)
+    if _takes_images(config):
+        tokenizer.chat_template = _processors_template(name_or_path) or tokenizer.chat_template
+        image_processor = _load_image_processor(name_or_path, family_of(config), trust_remote_code, pixels)
+    return checked_processing(tokenizer, image_processor, config, source)
+
+
+def _load_image_processor(name_or_path: str, family: Family, trust_remote_code: bool, pixels: dict[str, int]) -> Any:
     try:
         image_processor = AutoImageProcessor.from_pretrained(
             name_or_path, backend="pil", trust_remote_code=trust_remote_code, **pixels
         )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        if family.image_token is None:  # trains on text alone
+            return None
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has no usable image processor (preprocessor_config.json): "
             f"{_one_line(error)}"
         ) from error
-    if not hasattr(image_processor, "merge_size"):
-        raise ValueError(
-            f"model_name_or_path={name_or_path!r} has a {type(image_processor).__name__}, which cuts no "
-            "patch grids: use a model with a Qwen2-VL style image processor"
-        )
-    smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
-    if smallest > largest:
-        raise ValueError(f"min_pixels={smallest} exceeds max_pixels={largest}: set both")
-    return Processing(tokenizer, image_processor)
+    if family.image_token is not None:
+        smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
+        if smallest > largest:
+            raise ValueError(f"min_pixels={smallest} exceeds max_pixels={largest}: set both")
+    return image_processor
+
+
+def _processors_template(name_or_path: str) -> Any | None:
+    """The chat template that a checkpoint keeps for its processor, which wins over the tokenizer's; or None."""
+    try:
+        return ProcessorMixin.get_processor_dict(name_or_path)[0].get("chat_template")
+    except OSError:
+        return None
+
+
+def checked_processing(tokenizer: Any, image_processor: Any, config: PretrainedConfig, source: str) -> Processing:
+    """Tokenizer and image processor, if they can be this model's; a text model's image processor is left out.
+
+    Args:
+        config: the model's.
+        source: what messages call the place they come from.
+
+    Raises:
+        ValueError: an empty vocabulary, an image processor of another kind than the model's family needs, or another
+            placeholder than the model's.
+    """
+    _require_vocabulary(tokenizer, source)
+    family = family_of(config)
+    if not _takes_images(config):
+        image_processor = None
+    elif image_processor is not None and family.image_token is not None:
+        if not hasattr(image_processor, "merge_size"):
+            raise ValueError(
+                f"{source} has a {type(image_processor).__name__}, which cuts no patch grids: {family.name} needs the "
+                "image processor that comes with it"
+            )
+        token = tokenizer.get_vocab().get(family.image_token)
+        if token != config.image_token_id:
+            raise ValueError(
+                f"{source} has a tokenizer in which {family.image_token} is {token}, but the model takes "
+                f"{config.image_token_id} for a picture: use the model's own"
+            )
+    return Processing(tokenizer, image_processor, family)
+
+
+def _require_vocabulary(tokenizer: Any, source: str) -> None:
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # What transformers returns, without a word, for a folder that holds no tokenizer files.
+        raise ValueError(f"{source} has no usable tokenizer: its vocabulary is empty")
+
+
+def processing_from(given: Any, config: PretrainedConfig) -> Processing:
+    """Tokenizer and image processor of what users pass as `processing_class`: a processor or a tokenizer.
+
+    Raises:
+        ValueError: neither, or not this model's (`checked_processing`).
+    """
+    source = f"processing_class={type(given).__name__}"
+    tokenizer = getattr(given, "tokenizer", given)
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(f"{source} has no tokenizer: pass the model's processor or tokenizer")
+    if (template := getattr(given, "chat_template", None)) and tokenizer is not given:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = template
+    return checked_processing(tokenizer, getattr(given, "image_processor", None), config, source)
 
 
 def load_policy(
@@ -145,7 +212,7 @@ def load_policy(
     if base is not None and (freeze_vision or freeze_llm):
         flag = "freeze_vision" if freeze_vision else "freeze_llm"
         raise ValueError(f"{flag}=True, but {name_or_path} holds adapters, whose base is frozen already: leave it off")
-    config = _load_config(name_or_path, trust_remote_code)
+    config = load_config(name_or_path, trust_remote_code)
     auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
     try:
         with _whole_weights():
@@ -235,8 +302,12 @@ def _whole_weights() -> Iterator[None]:
             hf_deepspeed.set_hf_deepspeed_config(settings)
 
 
-def _load_config(name_or_path: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's, or where there are adapters their base's."""
+def load_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """A checkpoint's config, from a folder or hub id; of adapters their base's.
+
+    Raises:
+        ValueError: no such checkpoint.
+    """
     adapters, name_or_path = name_or_path, adapter_base(name_or_path) or name_or_path
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

@@ -251,8 +251,7 @@ def _attend_chunk(query: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> 
 def unsupported(model: Any) -> str | None:
     """Why the decoder cannot compute this model; None when it can."""
     config = base_model(model).config
-    family = family_of(config)
-    if family is None or not family.has_packed_decoder:
+    if not family_of(config).has_packed_decoder:
         known = ", ".join(name for known in FAMILIES if known.has_packed_decoder for name in known.model_types)
         return f"model type {config.model_type} is none of {known}"
     text = text_model(model).config

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import RowDataset, as_rows
-from fastgrpo.model.load import Processing, load_policy, load_processing
+from fastgrpo.model.load import Processing, load_config, load_policy, load_processing, processing_from
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.plain.engine import PlainEngine
@@ -62,13 +62,21 @@ def one_step_per_batch(config: GRPOConfig, model: PreTrainedModel) -> GRPOConfig
 
 
 def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing:
-    """Tokenizer and image processor, from a processor, a tokenizer, or the model's own folder."""
-    if isinstance(given, Processing):
-        return given
-    if given is None:
-        path = model if isinstance(model, str) else model.config._name_or_path
-        return load_processing(path, trust_remote_code=config.trust_remote_code)
-    return Processing(getattr(given, "tokenizer", given), getattr(given, "image_processor", None))
+    """Tokenizer and image processor, from a processor, a tokenizer, or the model's own folder.
+
+    Raises:
+        ValueError: there is none, or it is not the model's.
+    """
+    if given is not None:
+        is_named = isinstance(model, str)
+        return processing_from(given, load_config(model, config.trust_remote_code) if is_named else model.config)
+    path = model if isinstance(model, str) else model.config._name_or_path
+    if not path:
+        raise ValueError(
+            f"processing_class is missing, and this {type(model).__name__} was not loaded from anywhere: pass its "
+            "processor or tokenizer."
+        )
+    return load_processing(path, trust_remote_code=config.trust_remote_code)
 
 
 def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTrainedModel:
@@ -87,8 +95,8 @@ def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTraine
         model = get_peft_model(model, peft_config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"nothing to train: every parameter of {type(model).__name__} is frozen. Unfreeze some, or train adapters "
-            "(peft_config)."
+            f"nothing to train: every parameter of {type(model).__name__} is frozen. Unfreeze some, load adapters with "
+            "is_trainable=True, or train new ones (peft_config)."
         )
     if config.disable_dropout:
         for module in model.modules():

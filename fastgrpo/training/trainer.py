@@ -67,7 +67,8 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         eval_dataset: rows for `evaluate`, likewise.
         processing_class: tokenizer or processor; loaded from the model's folder when None.
         reward_processing_classes: accepted where TRL has it; reward models are not supported yet, functions only.
-        peft_config: wraps the model in adapters; the reference of the KL term is then the model without them.
+        peft_config: wraps the model in adapters; the reference of the KL term is then the model without them. That of
+            a `PeftModel` with trained adapters is a copy of these.
 
     Raises:
         ValueError: a setting, a data set or a reward function that cannot work; the message says how to mend it.
@@ -100,6 +101,7 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         self.builder = PromptBuilder(
             self.processing.tokenizer,
             self.processing.image_processor,
+            family=self.processing.family,
             mode=self.config.prompt_mode,
             template=self.config.prompt_template,
             max_prompt_length=self.config.max_prompt_length,

@@ -1,6 +1,7 @@
 """The reference model of the KL term: a copy of the policy, frozen or, when asked, drawn after it (TR-DPO)."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,45 @@ FOLDER = "reference"
 
 
 def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
-    """A copy of the whole policy; none with beta 0, or when the policy without its adapters is the reference.
+    """A copy of the policy as it starts; none with beta 0, or when the policy without its adapters is just that.
+
+    A copy of a model with trained adapters shares its frozen weights; under DeepSpeed, which may partition them, it has
+    its own.
 
     Raises:
-        ValueError: `sync_ref_model` or `ref_model_on_cpu` with adapters, whose reference is no copy.
+        ValueError: `sync_ref_model` or `ref_model_on_cpu` with adapters, whose reference has no weights of its own.
     """
     has_adapters = hasattr(model, "disable_adapter")
     if config.sync_ref_model and has_adapters:
         raise ValueError(
-            "sync_ref_model=True needs a copy to update, but with adapters the reference is the model without them. "
+            "sync_ref_model=True needs a copy to update, but with adapters the reference shares the policy's weights. "
             "Leave it off, or train without peft_config."
         )
     if config.ref_model_on_cpu and has_adapters:
         raise ValueError(
-            "ref_model_on_cpu=True needs a copy to keep there, but with adapters the reference is the model without "
-            "them. Leave it off, or train without peft_config."
+            "ref_model_on_cpu=True needs a copy to keep there, but with adapters the reference shares the policy's "
+            "weights. Leave it off, or train without peft_config."
         )
-    return None if config.beta == 0 or has_adapters else copy.deepcopy(model).eval().requires_grad_(False)
+    if config.beta == 0 or (has_adapters and _adapters_change_nothing(model)):
+        return None
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    shared = {id(p): p for p in frozen} if has_adapters and config.deepspeed_plugin is None else {}
+    return copy.deepcopy(model, shared).eval().requires_grad_(False)
+
+
+def _adapters_change_nothing(model: Any) -> bool:
+    """Whether a peft model is its base model still: each LoRA's B is zero, and what trains beside them is untouched."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
+    for name, parameter in parameters.items():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            if parameter.any():
+                return False
+        elif "modules_to_save" in name:
+            if not torch.equal(parameter, parameters[re.sub(r"modules_to_save\.[^.]+", "original_module", name)]):
+                return False
+        elif parameter.requires_grad and "lora_" not in name:
+            return False
+    return True
 
 
 def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator: Accelerator) -> PreTrainedModel:
@@ -51,7 +74,7 @@ def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator:
         half = torch.bfloat16 if config.bf16 else torch.float16
         if accelerator.state.deepspeed_plugin is not None:
             cast_parameters(reference, half)
-        elif not config.sync_ref_model:
+        elif not config.sync_ref_model and not hasattr(reference, "disable_adapter"):  # which shares the policy's
             cast_matrices(reference, half)
     placed: PreTrainedModel = accelerator.prepare_model(reference, evaluation_mode=True)
     return placed

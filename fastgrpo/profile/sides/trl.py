@@ -99,6 +99,7 @@ class RunData:
         builder = PromptBuilder(
             self.processing.tokenizer,
             self.processing.image_processor,
+            family=self.processing.family,
             mode=config.prompt_mode,
             template=config.prompt_template,
             chat_template_kwargs=config.template_kwargs,
@@ -118,8 +119,8 @@ class RunData:
 
     def _trl_row(self, builder: PromptBuilder, row: Any) -> dict[str, Any]:
         prompt = builder.build(row)
-        text = prompt.text.replace(builder.image_place, "", len(row.images))
-        assert prompt.text == builder.image_place * len(row.images) + text, "TRL puts pictures first"
+        text = prompt.text.replace(builder.family.image_place, "", len(row.images))
+        assert prompt.text == builder.family.image_place * len(row.images) + text, "TRL puts pictures first"
         return {"prompt": [{"role": "user", "content": text}], "images": row.images, **prompt.columns}
 
     def processor(self) -> Qwen2VLProcessor:

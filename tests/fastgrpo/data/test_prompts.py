@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator, mrope_position_ids
 from fastgrpo.data.row_dataset import as_rows
 from fastgrpo.data.rows import Row
+from fastgrpo.model.families import family_of
 from fastgrpo.types import RowError, SkippedRow
 
 SPECIAL_TOKENS = [
@@ -32,12 +33,18 @@ CHAT_TEMPLATE = (
 PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def make_tokenizer(specials: list[str] = SPECIAL_TOKENS, chat_template: str | None = CHAT_TEMPLATE) -> Any:
+def make_tokenizer(
+    specials: list[str] = SPECIAL_TOKENS, chat_template: str | None = CHAT_TEMPLATE, *, frame: str | None = None
+) -> Any:
+    """`frame`: what the tokenizer puts around a text ($A) of its own accord."""
     alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    if frame is not None:
+        added = [(token, core.token_to_id(token)) for token in frame.split() if token != "$A"]
+        core.post_processor = processors.TemplateProcessing(single=frame, special_tokens=added)
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, eos_token="<|endoftext|>")
 
 
@@ -264,8 +271,36 @@ def test_models_that_cannot_take_the_rows(tokenizer: Any, image_processor: Any) 
     refuse(PromptBuilder(tokenizer, None), row, "row 3 has images, but this model has no image processor")
     text_only = make_tokenizer(["<|endoftext|>"], chat_template=None)
     refuse(PromptBuilder(text_only, image_processor), row, r"no <\|image_pad\|> token")
+    unmarked = make_tokenizer(["<|endoftext|>", "<|image_pad|>"])
+    refuse(PromptBuilder(unmarked, image_processor), row, r"no <\|vision_start\|> token")
+    llava = PromptBuilder(tokenizer, image_processor, family=family_of(LlavaConfig()))
+    refuse(
+        llava, row, "row 3 has images, but how llava models take pictures is not known.*train one of Qwen2-VL, Qwen2.5"
+    )
     chat_row = Row(0, messages=[{"role": "user", "content": "Hi"}])
     refuse(PromptBuilder(text_only, None), chat_row, "no chat template.*base mode")
+
+
+@pytest.mark.parametrize("frame", ["<s> $A", "<s> $A </s>"])
+def test_tokens_that_a_tokenizer_puts_in_front(image_processor: Any, frame: str) -> None:
+    tokenizer = make_tokenizer([*SPECIAL_TOKENS, "<s>", "</s>"], frame=frame)
+    builder = PromptBuilder(tokenizer, image_processor)
+    bos = tokenizer.convert_tokens_to_ids("<s>")
+
+    def plain(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    assert builder.build(Row(0, messages="2+2=")).input_ids.tolist() == [bos, *plain("2+2=")]
+    assert builder.build(Row(0, messages="<s>2+2=")).input_ids.tolist() == [bos, *plain("2+2=")]
+    asked = builder.build(Row(0, question="Why?"))
+    assert asked.input_ids.tolist() == [bos, *plain(asked.text)]
+    pictured = builder.build(Row(0, images=[picture(56, 56)], messages="Look:"))
+    assert pictured.input_ids[:2].tolist() == [bos, tokenizer.convert_tokens_to_ids("<|vision_start|>")]
+    assert pictured.position_ids.shape == (3, len(pictured.input_ids))
+    chat = builder.build(Row(0, messages=[{"role": "user", "content": "Hi"}]))
+    assert chat.input_ids.tolist() == plain(chat.text), "a chat template writes it itself"
+    with pytest.raises(RowError, match="the prompt is empty"):
+        builder.build(Row(0, messages=""))
 
 
 def test_text_only_model() -> None:

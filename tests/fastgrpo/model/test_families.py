@@ -119,12 +119,16 @@ def test_sections_come_from_the_rope_parameters_first() -> None:
         (transformers.Qwen3VLConfig, QWEN3_VL),
         (transformers.Qwen3VLMoeConfig, QWEN3_VL),
         (transformers.Qwen3_5Config, QWEN3_5),
-        (transformers.LlavaConfig, None),
-        (transformers.LlamaConfig, None),
     ],
 )
 def test_family_of(config: Any, family: Any) -> None:
     assert family_of(config()) == family
+
+
+def test_an_unknown_family_has_its_types_name_and_no_pictures() -> None:
+    family = family_of(transformers.LlavaConfig())
+    assert (family.name, family.image_token, family.image_place) == ("llava", None, "")
+    assert not family.has_packed_decoder
 
 
 def test_image_place() -> None:

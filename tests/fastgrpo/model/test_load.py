@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fastgrpo.model import load
+from fastgrpo.model.families import QWEN2, QWEN2_VL
 from fastgrpo.model.load import load_policy, load_processing
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -42,6 +43,7 @@ def save_vlm(path: Path, tied: bool) -> Path:
     config = Qwen2VLConfig(
         text_config=TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
         vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 1},
+        image_token_id=256 + SPECIAL_TOKENS.index("<|image_pad|>"),
         tie_word_embeddings=tied,
     )
     config.text_config.tie_word_embeddings = tied
@@ -81,6 +83,7 @@ def test_processing_of_a_vision_language_model(vlm: str) -> None:
     assert grid(processing.image_processor, 140, 84) == [1, 6, 10]
     assert processing.tokenizer("ab<|image_pad|>")["input_ids"][-1] == 256 + 3
     assert processing.tokenizer.chat_template == "{{ messages }}"
+    assert processing.family == QWEN2_VL
 
 
 def test_pixel_bounds_are_areas(vlm: str) -> None:
@@ -107,6 +110,7 @@ def test_pixel_bounds_override_those_of_a_hub_file(vlm: str, tmp_path: Path) -> 
 def test_processing_of_a_text_model(text_model: str) -> None:
     processing = load_processing(text_model)
     assert processing.image_processor is None
+    assert processing.family == QWEN2
     assert len(processing.tokenizer("ab")["input_ids"]) == 2
 
 
@@ -199,15 +203,10 @@ def test_flash_attention_gives_way(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: False)
-    assert load._available_attention("flash_attention_2") == "sdpa"
+    assert load_policy(vlm, attn_implementation="flash_attention_2").config._attn_implementation == "sdpa"
     assert [record.getMessage() for record in caplog.records] == [
         f"attn_implementation=flash_attention_2 is not available ({reason}): using sdpa"
     ]
-
-
-def test_flash_attention_request_on_this_machine(vlm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load_policy(vlm, attn_implementation="flash_attention_2").config._attn_implementation == "sdpa"
 
 
 def trainable(model: torch.nn.Module) -> set[str]:
