@@ -230,7 +230,8 @@ class Decoder:
     def _rotary(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of angles [T, D / 2]."""
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.rope_scaling, angles.sin() * self.rope_scaling
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.rope_scaling == 1.0 else (cos * self.rope_scaling, sin * self.rope_scaling)
 
 
 def _attend_chunk(query: Tensor, chunk: Chunk, keys: Tensor, values: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
         wanted,
         HOT=hot_room,
         BLOCK=triton.next_power_of_2(chunks),
-        num_warps=8,
+        num_warps=8 if chunk == 64 else 16,
     )
     launch(
         draw_kernel,
