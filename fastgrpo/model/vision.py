@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.model.families import base_model
+from fastgrpo.model.fused_vision import fused_vision, takes_host_grids
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
@@ -46,8 +47,10 @@ def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | N
     was_training = tower.training
     tower.eval()
     try:
-        with patches_by_matmul(tower), nullcontext() if cache is None else cache.serving(tower, digests):
-            features = tower(pixels.to(tower.device, tower.dtype), grid_thw=torch.cat(grids).to(tower.device))
+        grid = torch.cat(grids) if takes_host_grids(tower) else torch.cat(grids).to(tower.device)
+        kept = nullcontext() if cache is None else cache.serving(tower, digests)
+        with fused_vision(tower), patches_by_matmul(tower), kept:
+            features = tower(pixels.to(tower.device, tower.dtype), grid_thw=grid)
     finally:
         tower.train(was_training)
     merged = tower.spatial_merge_size**2

@@ -14,7 +14,9 @@ from fastgrpo_profiling import span
 from torch import Tensor, nn
 
 from fastgrpo.model.families import base_model, is_multimodal, mrope_sections, patch_sizes, unwrap
+from fastgrpo.model.fused_vision import takes_host_grids
 from fastgrpo.model.replaced_forward import replaced_forward
+from fastgrpo.model.segments import moved
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
@@ -59,7 +61,7 @@ def packed_logprobs(
         logprob_bytes: scratch of the head, `linear_logprob`'s byte budget; None: by what is free.
         vision_cache: features of pictures, where the tower is frozen.
     """
-    pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
+    pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": _grids(model, batch)}
     options = {"temperature": temperature, "entropy": entropy}
     with _logprob_head(unwrap(model), batch, options, logprob_bytes), _kept_pictures(vision_cache, model, batch):
         found = model(
@@ -94,6 +96,14 @@ def _logprob_head(
         return torch.stack([part for part in output if part is not None])
 
     return replaced_forward(head, forward)
+
+
+def _grids(model: Any, batch: PackedBatch) -> Tensor | None:
+    """On the host, where they are read, for a tower that needs them nowhere else."""
+    grids = batch.image_grid_thw
+    if grids is None or takes_host_grids(vision_tower(unwrap(model))):
+        return grids
+    return moved(grids, batch.input_ids.device)
 
 
 def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) -> AbstractContextManager[None]:

@@ -12,44 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgrpo.model.segments import Segments, moved, offsets
 from fastgrpo.types import Prompt, TrainingGroup
 
 ONE_TOKEN = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
 """The least prompt there is, for a forward pass that nothing is read from."""
-
-
-@dataclass(frozen=True)
-class Segments:
-    """One variable-length attention: sequence i of the queries sees sequence i of the keys."""
-
-    q_lengths: tuple[int, ...]
-    k_lengths: tuple[int, ...]
-    cu_q: Tensor
-    """[n + 1] int32, where each query sequence starts, from 0."""
-    cu_k: Tensor
-    """[n + 1] int32, likewise for the keys."""
-    tiles: tuple[int, ...]
-    """How many consecutive sequences a backend without variable lengths pads together; they add up to n."""
-
-    @classmethod
-    def of(
-        cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, tiles: Sequence[int] | None = None
-    ) -> "Segments":
-        """Keys of the same lengths as the queries, and no padding, unless stated."""
-        k_lengths = q_lengths if k_lengths is None else k_lengths
-        tiles = [1] * len(q_lengths) if tiles is None else tiles
-        assert sum(tiles) == len(q_lengths) == len(k_lengths)
-        return cls(tuple(q_lengths), tuple(k_lengths), _offsets(q_lengths), _offsets(k_lengths), tuple(tiles))
-
-    @property
-    def max_q(self) -> int:
-        """The longest query sequence; 2 at least: flash attention takes 1 for a decode step, with no empty ones."""
-        return max((2, *self.q_lengths))
-
-    @property
-    def max_k(self) -> int:
-        """The longest key sequence."""
-        return max(self.k_lengths, default=0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +44,7 @@ class PackedBatch:
     pixel_values: Tensor | None
     """[patches, patch_dim], each prompt's pictures once; None without pictures."""
     image_grid_thw: Tensor | None
-    """[images, 3] int64."""
+    """[images, 3] int64, on the host."""
     image_digests: tuple[bytes, ...]
     """Of each image, `Prompt.image_digests`; of fewer where a prompt has none."""
     layout: SharedPrefixLayout
@@ -101,8 +68,8 @@ class PackedBatch:
     """Of each completion: index of its group in what was packed, and its index in the group."""
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """A copy whose tensors are on `device`."""
-        return _moved(self, device)
+        """A copy whose tensors, but for the grids, are on `device`."""
+        return replace(_moved(self, device), image_grid_thw=self.image_grid_thw)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """[N] values to one tensor [C] per completion, in the order of `owners`; `cu_seqlens` must be on the CPU."""
@@ -249,16 +216,11 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         weights=torch.cat([group.token_weights[i] for group, i in sequences] or [none]),
         mask=torch.cat([group.masks[i] for group, i in sequences] or [none.bool()]),
         advantages=torch.stack([group.advantages[i] for group, i in sequences]) if sequences else none,
-        cu_seqlens=_offsets([len(group.completions[i].token_ids) for group, i in sequences]).long(),
+        cu_seqlens=offsets([len(group.completions[i].token_ids) for group, i in sequences]).long(),
         sampling_logprobs=torch.cat([group.completions[i].sampling_logprobs for group, i in sequences] or [none]),
         old_logprobs=torch.cat(old) if old else None,
         owners=owners,
     )
-
-
-def _offsets(lengths: Sequence[int]) -> Tensor:
-    """[n + 1] int32."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _moved(record: Any, device: torch.device) -> Any:
@@ -266,8 +228,9 @@ def _moved(record: Any, device: torch.device) -> Any:
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
-            pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
-            changed[field.name] = pinned.to(device, non_blocking=True)  # of unpinned memory it would wait
-        elif isinstance(value, (SharedPrefixLayout, Segments)):
+            changed[field.name] = moved(value, device)
+        elif isinstance(value, Segments):
+            changed[field.name] = value.to(device)
+        elif isinstance(value, SharedPrefixLayout):
             changed[field.name] = _moved(value, device)
     return replace(record, **changed)

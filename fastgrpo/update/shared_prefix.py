@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fastgrpo_kernels import merge_attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from fastgrpo.update.attention import Backend, pick_attention
+from fastgrpo.model.attention import Backend, pick_attention
 from fastgrpo.update.packing import SharedPrefixLayout
 
 NAME = "fastgrpo_shared_prefix"
@@ -64,14 +65,15 @@ class _SharedPrefixAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, backend: Backend
     ) -> Tensor:
         p = layout.prompt_tokens
-        out, lse = backend.forward(q[:p], k[:p], v[:p], layout.prompts, True, scale)  # [P, H, D], [H, P]
-        if len(q) > p:
-            own, own_lse = backend.forward(q[p:], k[p:], v[p:], layout.completions, True, scale)
-            read, read_lse = backend.forward(q[p:], k[:p], v[:p], layout.across, False, scale)
-            merged_lse = torch.logaddexp(own_lse, read_lse)  # [H, T − P]
-            # In lse's dtype, float32 for half precision: the sum is rounded once.
-            merged = own * _shares(own_lse, merged_lse) + read * _shares(read_lse, merged_lse)
-            out, lse = torch.cat([out, merged.to(out.dtype)]), torch.cat([lse, merged_lse], dim=1)
+        seen, seen_lse = backend.forward(q[:p], k[:p], v[:p], layout.prompts, True, scale)  # [P, H, D], [H, P]
+        if len(q) == p:
+            out, lse = seen, seen_lse
+        else:
+            own = backend.forward(q[p:], k[p:], v[p:], layout.completions, True, scale)
+            read = backend.forward(q[p:], k[:p], v[:p], layout.across, False, scale)
+            out, lse = torch.empty_like(q), seen_lse.new_empty(q.shape[1], len(q))
+            out[:p], lse[:, :p] = seen, seen_lse
+            merge_attention(*own, *read, out[p:], lse[:, p:])
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
         return out
@@ -94,14 +96,13 @@ class _SharedPrefixAttention(torch.autograd.Function):
         if len(q) > p:
             dq_own, dk_own, dv_own = gradients(completions, completions, layout.completions, True)
             dq_read, dk_read, dv_read = gradients(completions, prompts, layout.across, False)
-            dq = torch.cat([dq, dq_own + dq_read])
-            dk, dv = torch.cat([dk + dk_read, dk_own]), torch.cat([dv + dv_read, dv_own])
+            prompt = dq, dk, dv
+            dq, dk, dv = (torch.empty_like(whole) for whole in (q, k, v))
+            dq[:p], dk[p:], dv[p:] = prompt[0], dk_own, dv_own
+            torch.add(dq_own, dq_read, out=dq[p:])
+            torch.add(prompt[1], dk_read, out=dk[:p])
+            torch.add(prompt[2], dv_read, out=dv[:p])
         return dq, dk, dv, None, None, None
-
-
-def _shares(part_lse: Tensor, whole_lse: Tensor) -> Tensor:
-    """[T, H, 1]: how much of the softmax lies on a part of the keys."""
-    return (part_lse - whole_lse).exp().T[..., None]
 
 
 def _attention_function(

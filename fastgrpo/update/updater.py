@@ -15,11 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastgrpo.model.families import is_multimodal, unwrap
+from fastgrpo.model.fused_vision import fused_vision
+from fastgrpo.model.half_weights import half_weights
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import SamplingMismatch, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference, update_result
+from fastgrpo.update.fused_text import fused_text
 from fastgrpo.update.packed_forward import dummy_image_prompt, packed_logprobs, require_packed_support
 from fastgrpo.update.packing import PackedBatch, idle_batch, pack
 from fastgrpo.update.shared_prefix import shared_prefix_layers
@@ -52,7 +55,7 @@ class PackedUpdater:
         """
         Args:
             token_budget: input tokens of a micro-batch, prompts counted once.
-            attn_backend: see `fastgrpo.update.attention`.
+            attn_backend: see `fastgrpo.model.attention`.
             logprob_bytes: scratch of the LM head, see `linear_logprob`; None: by what is free.
             vision_cache: where to keep what the model's frozen vision tower sees; the sampler may share it.
 
@@ -155,7 +158,15 @@ class PackedUpdater:
     @contextmanager
     def _fast_layers(self) -> Iterator[None]:
         models = [unwrap(model) for model in (self.model, self.reference_model) if model is not None]
-        with shared_prefix_layers(*models), patches_by_matmul(*map(vision_tower, models)):
+        towers = [vision_tower(model) for model in models]
+        with (
+            shared_prefix_layers(*models),
+            fused_text(*models),
+            fused_vision(*towers, backend=self.attn_backend),
+            patches_by_matmul(*towers),
+            # Gradients that nobody waits for may go their own way; there are none to go without.
+            half_weights(*models, trained=self.model is unwrap(self.model) or not torch.is_grad_enabled()),
+        ):
             yield
 
     @property

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgrpo.model.attention import named_backend, pick_attention
+from fastgrpo.model.segments import Segments
 from fastgrpo.update import shared_prefix
-from fastgrpo.update.attention import named_backend, pick_attention
-from fastgrpo.update.packing import Segments, SharedPrefixLayout
+from fastgrpo.update.packing import SharedPrefixLayout
 from fastgrpo.update.shared_prefix import shared_prefix_attention
 
 GROUPS = {

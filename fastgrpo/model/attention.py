@@ -14,14 +14,15 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo.config import ATTN_BACKENDS
-from fastgrpo.update.packing import Segments
+from fastgrpo.model.segments import Segments
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,51 @@ def _pick(forced: str, device: str, dtype: torch.dtype, head_size: int) -> Backe
     name = next(name for name in possible if possible[name]) if forced == "auto" else forced
     if not possible[name]:
         raise ValueError(f"attn_backend={name!r} cannot serve {device}, {dtype}, heads of {head_size} here: use auto.")
-    logger.info("shared-prefix attention: %s (%s, %s, heads of %d)", name, device, dtype, head_size)
+    logger.info("attention: %s (%s, %s, heads of %d)", name, device, dtype, head_size)
     return named_backend(name)
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q kᵀ scale) v within each sequence; differentiable in q, k and v.
+
+    Args:
+        q: [Tq, H, D].
+        k, v: [Tk, Hkv, D], H a multiple of Hkv.
+        scale: None is 1 / √D.
+        backend: one of `config.ATTN_BACKENDS`.
+
+    Returns:
+        [Tq, H, D].
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    out: Tensor = _VarlenAttention.apply(q, k, v, segments, causal, scale, pick_attention(q, backend))
+    return out
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float, backend: Backend
+    ) -> Tensor:
+        out, lse = backend.forward(q, k, v, segments, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings, ctx.backend = (segments, causal, scale), backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.backend.backward(grad_out.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        return *gradients, None, None, None, None
 
 
 def named_backend(name: str) -> Backend:
@@ -128,8 +172,8 @@ class _Tile(NamedTuple):
 def _tiles(segments: Segments, causal: bool) -> Iterator[_Tile]:
     first = q_start = k_start = 0
     for count in segments.tiles:
-        assert causal or count == 1, "without a causal mask padded keys would be seen"
         lengths = list(segments.q_lengths[first : first + count])
+        assert causal or min(lengths) == max(lengths), "without a causal mask padded keys would be seen"
         q_stop = q_start + sum(lengths)
         k_stop = k_start + sum(segments.k_lengths[first : first + count])
         if q_stop > q_start:

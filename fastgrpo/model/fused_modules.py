@@ -1,0 +1,129 @@
+"""Norms, activations and MLPs of transformers' models in one kernel each, for a while.
+
+Which modules: by their class, in tables. A class that is not in one stays as it is, such as a norm that multiplies by
+1 + weight (Gemma), and so does a module that already has a `forward` of its own.
+
+Under autocast in bfloat16 the norms take and give bfloat16, with their statistics in float32 inside: in layers that
+are fused as a whole the residual stream is then of bfloat16, as it is in the sampler. Under fp16, whose range it might
+leave, it stays in float32.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from fastgrpo_kernels import layer_norm, quick_gelu, rms_norm, swiglu
+from torch import Tensor, nn
+
+from fastgrpo.model.replaced_forward import replaced_forward
+
+logger = logging.getLogger(__name__)
+
+RMS_NORMS = (
+    "Qwen2RMSNorm",
+    "Qwen2VLRMSNorm",
+    "Qwen2_5_VLRMSNorm",
+    "Qwen3RMSNorm",
+    "LlamaRMSNorm",
+    "MistralRMSNorm",
+)
+"""weight · x / √(mean x² + variance_epsilon)."""
+
+GATED_MLPS = ("Qwen2MLP", "Qwen2_5_VLMLP", "Qwen3MLP", "LlamaMLP", "MistralMLP")
+"""down_proj(act_fn(gate_proj(x)) · up_proj(x))."""
+
+SILUS = ("SiLU", "SiLUActivation")
+QUICK_GELUS = ("QuickGELUActivation",)
+
+
+def class_of(module: Any) -> str:
+    """The name of its class if that is transformers' or torch's, else "": others may mean other things by it."""
+    kind = type(module)
+    return kind.__name__ if kind.__module__.split(".")[0] in ("transformers", "torch") else ""
+
+
+def stream_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Of the residual stream: bfloat16 under autocast in it, else as it is."""
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.bfloat16 if is_on and torch.get_autocast_dtype(device_type) == torch.bfloat16 else dtype
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Around operations that are handed the dtype they shall compute in."""
+    is_there = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if is_there else nullcontext()
+
+
+def is_known(module: Any, classes: Sequence[str]) -> bool:
+    """Whether it is of one of these classes, with its class's `forward`."""
+    return class_of(module) in classes and "forward" not in vars(module)
+
+
+def is_norm(module: Any) -> bool:
+    """Whether it is a norm that `fused_modules` replaces."""
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return module.weight is not None and module.bias is not None and "forward" not in vars(module)
+    return is_known(module, RMS_NORMS)
+
+
+@contextmanager
+def fused_modules(*roots: Any) -> Iterator[None]:
+    """Meanwhile the modules below these that are known compute in one kernel what takes many; None is passed over.
+
+    Hooks run as before: `__call__` stays. A norm may then be called with a residual, or None in its place, behind its
+    input, and returns (y, input + residual).
+    """
+    modules = {module for root in roots if root is not None for module in root.modules()}
+    fused = [(module, forward) for module in modules if (forward := _fused_forward(module)) is not None]
+    with ExitStack() as stack:
+        for module, forward in fused:
+            stack.enter_context(replaced_forward(module, forward))
+        log_fused([module for module, _ in fused])
+        yield
+
+
+def log_fused(modules: Sequence[Any]) -> None:
+    """Their classes, once for each combination."""
+    if modules:
+        _log(tuple(sorted({type(module).__name__ for module in modules})))
+
+
+@functools.cache
+def _log(names: tuple[str, ...]) -> None:
+    logger.info("fused kernels in %s", ", ".join(names))
+
+
+def _fused_forward(module: Any) -> Callable[..., Any] | None:
+    if is_norm(module):
+        return partial(_layer_norm if type(module) is nn.LayerNorm else _rms_norm, module)
+    if is_known(module, GATED_MLPS) and class_of(module.act_fn) in SILUS:
+        return partial(_gated_mlp, module)
+    return quick_gelu if is_known(module, QUICK_GELUS) else None
+
+
+NO_RESIDUAL = object()
+
+
+def _rms_norm(norm: Any, x: Tensor, residual: Any = NO_RESIDUAL) -> Any:
+    return _normed(lambda x, residual: rms_norm(x, norm.weight, norm.variance_epsilon, residual), x, residual)
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Any = NO_RESIDUAL) -> Any:
+    return _normed(lambda x, residual: layer_norm(x, norm.weight, norm.bias, norm.eps, residual), x, residual)
+
+
+def _normed(norm: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Any) -> Any:
+    """y, or (y, x + residual) where something stands in the residual's place, None for none."""
+    given = isinstance(residual, Tensor)
+    wider = torch.promote_types(x.dtype, residual.dtype) if given and residual.dtype != x.dtype else x.dtype
+    dtype = stream_dtype(wider, x.device.type)
+    found = norm(x.to(dtype), residual.to(dtype) if given else None)
+    return found[0] if residual is NO_RESIDUAL else found
+
+
+def _gated_mlp(mlp: Any, x: Tensor) -> Any:
+    return mlp.down_proj(swiglu(mlp.gate_proj(x), mlp.up_proj(x)))
