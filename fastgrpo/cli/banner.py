@@ -10,11 +10,11 @@ from torch import nn
 from fastgrpo.cli.arguments import ScriptArguments
 from fastgrpo.cli.chat_models import chat_warning
 from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.model.attention import pick_attention
 from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.training.live_figures import compute_dtype
 from fastgrpo.training.trainer import GRPOTrainer
-from fastgrpo.update.attention import pick_attention
 from fastgrpo.update.updater import PackedUpdater
 
 

@@ -151,7 +151,7 @@ def test_a_frozen_reference_of_half_precision_says_what_the_policy_says(build: A
     assert {dtypes[name] for name in dtypes if "proj" in name and name.endswith("weight")} == {torch.bfloat16}
     assert {dtypes[name] for name in dtypes if "layernorm" in name or "embed_tokens" in name} == {torch.float32}
     trainer.train()
-    assert kl_of(tmp_path / "half") == [0.0]  # not a rounding apart
+    assert kl_of(tmp_path / "half")[0] < 1e-12  # not a rounding of half precision apart, which squares to 1e-6
 
 
 def test_a_reference_that_moves_stays_in_float32(build: Any) -> None:
