@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastgrpo_kernels import LossOutput, LossParams, Surrogate, grpo_loss, reference
 from fastgrpo_kernels.types import Level
+from rounding import assert_within, of_terms, unit
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,19 +96,79 @@ def results(op: Any, params: LossParams, data: dict[str, Any]) -> dict[str, Tens
     return {name: values.double() for name, values in found.items()}
 
 
-def check(params: LossParams, data: dict[str, Any], tolerance: float = 2e-6) -> None:
-    """Triton's error is at most twice the reference's in float32, plus a tolerance relative to the largest value."""
+def rounding_bounds(params: LossParams, data: dict[str, Any]) -> dict[str, Tensor]:
+    """How far each result may be off in float32, to first order: sums in any order, a few roundings a token."""
+    u, mask, lengths = unit(torch.float32), data.get("mask"), data["cu_seqlens"].diff()
+    logprob, count = data["logprobs"].double(), len(data["logprobs"])
+    mask = torch.ones(count, dtype=torch.bool, device=DEVICE) if mask is None else mask
+    owner = torch.arange(len(lengths), device=DEVICE).repeat_interleave(lengths)
+
+    def given(name: str, otherwise: Tensor) -> Tensor:
+        return (data[name].double() if data.get(name) is not None else otherwise) * mask
+
+    def by_sequence(values: Tensor) -> Tensor:
+        """Each token gets its sequence's sum."""
+        return torch.zeros(len(lengths), dtype=torch.float64, device=DEVICE).index_add_(0, owner, values)[owner]
+
+    logprob, ones = logprob * mask, torch.ones_like(logprob)
+    weight, scale, advantage = given("weights", ones), given("policy_scale", ones).abs(), data["advantages"].double()
+    advantage = advantage[owner].abs()
+    log_ratio = logprob - given("old_logprobs", logprob)
+    log_ratio_off = u * log_ratio.abs()
+    if params.level == "sequence":
+        counted = by_sequence(mask.double()).clamp(min=1)
+        mean_size, terms = by_sequence(log_ratio.abs()) / counted, of_terms(count) + 4 * u
+        log_ratio, log_ratio_off = by_sequence(log_ratio) / counted, terms * mean_size
+    ratio = log_ratio.clamp(-60, 60).exp()
+    ratio_off = ratio * (log_ratio_off + 4 * u)
+    d = (given("ref_logprobs", logprob) - logprob).clamp(-20, 20)
+    kl = d.expm1() - d
+    slope, slope_off = d.expm1().abs(), u * (d.abs() * d.exp() + 4 * (d.expm1().abs() + d.abs()))
+    kl_off = slope_off * d.abs().clamp(max=1) + 4 * u * (d.expm1().abs() + d.abs())
+    if params.kl_bias_correction:
+        kl_off, slope_off = kl_off * ratio + kl * ratio_off, slope_off * ratio + slope * ratio_off
+        kl, slope = kl * ratio, slope * ratio + kl * ratio
+
+    tau = params.sapo_temperature_pos + params.sapo_temperature_neg
+    size = advantage * (ratio + 4)  # at least the surrogate's, and its slope's by the log ratio
+    off = advantage * (1 + tau * ratio) * (ratio_off + 8 * u * (ratio + 4))
+    if params.surrogate == "cispo":
+        size, off = size * (1 + logprob.abs()), off * (1 + logprob.abs())
+    bounds = (1 - params.epsilon_low, params.epsilon_high, 1 + params.epsilon_high, params.delta or math.inf)
+    undecided = sum((ratio - bound).abs() <= 2 * ratio_off for bound in bounds) > 0  # clipped or not
+    undecided = (undecided & mask).double()
+    off_by_ratio = weight * scale * (off + undecided * size)
+
+    entropy = given("entropy", torch.zeros_like(ones)).abs()
+    bonus = given("entropy_weights", torch.zeros_like(ones)).abs()
+    total = weight * (scale * size + params.beta * kl) + bonus * entropy
+    gradient_off = off_by_ratio + weight * params.beta * (slope_off + kl_off + 8 * u * slope)
+    if params.level == "sequence":
+        through = weight * (scale * size + params.beta * kl)
+        mean_off = by_sequence(off_by_ratio + weight * params.beta * kl_off + (of_terms(count) + 8 * u) * through)
+        gradient_off = gradient_off + mean_off / counted
+    flags = undecided.sum()
+    return {
+        "loss": (weight * (scale * off + params.beta * kl_off)).sum() + (of_terms(count) + 8 * u) * total.sum(),
+        "logprobs.grad": gradient_off,
+        "entropy.grad": 2 * u * bonus,
+        "token_count": torch.zeros(()),
+        "clip_count": torch.zeros(()),
+        "kl_sum": kl_off.sum() + of_terms(count) * kl.sum(),
+        "entropy_sum": of_terms(count) * entropy.sum(),
+        **{f"clip_{name}_sum": flags + 4 * u * count for name in ("low", "high", "region")},
+        **{f"clip_{name}": flags + 4 * u for name in ("low_seq_min", "high_seq_max")},
+    }
+
+
+def check(params: LossParams, data: dict[str, Any]) -> None:
+    """Every result is the reference's in float64, up to rounding."""
     exact = results(reference.grpo_loss, params, copy(data, torch.float64))
-    plain = results(reference.grpo_loss, params, copy(data))
     actual = results(triton_loss, params, copy(data))
+    bounds = rounding_bounds(params, data)
     assert actual.keys() == exact.keys()
     for name, expected in exact.items():
-        if not expected.numel() or not expected.isfinite().all():
-            assert torch.equal(actual[name], expected), name
-            continue
-        scale = expected.abs().max().clamp(min=1e-2)
-        error = (actual[name] - expected).abs().max()
-        assert error <= 2 * (plain[name] - expected).abs().max() + tolerance * scale, name
+        assert_within(actual[name], expected, bounds[name], name)
 
 
 def test_the_cases_pair_every_two_values() -> None:
@@ -117,7 +178,7 @@ def test_the_cases_pair_every_two_values() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-def test_every_option_is_as_exact_as_the_reference(case: dict[str, Any]) -> None:
+def test_every_option_is_the_reference_up_to_rounding(case: dict[str, Any]) -> None:
     options = {n: v for n, v in case.items() if n not in (*OPTIONAL, "lengths")}
     data = batch(case["lengths"])
     needed = {"ref_logprobs"} if case["beta"] else set()
@@ -212,7 +273,7 @@ def test_zero_advantages_teach_nothing(params: LossParams) -> None:
 
 @pytest.mark.parametrize("level", get_args(Level))
 def test_many_tokens(level: Level) -> None:
-    check(LossParams(level=level, beta=0.1), batch([40_000, 1, 26_000]), tolerance=1e-5)
+    check(LossParams(level=level, beta=0.1), batch([40_000, 1, 26_000]))
 
 
 @each_variant

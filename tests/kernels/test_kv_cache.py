@@ -7,6 +7,7 @@ import pytest
 import torch
 from fastgrpo_kernels import reference, rope_and_cache
 from fastgrpo_kernels.backend import Backend
+from rounding import assert_within, unit
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,6 +28,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = x.double(), cos.double()[:, None], sin.double()[:, None]
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def rotated_sizes(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """|x·cos| + |rotate_half(x)·sin|: what rounding errors are relative to."""
+    low, high = sin.abs().chunk(2, dim=-1)
+    return rotated(x.abs(), cos.abs(), torch.cat((-low, high), dim=-1))
 
 
 def packed(
@@ -85,10 +92,8 @@ def test_half_precision_is_rounded_once(implementation: str, angle_dtype: torch.
     slots = torch.arange(9, device=DEVICE)
     output = rotate(implementation, query, key, value, cos, sin, *caches, slots)
     assert output.dtype == torch.float16
-    low, high = query.chunk(2, dim=-1)
-    plain = query * cos[:, None].half() + torch.cat((-high, low), dim=-1) * sin[:, None].half()
-    exact = rotated(query, cos, sin)
-    assert (output - exact).abs().max() <= (plain - exact).abs().max() + 1e-3
+    exact, sizes = rotated(query, cos, sin), rotated_sizes(query, cos, sin)
+    assert_within(output, exact, 3 * unit(angle_dtype) * sizes + unit(torch.float16) * exact.abs())
 
 
 @pytest.mark.gpu

@@ -1,18 +1,17 @@
-"""The sampler in bfloat16, on a CPU: as near to exact arithmetic as transformers is in the same dtype."""
+"""The sampler in bfloat16, on a CPU: as near to exact arithmetic as that dtype allows."""
 
 import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
+from rounding import PRODUCTS, RoundedAtRandom
 
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.types import Completion, SamplingParams
 
 GREEDY = SamplingParams(72, temperature=0.0)
 DRAWN = SamplingParams(24, temperature=1.0, seed=4)
-TIE = 0.05
-"""Logits this near, computed exactly, may change places: each may be off by some 0.03."""
 
 
 def completions_of(engine: SamplerEngine, family: Any, params: SamplingParams) -> list[tuple[Any, Completion]]:
@@ -20,32 +19,33 @@ def completions_of(engine: SamplerEngine, family: Any, params: SamplingParams) -
     return [(prompt, completion) for prompt, group in groups for completion in group]
 
 
-def test_tokens_and_logprobs_are_as_exact_as_transformers_own(family: Any) -> None:
+def test_tokens_and_logprobs_are_exact_up_to_rounding(family: Any) -> None:
     """Against the same bfloat16 weights computed with in float32, on the tokens that the sampler drew.
 
-    Greedy tokens are transformers' best in 98 % of places, and elsewhere tied; log-probs are off by at most 0.06
-    (measured: 0.035), and on average by no more than 1.25 times what transformers' are (measured: 0.92 to 1.04 times).
+    Log-probs are no further off than transformers' in float32 with products and residual sums rounded to bfloat16 at
+    random. Greedy tokens are the best, or tied with them up to what such rounding does to two logits.
     """
     half = replace(family, model=copy.deepcopy(family.model).bfloat16())
     exact = replace(half, model=copy.deepcopy(half.model).float())
     engine = half.engine(stops=False)
     assert engine.decoder.dtype == torch.bfloat16
-    same, ours, theirs = [], [], []
+    errors, allowed, behind, ties = [], [], [], []
     for params in (GREEDY, DRAWN):
         for prompt, completion in completions_of(engine, half, params):
             chosen = completion.token_ids[:, None]
-            truth, plain = (side.logits(prompt, completion.token_ids) for side in (exact, half))
-            known = truth.log_softmax(-1).gather(1, chosen).squeeze(1)
-            ours.append((completion.logprobs - known).abs())
-            theirs.append((plain.log_softmax(-1).gather(1, chosen).squeeze(1) - known).abs())
+            truth = exact.logits(prompt, completion.token_ids)
+            with RoundedAtRandom(torch.bfloat16, PRODUCTS | {"add"}, seed=len(errors)):
+                rounded = exact.logits(prompt, completion.token_ids)
+            known, noisy = (logits.log_softmax(-1).gather(1, chosen).squeeze(1) for logits in (truth, rounded))
+            errors.append((completion.logprobs - known).abs())
+            allowed.append((noisy - known).abs())
             if params is GREEDY:
-                for logits in (truth, plain):
-                    logits[:, half.suppressed] = -torch.inf
-                same.append(plain.argmax(dim=1) == completion.token_ids)
-                assert (truth.amax(dim=1) - truth.gather(1, chosen).squeeze(1)).max() < TIE
-    assert torch.cat(same).double().mean() >= 0.98
-    assert torch.cat(ours).max() <= 0.06
-    assert torch.cat(ours).mean() <= 1.25 * torch.cat(theirs).mean()
+                ties.append(2 * (rounded - truth).abs().max())
+                truth[:, half.suppressed] = -torch.inf
+                behind.append((truth.amax(dim=1) - truth.gather(1, chosen).squeeze(1)).max())
+    assert torch.cat(errors).mean() <= torch.cat(allowed).mean()
+    assert torch.cat(errors).max() <= 1.5 * torch.cat(allowed).max()
+    assert max(behind) <= max(ties)
 
 
 def test_a_float32_policy_is_sampled_in_bfloat16_and_synced(qwen2_vl: Any) -> None:
