@@ -80,7 +80,7 @@ def test_a_wrong_op_is_not_timed(stage: str, op: str, broken: tuple[Any, ...], m
     ("stage", "broken"),
     [
         ("kernels", (attention_sides, "paged_attention")),
-        ("rollout", (fastgrpo.sampler.decoder, "paged_attention")),
+        ("rollout", (fastgrpo.sampler.decoder, "decode_attention")),
         ("update", (fastgrpo.update.updater, "grpo_loss", "loss")),
     ],
 )
@@ -105,8 +105,8 @@ def test_a_step_with_a_wrong_loss_is_timed_and_fails(monkeypatch: pytest.MonkeyP
 def test_a_sync_that_forgets_a_weight_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = fastgrpo.sampler.weight_sync._copy_packed
 
-    def forgets_the_last(modules: Any, weight: Any, bias: Any = None) -> None:
-        right(list(modules)[:-1], weight, bias)
+    def forgets_the_last(modules: Any, *targets: Any) -> None:
+        right(list(modules)[:-1], *targets)
 
     monkeypatch.setattr(fastgrpo.sampler.weight_sync, "_copy_packed", forgets_the_last)
     result = last_of("sync")
