@@ -1,11 +1,13 @@
-"""Decode attention over pages as we and plain torch compute it, behind one signature, and the exact result."""
+"""Decode attention over pages as we and plain torch compute it, alone and with the new tokens' rotation and write."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fastgrpo_kernels import PagedLayout, paged_attention
+from fastgrpo_kernels import PagedLayout, decode_attention, paged_attention
+from rope_sides import rotate
 from torch import Tensor
 
 
@@ -40,18 +42,37 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True)
+class DecodeInputs:
+    """Attention's inputs, and the newest token of each row, which `attention` counts and the caches do not hold yet."""
+
+    attention: AttentionInputs
+    key: Tensor
+    """[B, Hkv, D], like the query not rotated yet."""
+    value: Tensor
+    """The same."""
+    cos: Tensor
+    """[B, D] float32"""
+    sin: Tensor
+    """[B, D] float32"""
+    slots: Tensor
+    """[B] int64: their places in the pages."""
+    places: Tensor
+    """[B] int64: their places in the dense copies."""
+
+
+@dataclass(frozen=True)
 class AttentionSide:
     """One implementation. Decoding has no gradients: both passes are the one there is."""
 
     name: str
-    apply: Callable[[AttentionInputs], Tensor]
-    """Returns [B, Hq, D]."""
+    apply: Callable[[Any], Tensor]
+    """From attention's inputs, or a decode step's, to [B, Hq, D]."""
     forward_only: bool = False
 
-    def forward(self, inputs: AttentionInputs) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor:
         return self.apply(inputs)
 
-    def forward_backward(self, inputs: AttentionInputs) -> Tensor:
+    def forward_backward(self, inputs: Any) -> Tensor:
         return self.apply(inputs)
 
 
@@ -113,6 +134,35 @@ def make_attention_inputs(
     return AttentionInputs(query, keys, values, layout, grouped, dense_keys, dense_values, counts)
 
 
+def make_decode_inputs(shape: AttentionShape, dtype: torch.dtype, device: str) -> DecodeInputs:
+    """The same, with random new tokens."""
+    inputs = make_attention_inputs(shape, dtype, device, grouped=None)
+    key, value = torch.randn(2, shape.rows, shape.kv_heads, shape.width, device=device).to(dtype)
+    angles = torch.rand(shape.rows, shape.width // 2, device=device).mul_(6.28).repeat(1, 2)
+    last = shape.suffix_lens.to(device) - 1
+    tables, size = inputs.layout.suffix_tables.long(), shape.page_size
+    pages = tables.gather(1, (last // size)[:, None]).squeeze(1)
+    places = -(-shape.prefix // size) * size + last
+    return DecodeInputs(inputs, key, value, angles.cos(), angles.sin(), pages * size + last % size, places)
+
+
+def exact_decode(inputs: DecodeInputs) -> Tensor:
+    """[B, Hq, D] float64."""
+    names = ("query", "dense_keys", "dense_values")
+    exact = replace(inputs.attention, **{name: getattr(inputs.attention, name).double() for name in names})
+    return exact_attention(_with_new_tokens(replace(inputs, attention=exact)))
+
+
+def _with_new_tokens(inputs: DecodeInputs) -> AttentionInputs:
+    """Rotates, and writes the dense copies, in their dtype."""
+    attention, dtype = inputs.attention, inputs.attention.query.dtype
+    cos, sin = inputs.cos.to(dtype), inputs.sin.to(dtype)
+    rows = torch.arange(len(inputs.key), device=inputs.key.device)
+    attention.dense_keys[rows, :, inputs.places] = rotate(inputs.key.to(dtype), cos, sin)
+    attention.dense_values[rows, :, inputs.places] = inputs.value.to(dtype)
+    return replace(attention, query=rotate(attention.query, cos, sin))
+
+
 def exact_attention(inputs: AttentionInputs) -> Tensor:
     """[B, Hq, D] float64."""
     scores = inputs.query_heads.double() @ inputs.dense_keys.double().transpose(-1, -2) * inputs.scale
@@ -128,6 +178,27 @@ def attention_errors(result: Tensor, exact: Tensor) -> dict[str, float]:
 def attention_sides() -> list[AttentionSide]:
     """Ours, and torch's attention over each row's own dense copy of its keys, which it is given for nothing."""
     return [AttentionSide("fastgrpo", _ours), AttentionSide("torch", _dense)]
+
+
+def decode_sides() -> list[AttentionSide]:
+    """Ours, and torch's rotation, write and attention over dense copies."""
+    return [AttentionSide("fastgrpo", _our_decode), AttentionSide("torch", lambda x: _dense(_with_new_tokens(x)))]
+
+
+def _our_decode(inputs: DecodeInputs) -> Tensor:
+    attention = inputs.attention
+    return decode_attention(
+        attention.query,
+        inputs.key,
+        inputs.value,
+        inputs.cos,
+        inputs.sin,
+        attention.key_cache,
+        attention.value_cache,
+        inputs.slots,
+        attention.layout,
+        scale=attention.scale,
+    )
 
 
 def _ours(inputs: AttentionInputs) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from device_time import copies_for, kernel_seconds
 from harness import Result, in_fresh_process, paired_ratio, paired_seconds, parser, peak_bytes, print_table, spread
 from kernel_ops import OURS, VOCABULARY, Op, Side, head_shape, ops_of, sides_of
 
@@ -37,6 +38,8 @@ class Measured:
     forward_seconds: list[float] = field(default_factory=list)
     peak: int | None = None
     """Bytes."""
+    not_captured: str = ""
+    """Why its time is of calls one by one, Python's part included, where the others' is of a CUDA graph."""
 
     def record(self, op: Op, floor: float) -> dict[str, Any]:
         """For JSON. `floor`: FLOPs or bytes per second."""
@@ -51,6 +54,8 @@ class Measured:
             "peak_bytes": self.peak,
             "errors": self.errors,
         }
+        if self.not_captured:
+            found["not_captured"] = self.not_captured
         return found | ({"forward_ms": 1e3 * statistics.median(self.forward_seconds)} if self.forward_seconds else {})
 
 
@@ -106,8 +111,7 @@ def bench_shapes(
         inputs = op.make_inputs()
         rows, torch_errors = check_sides(op, sides, inputs, torch_errors)
         right = {side.name: side for side in sides if not rows[side.name].fault}
-        for name, times in _times(right, inputs, "forward_backward", arguments).items():
-            rows[name].seconds = times
+        _time_rows(op, right, rows, inputs, arguments)
         forward_only = {name: side for name, side in right.items() if side.forward_only}
         for name, times in _times(forward_only, inputs, "forward", arguments).items():
             rows[name].forward_seconds = times
@@ -159,6 +163,24 @@ def ratios_of(op: Op, rows: dict[str, Measured]) -> dict[str, float]:
             if row.peak and ours.peak:
                 found[f"{prefix}memory_vs_{row.side}"] = row.peak / ours.peak
     return found
+
+
+def _time_rows(
+    op: Op, sides: dict[str, Side], rows: dict[str, Measured], inputs: Any, arguments: argparse.Namespace
+) -> None:
+    """Both passes. Small ops on a GPU are captured, on inputs that take turns; else a launch is all one sees."""
+    called = sides
+    if arguments.device == "cuda" and op.is_small:
+        copies = [inputs, *(op.make_inputs() for _ in range(copies_for(op.work.amount) - 1))]
+        calls = {name: side.forward_backward for name, side in sides.items()}
+        captured, faults = kernel_seconds(calls, copies, rounds=arguments.rounds)
+        for name, times in captured.items():
+            rows[name].seconds = times
+        for name, fault in faults.items():
+            rows[name].not_captured = fault
+        called = {name: sides[name] for name in faults}
+    for name, times in _times(called, inputs, "forward_backward", arguments).items():
+        rows[name].seconds = times
 
 
 def _times(sides: dict[str, Side], inputs: Any, what: str, arguments: argparse.Namespace) -> dict[str, list[float]]:

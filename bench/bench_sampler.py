@@ -58,10 +58,14 @@ CPU_WORKLOADS = {
     "256 tokens": replace(TINY, new_tokens=256, rounds=3),
     "50M model, 448 px": Workload("50M", patches=32, rounds=2),
 }
-CUDA_WORKLOADS = {
-    f"2B, B={rows}": Workload("2B", prompts=rows // 8, text_tokens=(444,), patches=32, new_tokens=324, rounds=3)
-    for rows in (8, 64, 256, 512)
-}
+
+
+def paper_workload(rows: int) -> Workload:
+    """Groups of 8 on 700-token prompts, 324 new tokens."""
+    return Workload("2B", prompts=rows // 8, text_tokens=(444,), patches=32, new_tokens=324, rounds=3)
+
+
+CUDA_WORKLOADS = {f"2B, B={rows}": paper_workload(rows) for rows in (8, 64, 256, 512)}
 TEXT: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4},
     "50M": {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
@@ -129,9 +133,9 @@ class NoTexts:
         return [""] * len(sequences)
 
 
-def build_engine(model: Any, **options: Any) -> SamplerEngine:
+def build_engine(model: Any, dtype: torch.dtype | None = None, **options: Any) -> SamplerEngine:
     model.generation_config.eos_token_id = None
-    engine = SamplerEngine(model, NoTexts(), options=SamplerOptions(max_rows=1024, **options))
+    engine = SamplerEngine(model, NoTexts(), options=SamplerOptions(max_rows=1024, **options), dtype=dtype)
     engine.sync()
     return engine
 

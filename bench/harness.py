@@ -147,6 +147,21 @@ def _resident_bytes(name: str) -> int:
     raise AssertionError(f"/proc/self/status has no {name}")
 
 
+def compute_dtype(device: str) -> torch.dtype:
+    """What the benchmarks compute in."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def process_age() -> float:
+    """Seconds since this process was started, the imports before the first line of ours included; 0 without /proc."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()
+        booted = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return booted - int(fields[19]) / os.sysconf("SC_CLK_TCK")  # the 22nd of all: starttime
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's and how many threads torch uses of it."""
     if device == "cuda":

@@ -1,15 +1,24 @@
 """What the kernels' benchmarks measure: each op's inputs, sides, exact results and work, in one record."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from attention_sides import AttentionShape, attention_errors, attention_sides, exact_attention, make_attention_inputs
+from attention_sides import (
+    AttentionShape,
+    attention_errors,
+    attention_sides,
+    decode_sides,
+    exact_attention,
+    exact_decode,
+    make_attention_inputs,
+    make_decode_inputs,
+)
 from head_sides import exact_head, head_errors, head_sides, make_head_inputs
 from loss_sides import exact_loss, loss_errors, loss_sides, make_loss_inputs
 from rope_sides import exact_rope, make_rope_inputs, rope_errors, rope_sides
-from sample_sides import exact_sample, make_sample_inputs, sample_errors, sample_sides
+from sample_sides import SETTINGS, exact_sample, make_sample_inputs, sample_errors, sample_sides
 
 OURS = ("fastgrpo", "fastgrpo_recompute")
 ERROR_OVER_TORCH, ERROR_OVER_TORCH_PEERS = 1.1, 10.0
@@ -53,6 +62,8 @@ class Op:
     tolerance: float
     """Error that any implementation in this dtype may make."""
     work: Work
+    is_small: bool = True
+    """A few kernels that take less than their launches do."""
 
     def fault(self, name: str, errors: dict[str, float], torch_errors: dict[str, float]) -> str:
         """What is wrong with side `name`, if anything."""
@@ -71,6 +82,7 @@ def sides_of(op_name: str, device: str) -> tuple[list[Any], dict[str, str]]:
     others: dict[str, Callable[[], list[Any]]] = {
         "loss": loss_sides,
         "attention": attention_sides,
+        "decode_attention": decode_sides,
         "rope": rope_sides,
         "sample": sample_sides,
     }
@@ -90,6 +102,7 @@ def head_op(tokens: int, hidden_size: int, vocabulary: int, dtype: torch.dtype, 
         tolerance=1e-5 if dtype == torch.float32 else 1e-3,
         # What is computed twice counts once: logits, dX and dW.
         work=Work(6.0 * tokens * hidden_size * vocabulary, "gemm"),
+        is_small=False,
     )
 
 
@@ -124,6 +137,17 @@ def attention_op(shape: AttentionShape, dtype: torch.dtype, device: str, grouped
         errors=attention_errors,
         tolerance=1e-5 if dtype == torch.float32 else 1e-3,
         work=Work(float(shape.read_bytes(dtype)), "copy"),
+    )
+
+
+def decode_op(shape: AttentionShape, dtype: torch.dtype, device: str) -> Op:
+    """`decode_attention`: the same with the new tokens' rotation and write, as a decode step calls it."""
+    alone = attention_op(shape, dtype, device)
+    return replace(
+        alone,
+        name="decode_attention",
+        make_inputs=lambda: make_decode_inputs(shape, dtype, device),
+        exact=exact_decode,
     )
 
 
@@ -177,15 +201,18 @@ def ops_of(device: str, scale: str) -> list[Op]:
 def decode_ops(device: str, scale: str) -> list[Op]:
     """The ops of a decode step: Qwen2-VL-2B's sizes on a GPU, a small model's on a CPU."""
     if device == "cuda" and scale == "full":
-        shapes = [AttentionShape(rows, 8, 700, 324) for rows in (256, 64, 512, 8)]
-        attention = [attention_op(shape, torch.bfloat16, device) for shape in shapes]
-        attention += [attention_op(shapes[0], torch.bfloat16, device, grouped) for grouped in (True, False)]
+        shapes = [AttentionShape(rows, 8, 700, 324) for rows in (64, 256, 512, 8)]
+        decode = [decode_op(shape, torch.bfloat16, device) for shape in shapes]
+        attention = [attention_op(shapes[1], torch.bfloat16, device, grouped) for grouped in (None, True, False)]
         rope = [rope_op(rows, 12, 2, 128, torch.bfloat16, device) for rows in (256, 64)]
-        settings = [(256, "plain"), (64, "plain"), (512, "plain"), (256, "filtered"), (256, "greedy")]
-        return [*attention, *rope, *(sample_op(rows, VOCABULARY, setting, device) for rows, setting in settings)]
+        settings = [(64, "top_k"), (256, "top_k"), (64, "plain"), (256, "plain"), (256, "filtered"), (256, "greedy")]
+        samples = [sample_op(rows, VOCABULARY, setting, device) for rows, setting in settings]
+        return [*decode, *samples, *attention, *rope]
     rows, vocabulary = (8, 1000) if scale == "tiny" else (32, 4096)
+    shape = AttentionShape(rows, 4, 40, 24, 4, 2, 32)
     return [
-        attention_op(AttentionShape(rows, 4, 40, 24, 4, 2, 32), torch.float32, device),
+        decode_op(shape, torch.float32, device),
+        attention_op(shape, torch.float32, device),
         rope_op(rows, 4, 2, 32, torch.float32, device),
-        *(sample_op(rows, vocabulary, setting, device) for setting in ("plain", "filtered", "greedy")),
+        *(sample_op(rows, vocabulary, setting, device) for setting in SETTINGS),
     ]

@@ -76,7 +76,7 @@ def make_rope_inputs(tokens: int, heads: int, kv_heads: int, width: int, dtype: 
 
 def exact_rope(inputs: RopeInputs) -> RopeResult:
     """float64."""
-    query, key = (_rotate(x.double(), inputs.cos.double(), inputs.sin.double()) for x in (inputs.query, inputs.key))
+    query, key = (rotate(x.double(), inputs.cos.double(), inputs.sin.double()) for x in (inputs.query, inputs.key))
     written = []
     for caches, entries in ((inputs.key_caches, key), (inputs.value_caches, inputs.value.double())):
         flat = torch.full_like(caches[0].flatten(0, 1), torch.nan, dtype=torch.float64)
@@ -107,11 +107,12 @@ def _ours(inputs: RopeInputs, keys: Tensor, values: Tensor) -> Tensor:
 
 def _plain(inputs: RopeInputs, keys: Tensor, values: Tensor) -> Tensor:
     cos, sin = inputs.cos.to(inputs.query.dtype), inputs.sin.to(inputs.query.dtype)
-    keys.flatten(0, 1).index_copy_(0, inputs.slots, _rotate(inputs.key, cos, sin))
+    keys.flatten(0, 1).index_copy_(0, inputs.slots, rotate(inputs.key, cos, sin))
     values.flatten(0, 1).index_copy_(0, inputs.slots, inputs.value)
-    return _rotate(inputs.query, cos, sin)
+    return rotate(inputs.query, cos, sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, heads, D] by angles [T, D], in the dtype they are all in."""
     low, high = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]

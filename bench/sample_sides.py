@@ -10,6 +10,7 @@ from torch import Tensor
 
 SETTINGS = {
     "plain": SampleParams(),
+    "top_k": SampleParams(top_k=50),
     "filtered": SampleParams(0.7, top_k=50, top_p=0.9, min_p=0.05),
     "greedy": SampleParams(temperature=0.0),
 }
@@ -111,7 +112,7 @@ def sample_errors(result: Drawn, exact: ExactSample) -> dict[str, float]:
 
 
 def sample_sides() -> list[SampleSide]:
-    """Ours, and plain torch with `multinomial`."""
+    """Ours, and plain torch."""
     return [SampleSide("fastgrpo", _ours), SampleSide("torch", _plain)]
 
 
@@ -126,7 +127,10 @@ def _ours(inputs: SampleInputs) -> SampleOutput:
 
 
 def _plain(inputs: SampleInputs) -> SampleOutput:
-    """As trainers write it: filters one after the other, a softmax, a draw, two log-softmaxes."""
+    """As trainers write it: filters one after the other, a softmax, a draw, two log-softmaxes.
+
+    The draw is what `multinomial` computes, without its checks of the weights, which wait for the device.
+    """
     params = inputs.params
     tempered = inputs.logits / (params.temperature or 1.0)
     scores = tempered.masked_fill(inputs.suppressed, -torch.inf)
@@ -142,6 +146,7 @@ def _plain(inputs: SampleInputs) -> SampleOutput:
         weights = scores.softmax(dim=-1)
         scores = scores.masked_fill(weights < params.min_p * weights.amax(dim=-1, keepdim=True), -torch.inf)
     greedy = params.temperature == 0
-    tokens = scores.argmax(dim=-1, keepdim=True) if greedy else scores.softmax(dim=-1).multinomial(1)
+    drawn_from = scores if greedy else scores.softmax(dim=-1) / torch.empty_like(scores).exponential_()
+    tokens = drawn_from.argmax(dim=-1, keepdim=True)
     full, kept = (x.log_softmax(dim=-1).gather(1, tokens).squeeze(1) for x in (tempered, scores))
     return SampleOutput(tokens.squeeze(1), full, kept)

@@ -23,20 +23,21 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from fastgrpo_profiling.worker import claim_stdout
-from harness import Result, command, commit, device_name, now, parser, print_table, versions
-from stages import STAGES, NotHereError, Stage
+from harness import Result, command, commit, device_name, now, parser, print_table, process_age, versions
+from stages import STAGES, NotHereError, Stage, Task, table
 
 RESULTS = Path(__file__).parent / "results"
 SLACK = 3.0
 """How many times its expected time a stage may take, where time is left."""
 LEAST_LIMIT = 120.0
 """Seconds that any stage may take, where time is left."""
-KERNELS_ALONE = ("environment", "ceilings", "kernels", "head", "decode_ops")
+KERNELS_ALONE = ("environment", "kernels", "head", "decode_ops")
 """Stages that import nothing of `fastgrpo`."""
 FASTGRPO_NEEDS = ("accelerate", "jinja2", "matplotlib", "peft", "PIL", "pyarrow", "xxhash")
 """What `fastgrpo` imports at once and a machine that came with PyTorch and transformers may lack."""
@@ -90,7 +91,8 @@ class ResultsFile:
         """Writes the file anew."""
         self.stages[name] = asdict(record)
         order = [stage.name for stage in STAGES]
-        ran = {name: self.stages[name] for name in sorted(self.stages, key=order.index)}
+        known = sorted(set(self.stages) & set(order), key=order.index)
+        ran = {name: self.stages[name] for name in [*known, *(self.stages.keys() - set(order))]}
         faults = [name for name, one in ran.items() if one["status"] not in ("passed", "skipped")]
         whole = {
             **self.header,
@@ -112,9 +114,10 @@ class ResultsFile:
 
 
 def main() -> int:
+    began = time.monotonic() - process_age()
     options = _parser().parse_args()
     if options.stage:
-        return be_stage(options.stage, options.scale, options.device)
+        return be_stage(options.stage, Task(options.scale, options.device, tuple(options.rows)))
     try:
         chosen = chosen_stages(options)
         path = Path(options.out) if options.out else default_path(options.device)
@@ -122,11 +125,14 @@ def main() -> int:
     except ValueError as error:
         print(f"suite: {error}", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline = began + 60 * options.minutes
     ran: dict[str, Record] = {}
-    for stage in chosen:
-        ran[stage.name] = run_stage(stage, options, deadline, results)
-        record = ran[stage.name]
+    process = None
+    for stage, following in zip_longest(chosen, chosen[1:]):
+        current = process or start_stage(stage.name, options, results.log)
+        early = following is not None and starts_early(options.device)
+        process = start_stage(following.name, options, results.log) if early else None
+        record = ran[stage.name] = run_stage(stage, current, options, deadline, results)
         note = record.note.splitlines()[-1][:200] if record.note else ""
         print(f"{stage.name}: {record.status}, {record.seconds:.0f} s {note}".strip(), flush=True)
     ratios = {f"{name}: {ratio}": round(x, 3) for name, one in ran.items() for ratio, x in one.ratios.items()}
@@ -142,6 +148,11 @@ def main() -> int:
         "seconds": {name: round(one.seconds) for name, one in ran.items()},
     }
     return result.finish()
+
+
+def starts_early(device: str) -> bool:
+    """Whether a stage imports what it needs, many seconds of a GPU's time, while the one before it still runs."""
+    return device == "cuda"
 
 
 def chosen_stages(options: argparse.Namespace) -> list[Stage]:
@@ -171,36 +182,51 @@ def default_path(device: str) -> Path:
     return RESULTS / f"{name.removeprefix('nvidia-')}-{now()[:10]}.json"
 
 
-def run_stage(stage: Stage, options: argparse.Namespace, deadline: float, results: ResultsFile) -> Record:
-    """Starts the stage's process, takes down what it yields, and ends it when its time is up."""
+def run_stage(
+    stage: Stage,
+    process: "subprocess.Popen[str]",
+    options: argparse.Namespace,
+    deadline: float,
+    results: ResultsFile,
+) -> Record:
+    """Tells the stage's process to begin, takes down what it yields, and ends it when its time is up."""
     record = Record("running", commit=commit(), command=command())
-    left, expected = deadline - time.monotonic(), stage.expected_seconds(options.scale)
-    if left < expected:
-        record.status = "skipped"
-        record.note = f"takes some {expected} s, {max(left, 0):.0f} s are left"
-        if stage.name not in results.stages:
-            results.put(stage.name, record)
-        return record
-    results.put(stage.name, record)
-    start, limit = time.monotonic(), min(left, max(LEAST_LIMIT, SLACK * expected))
-    with results.log.open("a+", errors="replace") as log:
-        began = log.tell()
-        with start_stage(stage.name, options, log) as process:
-            timer = threading.Timer(limit, end, [process])
-            timer.start()
-            try:
-                listen(process, record, lambda: results.put(stage.name, record))
-                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            finally:
-                timer.cancel()
-                end(process)  # also what it left running
-        record.seconds = time.monotonic() - start
-        if record.status == "running":
-            log.seek(began)
-            is_late = record.seconds >= limit
-            record.status, record.note = verdict(record, process.returncode, is_late, log.read())
+    left = deadline - time.monotonic()
+    expected = stage.expected_seconds(options.scale, results.header["device"])
+    with process:
+        if left < expected:
+            end(process)
+            record.status = "skipped"
+            record.note = f"takes some {expected} s, {max(left, 0):.0f} s are left"
+            if stage.name not in results.stages:
+                results.put(stage.name, record)
+            return record
+        results.put(stage.name, record)
+        start, limit = time.monotonic(), min(left, max(LEAST_LIMIT, SLACK * expected))
+        printed = results.log.stat().st_size
+        timer = threading.Timer(limit, end, [process])
+        timer.start()
+        try:
+            begin(process)
+            listen(process, record, lambda: results.put(stage.name, record))
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        finally:
+            timer.cancel()
+            end(process)  # also what it left running
+    record.seconds = time.monotonic() - start
+    if record.status == "running":
+        with results.log.open(errors="replace") as log:
+            log.seek(printed)
+            record.status, record.note = verdict(record, process.returncode, record.seconds >= limit, log.read())
     results.put(stage.name, record)
     return record
+
+
+def begin(process: "subprocess.Popen[str]") -> None:
+    """Lets a stage's process, which has imported what it needs, run."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        os.write(process.stdin.fileno(), b"\n")  # past the buffer, which closing would try to write again
 
 
 def listen(process: "subprocess.Popen[str]", record: Record, found_more: Callable[[], None]) -> None:
@@ -227,18 +253,20 @@ def verdict(record: Record, code: int, is_late: bool, said: str) -> tuple[str, s
     return ("failed", f"wrong: {', '.join(wrong)}") if wrong else ("passed", "")
 
 
-def start_stage(name: str, options: argparse.Namespace, log: IO[str]) -> "subprocess.Popen[str]":
-    """A process group of its own, so that whatever it starts ends with it."""
+def start_stage(name: str, options: argparse.Namespace, log: Path) -> "subprocess.Popen[str]":
+    """A process group of its own, so that whatever it starts ends with it. It imports what it needs, then waits."""
     flags = ["--stage", name, "--device", options.device, "--scale", options.scale]
-    return subprocess.Popen(
-        [sys.executable, __file__, *flags],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a machine without a network would wait for one
-    )
+    flags += ["--rows", *map(str, options.rows)]
+    with log.open("a") as printed:
+        return subprocess.Popen(
+            [sys.executable, __file__, *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},  # a machine without a network would wait for one
+        )
 
 
 def end(process: "subprocess.Popen[str]") -> None:
@@ -247,19 +275,29 @@ def end(process: "subprocess.Popen[str]") -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def be_stage(name: str, scale: str, device: str) -> int:
+def be_stage(name: str, task: Task) -> int:
     """In the stage's process: a line of JSON for each yield; all else that is printed goes to standard error."""
     answers = claim_stdout()
-    if os.getpgrp() == os.getpid():  # as `start_stage` starts it
-        threading.Thread(target=_end_with_suite, daemon=True).start()
     stage = next(stage for stage in STAGES if stage.name == name)
 
     def answer(found: dict[str, Any]) -> None:
         answers.write(json.dumps(found) + "\n")
         answers.flush()
 
+    failure, run = None, None
     try:
-        for result in stage.load()(scale, device):
+        run = stage.load()
+    except Exception as error:  # told when it is this stage's turn
+        failure = error
+    if not os.read(0, 1):
+        return 0  # the suite has ended
+    if os.getpgrp() == os.getpid():  # as `start_stage` starts it
+        threading.Thread(target=_end_with_suite, daemon=True).start()
+    try:
+        if run is None:
+            assert failure is not None
+            raise failure
+        for result in run(task):
             answer({"checks": result.checks, "ratios": result.ratios, "figures": result.figures})
     except NotHereError as reason:
         answer({"skipped": str(reason)})
@@ -277,15 +315,15 @@ def _end_with_suite() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     names = [stage.name for stage in STAGES]
-    stages = "\n".join(f"  {stage.name:12} {stage.what}" for stage in STAGES)
     arguments = parser("Every figure of this project in one command, in stages, under a time budget.")
     arguments.formatter_class = argparse.RawDescriptionHelpFormatter
-    arguments.epilog = f"stages:\n{stages}"
+    arguments.epilog = f"stages, in order, with what they are expected to take at full scale:\n\n{table()}"
     scale = "full" if torch.cuda.is_available() else "tiny"
     arguments.add_argument("--scale", choices=("full", "tiny", "smoke"), default=scale, help="full needs a GPU")
-    arguments.add_argument("--minutes", type=float, default=8.0, help="what the stages may take together")
+    arguments.add_argument("--minutes", type=float, default=8.0, help="from the start of this process to its end")
     arguments.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help="these alone")
     arguments.add_argument("--skip", nargs="+", choices=names, default=[], metavar="STAGE", help="all but these")
+    arguments.add_argument("--rows", nargs="+", type=int, default=[64, 256], help="batches of the rollout stage")
     arguments.add_argument("--stage", choices=names, help=argparse.SUPPRESS)
     return arguments
 

@@ -142,8 +142,8 @@ def gpu(results: Results) -> str:
         formatted("{:.2f} s", stages, "step", "step_seconds", "median"),
         formatted("{:.1f} times faster", stages, "step_plain", "ratios", "step_time_vs_plain"),
         formatted("{:.1f} times faster", stages, "step_trl", "ratios", "step_time_vs_trl"),
-        formatted("{:.2f} ms", stages, "rollout", "B=64", decode, "ours"),
-        formatted("{:.2f} ms", stages, "rollout", "B=256", decode, "ours"),
+        formatted("{:.2f} ms", stages, "rollout", "B=64", decode),
+        formatted("{:.2f} ms", stages, "rollout", "B=256", decode),
         formatted("{:.1f} ms", stages, "head", "head", None, "fastgrpo", "ms"),
         gigabytes(stages, "fastgrpo"),
         formatted("{:.1f} ms", stages, "sync", "ms"),
@@ -168,7 +168,7 @@ def gigabytes(stages: dict[str, Any], side: str) -> str:
 def kernels(results: Results) -> str:
     """The ops, on a GPU and on a CPU."""
     stages = passed_stages(results.newest_on_gpu())
-    ops = [("head", "loss", "grpo_loss"), ("decode_ops", "attention", "paged_attention")]
+    ops = [("head", "loss", "grpo_loss"), ("decode_ops", "decode_attention", "decode_attention")]
     ops += [("decode_ops", "rope", "rope_and_cache"), ("decode_ops", "sample", "sample")]
     head = (stages, "head", "head", None, "fastgrpo")
     rows = [
@@ -185,7 +185,13 @@ def kernels(results: Results) -> str:
     return markdown(["what", "reach", "measured"], rows)
 
 
-CPU_OPS = {"loss": "grpo_loss", "attention": "paged_attention", "rope": "rope_and_cache", "sample": "sample"}
+CPU_OPS = {
+    "loss": "grpo_loss",
+    "decode_attention": "decode_attention",
+    "attention": "paged_attention",
+    "rope": "rope_and_cache",
+    "sample": "sample",
+}
 """The record's names of the ops, and ours."""
 
 

@@ -8,14 +8,17 @@ from bench_kernels import bench_shapes, measure_floors
 from harness import Result
 from kernel_ops import OURS, VOCABULARY, Op, head_op, loss_op, ops_of, sides_of
 
+from stages import Task, costs_only
 
-def run(scale: str, device: str) -> Iterator[Result]:
+
+def run(task: Task) -> Iterator[Result]:
     """Forward and backward at a step's size."""
-    if scale == "full":
+    device = task.device
+    if task.scale == "full":
         ops = [head_op(16_384, 1536, VOCABULARY, torch.bfloat16, device), loss_op(65_536, device)]
     else:
         ops = [op for op in ops_of(device, "tiny") if op.name in ("head", "loss")]
-    yield from timed(Result("head", device), ops, scale)
+    yield from timed(Result("head", device), ops, task.scale)
 
 
 def timed(result: Result, ops: Sequence[Op], scale: str) -> Iterator[Result]:
@@ -29,5 +32,6 @@ def timed(result: Result, ops: Sequence[Op], scale: str) -> Iterator[Result]:
         result.figures["left_out"] |= left_out
         kept = (*OURS, "torch") if scale == "smoke" else tuple(side.name for side in sides if side.name != "compile")
         sides = [side for side in sides if side.name in kept]
-        bench_shapes(result, [op for op in ops if op.name == name], sides, floors, options)
+        with costs_only(result, name):
+            bench_shapes(result, [op for op in ops if op.name == name], sides, floors, options)
         yield result

@@ -4,19 +4,21 @@ from collections.abc import Iterator
 
 from attention_sides import AttentionShape
 from bench_kernels import check_sides
-from harness import Result
-from kernel_ops import OURS, Op, attention_op, head_op, loss_op, rope_op, sample_op, sides_of
+from harness import Result, compute_dtype
+from kernel_ops import OURS, Op, attention_op, decode_op, head_op, loss_op, rope_op, sample_op, sides_of
 from sample_sides import SETTINGS
 
-from stages.ceilings import compute_dtype
+from stages import Task, costs_only
 
 
-def run(scale: str, device: str) -> Iterator[Result]:
+def run(task: Task) -> Iterator[Result]:
     """Each op beside plain torch in the same dtype, both against float64; an error of ours may be 1.1 times torch's."""
-    result = Result("kernels", device)
-    for op in shapes_of(scale, device):
-        sides = [side for side in sides_of(op.name, device)[0] if side.name in (*OURS, "torch")]
-        rows, _ = check_sides(op, sides, op.make_inputs(), {})
+    result = Result("kernels", task.device)
+    for op in shapes_of(task.scale, task.device):
+        sides = [side for side in sides_of(op.name, task.device)[0] if side.name in (*OURS, "torch")]
+        rows = {}
+        with costs_only(result, f"{op.name} {op.shape}"):
+            rows, _ = check_sides(op, sides, op.make_inputs(), {})
         result.figures.setdefault(op.name, {})[op.shape] = {
             name: {"errors": row.errors, "fault": row.fault} for name, row in rows.items()
         }
@@ -44,6 +46,7 @@ def shapes_of(scale: str, device: str) -> list[Op]:
         *(head_op(*shape, dtype, device) for shape in heads),
         *(loss_op(count, device) for count in tokens),
         *(attention_op(shape, dtype, device, grouped) for shape in attention for grouped in (True, False)),
+        *(decode_op(shape, dtype, device) for shape in attention),
         *(rope_op(count, 12, 2, 128, dtype, device) for count in (1, 300)),
         *(sample_op(count, vocabulary, setting, device) for count in rows for setting in SETTINGS),
     ]

@@ -11,11 +11,14 @@ from bench_kernels import check_sides
 from harness import Result, peak_bytes, print_table
 from kernel_ops import OURS, VOCABULARY, head_op, sides_of
 
+from stages import Task, costs_only
+
 HEAD = {"full": (32_768, 1536, VOCABULARY), "tiny": (256, 64, 8192), "smoke": (64, 32, 2000)}
 
 
-def run(scale: str, device: str) -> Iterator[Result]:
+def run(task: Task) -> Iterator[Result]:
     """Bytes above what was held before; where results are right."""
+    scale, device = task.scale, task.device
     result = Result("memory", device)
     tokens, hidden_size, vocabulary = HEAD[scale]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -34,15 +37,11 @@ def run(scale: str, device: str) -> Iterator[Result]:
     yield result
     if scale != "smoke":
         for side in ("ours", "hf"):
-            found[f"rollout, {side}"] = bench_sampler.peak_memory(side, device)
+            with costs_only(result, f"rollout, {side}"):
+                found[f"rollout, {side}"] = bench_sampler.peak_memory(side, device)
         yield result
-    model = bench_update.build_model(device)
-    name = "full" if scale == "full" else "C=16"
-    groups = bench_update.build_groups(bench_update.workloads(device)[name], model.config.get_text_config().vocab_size)
-    for side, updater in bench_update.updaters(model, device).items():
-        bench_update.step(model, updater, groups)  # gradients are there from here on
-        call = partial(bench_update.step, model, updater, groups, keep_gradients=True)
-        found[f"update, {side}"] = peak_bytes(call, device)
+    with costs_only(result, "update"):
+        found |= update_peaks(scale, device)
     # On a CPU a process reuses what it has freed, so small peaks say little.
     result.ratios = {
         f"{part}_memory": found[theirs] / found[ours]
@@ -55,3 +54,16 @@ def run(scale: str, device: str) -> Iterator[Result]:
     }
     print_table("Peak memory", ["what", "MB"], [[name, peak / 1e6] for name, peak in found.items()])
     yield result
+
+
+def update_peaks(scale: str, device: str) -> dict[str, int]:
+    """Of both sides' updates, beyond weights and gradients."""
+    found: dict[str, int] = {}
+    model = bench_update.build_model(device)
+    name = "full" if scale == "full" else "C=16"
+    groups = bench_update.build_groups(bench_update.workloads(device)[name], model.config.get_text_config().vocab_size)
+    for side, updater in bench_update.updaters(model, device).items():
+        bench_update.step(model, updater, groups)  # gradients are there from here on
+        call = partial(bench_update.step, model, updater, groups, keep_gradients=True)
+        found[f"update, {side}"] = peak_bytes(call, device)
+    return found

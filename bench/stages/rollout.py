@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from bench_sampler import (
-    CUDA_WORKLOADS,
     TINY,
     Workload,
     build_engine,
@@ -18,14 +17,16 @@ from bench_sampler import (
     graphs_off,
     hf_rollout,
     our_rollout,
+    paper_workload,
 )
 from fastgrpo_profiling.roofline import measure_ceilings
-from harness import Result, paired_seconds, print_table
+from fastgrpo_profiling.span import SpanRecorder, record
+from harness import Result, compute_dtype, paired_seconds, print_table
 from torch import Tensor
 
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.sampler.engine import SamplerEngine
-from stages.ceilings import compute_dtype
+from stages import Task, costs_only
 
 WITHOUT_GRAPHS = "B=64"
 """The batch that is also decoded without CUDA graphs, which takes long."""
@@ -34,13 +35,15 @@ ERROR_OVER_HF, TOLERANCE = 1.5, 1e-4
 """How many times the error of HF's own forward pass in the same dtype our log-probs may have, and beyond, in nats."""
 
 
-def run(scale: str, device: str) -> Iterator[Result]:
+def run(task: Task) -> Iterator[Result]:
     """Log-probs against a forward pass in a wider dtype; then times, smallest batch first."""
+    scale, device = task.scale, task.device
     result = Result("rollout", device)
-    workloads = workloads_of(scale)
-    model = build_model(next(iter(workloads.values())).model, device)
+    workloads = workloads_of(task)
+    smallest = next(iter(workloads.values()))
+    model = build_model(smallest.model, device)
     engine = build_engine(model)
-    errors = logprob_errors(model, engine, next(iter(workloads.values())))
+    errors = logprob_errors(model, engine, smallest)
     result.figures["logprob_errors"] = errors
     result.checks["log-probs are right"] = errors["ours"] <= ERROR_OVER_HF * errors["hf"] + TOLERANCE
     if not result.passed:
@@ -49,25 +52,31 @@ def run(scale: str, device: str) -> Iterator[Result]:
         return
     bandwidth, rows = measure_ceilings(device, compute_dtype(device)).bytes_per_s, []
     for name, workload in workloads.items():
-        figures = measure(model, engine, workload, device, rounds=3 if scale == "full" else 1)
-        figures["floor_ms_per_step"] = floor_ms(engine, workload, bandwidth)
-        if name == WITHOUT_GRAPHS and device == "cuda":
-            figures |= graphs_off(model, workload)
-        seconds, steps = figures["seconds"], figures["decode_ms_per_step"]
-        result.figures[name] = figures
-        result.ratios[f"tokens_per_s_vs_hf, {name}"] = seconds["hf"] / seconds["ours"]
-        result.ratios[f"decode_vs_hf, {name}"] = steps["hf"] / steps["ours"]
-        rows.append([name, steps["hf"], steps["ours"], figures["floor_ms_per_step"], seconds["hf"] / seconds["ours"]])
+        figures = result.figures[name] = {"floor_ms_per_step": floor_ms(engine, workload, bandwidth)}
+        with costs_only(result, name):
+            figures |= our_figures(engine, workload, device, rounds=3 if scale == "full" else 1)
+        yield result
+        with costs_only(result, f"{name}, HF"):
+            figures |= {f"hf_{key}": value for key, value in hf_figures(model, workload, device).items()}
+        if "decode_ms_per_step" in figures and "hf_seconds" in figures:
+            result.ratios[f"tokens_per_s_vs_hf, {name}"] = figures["hf_seconds"] / figures["seconds"]
+            steps = [figures[f"{side}decode_ms_per_step"] for side in ("hf_", "")]
+            result.ratios[f"decode_vs_hf, {name}"] = steps[0] / steps[1]
+            rows.append([name, *steps, figures["floor_ms_per_step"], result.ratios[f"tokens_per_s_vs_hf, {name}"]])
+        yield result
+    if WITHOUT_GRAPHS in workloads and device == "cuda":
+        with costs_only(result, "without graphs"):
+            result.figures[WITHOUT_GRAPHS] |= graphs_off(model, workloads[WITHOUT_GRAPHS])
         yield result
     print_table("Decode, ms a step", ["workload", "HF", "ours", "floor", "rollout, times faster"], rows)
 
 
-def workloads_of(scale: str) -> dict[str, Workload]:
+def workloads_of(task: Task) -> dict[str, Workload]:
     """Groups of 8; 700-token prompts and 324 new tokens on a GPU."""
-    if scale == "full":
-        return {name.removeprefix("2B, "): workload for name, workload in CUDA_WORKLOADS.items()}
+    if task.scale == "full":
+        return {f"B={rows}": paper_workload(rows) for rows in task.rows}
     small = replace(TINY, prompts=1, patches=8)
-    if scale == "smoke":
+    if task.scale == "smoke":
         return {"B=8": replace(small, new_tokens=6)}
     return {"B=8": replace(small, new_tokens=24), "B=32": replace(small, new_tokens=24, prompts=4)}
 
@@ -93,24 +102,36 @@ def logprob_errors(model: Any, engine: SamplerEngine, workload: Workload) -> dic
     return {name: (logprobs - exact).abs().mean().item() for name, logprobs in found.items()}
 
 
-def measure(model: Any, engine: SamplerEngine, workload: Workload, device: str, *, rounds: int) -> dict[str, Any]:
-    """Seconds of whole rollouts and of one token, hence milliseconds of a decode step. HF, which is slow, goes once."""
-    tokens = workload.new_tokens
-    for_one = build_engine(model)
-    ours_calls = {
-        "whole": lambda: our_rollout(engine, workload, tokens),
-        "one": lambda: our_rollout(for_one, workload, 1),
-    }
-    hf_calls = {"whole": lambda: hf_rollout(model, workload, tokens), "one": lambda: hf_rollout(model, workload, 1)}
-    ours = {name: median(times) for name, times in paired_seconds(ours_calls, rounds=rounds, device=device).items()}
-    hf_rollout(model, workload, 2)
-    theirs = {name: t[0] for name, t in paired_seconds(hf_calls, rounds=1, warmup=0, device=device).items()}
-    sides = {"ours": ours, "hf": theirs}
+def our_figures(engine: SamplerEngine, workload: Workload, device: str, *, rounds: int) -> dict[str, Any]:
+    """Seconds of whole rollouts, and by span: on a GPU the device's, from the first kernel of a span to its last."""
+    tokens, recorders = workload.new_tokens, []
+
+    def rollout() -> None:
+        recorders.append(SpanRecorder(on_device=device == "cuda"))
+        with record(recorders[-1]):
+            our_rollout(engine, workload, tokens)
+
+    seconds = median(paired_seconds({"ours": rollout}, rounds=rounds, device=device)["ours"])
+    timed = [recorder.totals for recorder in recorders[-rounds:]]
+    spans = {name: median(one[name].seconds for one in timed) for name in timed[0]}
     return {
-        "seconds": {name: side["whole"] for name, side in sides.items()},
-        "one_token_seconds": {name: side["one"] for name, side in sides.items()},
-        "tokens_per_s": {name: workload.rows * tokens / side["whole"] for name, side in sides.items()},
-        "decode_ms_per_step": {
-            name: 1e3 * (side["whole"] - side["one"]) / (tokens - 1) for name, side in sides.items()
-        },
+        "seconds": seconds,
+        "tokens_per_s": workload.rows * tokens / seconds,
+        "spans": spans,
+        # The first token comes with the prefill.
+        "decode_ms_per_step": 1e3 * spans["rollout/decode"] / (tokens - 1),
+    }
+
+
+def hf_figures(model: Any, workload: Workload, device: str) -> dict[str, Any]:
+    """Seconds of one whole rollout, and of one token, hence milliseconds of a decode step."""
+    tokens = workload.new_tokens
+    hf_rollout(model, workload, 2)
+    calls = {"whole": lambda: hf_rollout(model, workload, tokens), "one": lambda: hf_rollout(model, workload, 1)}
+    taken = {name: t[0] for name, t in paired_seconds(calls, rounds=1, warmup=0, device=device).items()}
+    return {
+        "seconds": taken["whole"],
+        "one_token_seconds": taken["one"],
+        "tokens_per_s": workload.rows * tokens / taken["whole"],
+        "decode_ms_per_step": 1e3 * (taken["whole"] - taken["one"]) / (tokens - 1),
     }

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,29 @@ from typing import Any
 import torch
 import yaml
 from bench_step import SETTINGS, save_endless_model
-from fastgrpo_profiling.compare import alternate
+from fastgrpo_profiling.compare import StepRecord
+from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
 from fastgrpo_profiling.report import Cost, SideFigures, side_figures
-from fastgrpo_profiling.roofline import ModelShape, Update, measure_ceilings
-from harness import Result, print_table
+from fastgrpo_profiling.roofline import ModelShape, StepWork, Update, measure_ceilings
+from harness import Result, compute_dtype, print_table
 from transformers import AutoConfig
 
 from fastgrpo.cli.arguments import parse
+from fastgrpo.config import GRPOConfig
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile import gate
-from fastgrpo.profile.opponents import OURS, PLAIN, TRL
-from fastgrpo.profile.run import ProfileOptions, free_memory, run_profile, training_flags
+from fastgrpo.profile.opponents import OURS, PLAIN
+from fastgrpo.profile.run import QUIET, free_memory
 from fastgrpo.profile.sides.start import build_trainer, start_side
-from stages import NotHereError
-from stages.ceilings import compute_dtype
+from stages import Task, costs_only
 
 BENCH = Path(__file__).parents[1]
 TRL_PYTHON = BENCH.parent / ".venv-bench" / "bin" / "python"
 GATE_TOKENS = 32
 """New tokens of the completions that both sides are compared on."""
+LOGPROB_BYTES = 4 << 30
+"""Of the head's scratch, for the estimate; a run takes half of what is free."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class StepSize:
     timed: int
     """Steps timed."""
     is_large: bool = False
-    """Layers are checkpointed, as in the paper's run; two sides that share the GPU hold their weights in bfloat16."""
+    """Layers are checkpointed, as in the paper's run."""
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, rope: list[int]) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def prepared(size: StepSize, device: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_endless_model(folder / "model", size.text, size.vision, dtype=compute_dtype(device), device=device)
-        write_sat_parquet(folder / "sat.parquet", size.prompts * (size.timed + 3), 0, kinds=DEMO_KINDS)
+        write_sat_parquet(folder / "sat.parquet", size.prompts * (size.timed + 4), 0, kinds=DEMO_KINDS)
         places = {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "sat.parquet")}
         (folder / "config.yaml").write_text(yaml.safe_dump({**settings_of(size, device), **places}))
         gc.collect()
@@ -128,41 +131,75 @@ def prepared(size: StepSize, device: str) -> Iterator[Path]:
         yield folder
 
 
-def profile_options(folder: Path, against: str, steps: int, flags: Sequence[str] = ()) -> ProfileOptions:
-    return ProfileOptions(folder / "config.yaml", against, steps, 1, folder / "profile", TRL_PYTHON, flags)
+def training_flags(folder: Path, size: StepSize) -> list[str]:
+    """Of `fastgrpo train`, for every side."""
+    quiet = [token for name, value in QUIET.items() for token in (f"--{name}", value)]
+    # A side answers for a step where the next one begins: one more than are taken.
+    return ["--config", str(folder / "config.yaml"), *quiet, "--max_steps", str(size.timed + 2)]
 
 
-def run(scale: str, device: str) -> Iterator[Result]:
+def run(task: Task) -> Iterator[Result]:
     """Our side alone. Its time comes first, since it is what a short lease is for; then whether its loss, gradients and
     log-probs are plain torch's; last a step without checkpointing. A part that fails costs what it is about."""
-    result, size = Result("step", device), SIZES[scale]
-    with prepared(size, device) as folder:
-        settings = training_flags(profile_options(folder, PLAIN, size.timed))
-        figures = time_ours(settings, folder, size, device)
-        drawn = size.prompts * size.group * size.tokens
-        result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == drawn
-        result.figures |= {"model": "Qwen2-VL-2B" if scale == "full" else scale, **asdict(figures)}
-        rows = [["whole step", figures.step_seconds.median], *([name, s] for name, s in figures.phases.items())]
-        print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}", ["phase", "s"], rows)
+    result, size = Result("step", task.device), SIZES[task.scale]
+    result.figures["model"] = "Qwen2-VL-2B" if task.scale == "full" else task.scale
+    with prepared(size, task.device) as folder:
+        flags = training_flags(folder, size)
+        with costs_only(result, "step"):
+            result.figures |= our_figures(flags, folder, size, task.device, result, size.is_large)
         yield result
-        checked = compare_with_plain([*settings, "--max_completion_length", str(min(size.tokens, GATE_TOKENS))], folder)
-        result.checks["plain torch's step"] = not checked.failures
-        result.figures["apart"] = checked.figures
-        if checked.failures:
-            print("The times above count for nothing:", "; ".join(checked.failures))
+        with costs_only(result, "comparison"):
+            checked = compare_with_plain(flags, folder, size)
+            result.checks["plain torch's step"] = not checked.failures
+            result.figures["apart"] = checked.figures
+            if checked.failures:
+                print("The times above count for nothing:", "; ".join(checked.failures))
         yield result
         if size.is_large:
-            try:
-                unchecked = time_ours([*settings, "--gradient_checkpointing", "false"], folder, size, device)
-                result.figures["without checkpointing"] = asdict(unchecked)
-            except RuntimeError as error:  # out of memory, most likely: said by the side's process
-                result.figures["without checkpointing"] = str(error).strip()[-500:]
+            with costs_only(result, "without checkpointing"):
+                unchecked = [*flags, "--gradient_checkpointing", "false"]
+                found = our_figures(unchecked, folder, size, task.device, result, False)
+                result.figures["without checkpointing"] = found
             yield result
 
 
-def compare_with_plain(settings: Sequence[str], folder: Path) -> gate.Gate:
+def our_figures(
+    flags: Sequence[str], folder: Path, size: StepSize, device: str, result: Result, checkpointing: bool
+) -> dict[str, Any]:
+    """Times and peak of our side, beside what shapes say the peak should be."""
+    (steps,) = timed_steps([OURS], flags, folder, size.timed).values()
+    figures = summed_up(steps, folder, device)
+    estimate = memory_estimate(steps[-1].work, size, folder, checkpointing)
+    drawn = size.prompts * size.group * size.tokens
+    result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == drawn
+    rows = [["whole step, s", figures.step_seconds.median], *([f"{name}, s", s] for name, s in figures.phases.items())]
+    rows += [["peak, GB", figures.peak_bytes / 1e9], ["… estimated for a GPU", sum(estimate.values()) / 1e9]]
+    way = " checkpointed" if checkpointing else ""
+    print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}{way}", ["", "measured"], rows)
+    return {**asdict(figures), "estimated_bytes": estimate}
+
+
+def memory_estimate(work: StepWork | None, size: StepSize, folder: Path, checkpointing: bool) -> dict[str, float]:
+    """Bytes by what they are for, by shapes alone (`step_bytes`)."""
+    assert work is not None
+    setting = StepSetting(
+        prompts=size.prompts,
+        group=size.group,
+        prompt_tokens=max(work.prompts),
+        completion_tokens=size.tokens,
+        picture_patches=max(work.pictures),
+        token_budget=GRPOConfig.token_budget,
+        logprob_bytes=LOGPROB_BYTES,
+        checkpointing=checkpointing,
+        has_reference=True,
+    )
+    return step_bytes(shape_of(folder), setting)
+
+
+def compare_with_plain(flags: Sequence[str], folder: Path, size: StepSize) -> gate.Gate:
     """What both sides make of the first prompts, one after the other: two such models do not fit one GPU."""
-    config, script = parse([*settings, "--output_dir", str(folder / "gate")])
+    short = ["--max_completion_length", str(min(size.tokens, GATE_TOKENS))]
+    config, script = parse([*flags, *short, "--output_dir", str(folder / "gate")])
     answer = gate.answer_of(build_trainer(OURS, config, script))
     free_memory()
     checked = gate.compare(answer, build_trainer(PLAIN, config, script), gate.tolerances(config, script.dtype))
@@ -170,56 +207,31 @@ def compare_with_plain(settings: Sequence[str], folder: Path) -> gate.Gate:
     return checked
 
 
-def time_ours(settings: Sequence[str], folder: Path, size: StepSize, device: str) -> SideFigures:
-    """Steps of our side in a process of its own, the first one untimed."""
+def shape_of(folder: Path) -> ModelShape:
+    """Of the model in the folder."""
+    return ModelShape.from_config(AutoConfig.from_pretrained(folder / "model"))
+
+
+def timed_steps(names: Sequence[str], flags: Sequence[str], folder: Path, steps: int) -> dict[str, list[StepRecord]]:
+    """Steps of sides that run at the same time, in processes of their own, taking turns; the first of each untimed."""
+    with ExitStack() as stack:
+        sides = []
+        for name in names:
+            sides.append(start_side(name, flags, folder, trl_python=TRL_PYTHON))
+            stack.callback(sides[-1].close)
+        for side in sides:
+            side.ready()
+        for side in sides:
+            side.step(False)
+        taken: dict[str, list[StepRecord]] = {name: [] for name in names}
+        for _ in range(steps):
+            for side in sides:
+                taken[side.name].append(side.step(False))
+    return taken
+
+
+def summed_up(steps: Sequence[StepRecord], folder: Path, device: str) -> SideFigures:
+    """A side's figures. Memory is from its process's start."""
     dtype = compute_dtype(device)
-    shape = ModelShape.from_config(AutoConfig.from_pretrained(folder / "model"))
-    cost = Cost(shape, measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
-    side = start_side(OURS, settings, folder, trl_python=TRL_PYTHON)
-    try:
-        held = side.ready()["held_bytes"]
-        steps = alternate([side], warmup=1, steps=size.timed).steps[side.name]
-    finally:
-        side.close()
-    return side_figures(steps, held, cost, [(step.work, step.trained) for step in steps if step.work])
-
-
-def against_plain(scale: str, device: str) -> Iterator[Result]:
-    """Both sides in turn; the other is HF `generate` and the padded batch."""
-    yield compared(PLAIN, scale, device)
-
-
-def against_trl(scale: str, device: str) -> Iterator[Result]:
-    """The same, against TRL as installed in `.venv-bench`.
-
-    Raises:
-        NotHereError: there is no such environment.
-    """
-    if not TRL_PYTHON.is_file():
-        raise NotHereError("no .venv-bench here: `make install-bench` makes it")
-    yield compared(TRL, scale, device)
-
-
-def compared(against: str, scale: str, device: str) -> Result:
-    """One step of each side timed after one that was not, or a few at smaller scales."""
-    result, size = Result(f"step_{against}", device), SIZES[scale]
-    flags = ["--dtype", "bfloat16"] if size.is_large else []
-    with prepared(size, device) as folder:
-        try:
-            report = run_profile(profile_options(folder, against, 1 if scale == "full" else size.timed, flags))
-        except gate.GateError as error:
-            print(f"Not timed: {error}")
-            result.checks["the same step"] = False
-            return result
-    ours, theirs = report.sides[report.ours], report.sides[report.theirs]
-    drawn = size.prompts * size.group * size.tokens
-    result.checks |= {
-        "the same step": True,
-        f"exactly {size.tokens} tokens each": ours.tokens == theirs.tokens == drawn,
-    }
-    result.ratios = {
-        f"step_time_vs_{against}": report.speedup.median,
-        f"peak_memory_vs_{against}": theirs.peak_bytes / ours.peak_bytes,
-    }
-    result.figures = {"apart": report.gate, **{name: asdict(side) for name, side in report.sides.items()}}
-    return result
+    cost = Cost(shape_of(folder), measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
+    return side_figures(steps, 0, cost, [(step.work, step.trained) for step in steps if step.work])

@@ -1,35 +1,42 @@
 """How long the sampler takes to take over the policy's weights."""
 
+import copy
 from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
 import torch
 from bench_sampler import build_engine, build_model
+from device_time import queued_seconds
 from fastgrpo_profiling.roofline import measure_ceilings
-from harness import Result, paired_seconds, print_table, spread
+from harness import Result, compute_dtype, paired_seconds, print_table, spread
 
 from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine
-from stages.ceilings import compute_dtype
+from stages import Task
 
 
-def run(scale: str, device: str) -> Iterator[Result]:
+def run(task: Task) -> Iterator[Result]:
     """Changes the policy, syncs, compares every layer; then times, beside reading and writing the bytes once."""
+    scale, device = task.scale, task.device
     result = Result("sync", device)
-    model = build_model("2B" if scale == "full" else "tiny", device)
-    engine = build_engine(model)
+    model = build_model("2B" if scale == "full" else "tiny", device).float()  # as it is trained
+    engine = build_engine(model, dtype=compute_dtype(device))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
     engine.sync()
     result.checks["weights are the policy's"] = weights_agree(engine, model)
     if result.passed:
-        times = paired_seconds({"sync": engine.sync}, rounds=10 if scale == "full" else 3, device=device)["sync"]
-        moved = sum(weight.nbytes for weight in [engine.decoder.embed, *layer_weights(engine)])
-        floor = moved / (measure_ceilings(device, compute_dtype(device)).bytes_per_s / 2)
+        rounds = 10 if scale == "full" else 3
+        times = queued_seconds(engine.sync, rounds=rounds, device=device)
+        waited = paired_seconds({"sync": engine.sync}, rounds=rounds, device=device)["sync"]
+        weights = [engine.decoder.embed, *layer_weights(engine)]
+        moved = sum(weight.numel() * (4 + weight.itemsize) for weight in weights)  # read in float32, written
+        floor = moved / measure_ceilings(device, compute_dtype(device)).bytes_per_s
         result.figures = {
             "ms": 1e3 * median(times),
+            "ms_with_launches": 1e3 * median(waited),
             "spread": spread(times),
             "bytes": moved,
             "floor_ms": 1e3 * floor,
@@ -43,8 +50,9 @@ def layer_weights(engine: SamplerEngine) -> list[torch.Tensor]:
 
 
 def weights_agree(engine: SamplerEngine, model: Any) -> bool:
-    """Whether every layer holds the policy's weights."""
-    text, same = text_model(model), [torch.equal(engine.decoder.embed, text_model(model).embed_tokens.weight)]
+    """Whether every layer holds the policy's weights, in the sampler's dtype."""
+    text = copy.deepcopy(text_model(model)).to(engine.decoder.dtype)
+    same = [torch.equal(engine.decoder.embed, text.embed_tokens.weight)]
     for layer, mine in zip(text.layers, engine.decoder.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)

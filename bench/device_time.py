@@ -1,0 +1,103 @@
+"""Seconds of what the device does, without Python's: a launch takes the host ten times as long as a small kernel."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+CALLS = 20
+"""Least number of calls in a graph."""
+MOST_COPIES = 64
+L2_BYTES, L2_TIMES = 50e6, 4
+"""Of an H100 and an H200; inputs take turns until together they are so many times larger."""
+QUEUED_PRODUCTS, PRODUCT_WIDTH = 16, 8192
+"""Some 20 ms of work, behind which the host can queue its launches."""
+
+
+class CapturedCalls:
+    """Several calls in one CUDA graph, as a decode step's are.
+
+    Raises:
+        RuntimeError: one of them waits for the device, so that they cannot be captured.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles what has to be compiled
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self.count = len(calls)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
+
+    def seconds(self) -> float:
+        """Of one call, by one replay."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.count
+
+
+def copies_for(read_bytes: float) -> int:
+    """How many inputs must take turns so that none is found in the L2 cache: other layers' work lies between."""
+    return max(1, min(MOST_COPIES, round(L2_TIMES * L2_BYTES / max(read_bytes, 1.0))))
+
+
+def kernel_seconds(
+    sides: Mapping[str, Callable[[Any], Any]], inputs: Sequence[Any], *, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of a call of each side on a GPU, the sides taking turns; and why a side could not be captured.
+
+    Args:
+        inputs: alike, at addresses of their own; calls take them in turn.
+    """
+    captured, faults = {}, {}
+    passes = -(-CALLS // len(inputs))
+    for name, side in sides.items():
+        calls = [lambda side=side, one=one: side(one) for one in inputs] * passes  # type: ignore[misc]
+        try:
+            captured[name] = CapturedCalls(calls)
+            captured[name].seconds()
+        except RuntimeError as error:
+            captured.pop(name, None)
+            faults[name] = " ".join(str(error).split())[:200]
+    times: dict[str, list[float]] = {name: [] for name in captured}
+    for _ in range(rounds):
+        for name, graph in captured.items():
+            times[name].append(graph.seconds())
+    return times, faults
+
+
+def queued_seconds(call: Callable[[], Any], *, rounds: int, device: str) -> list[float]:
+    """Seconds of each call on the device: launched while earlier work still runs, so that no kernel waits for Python.
+
+    On a CPU, where Python's part is the work's own, the call's.
+    """
+    call()
+    times = []
+    if device != "cuda":
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return times
+    left, right = torch.randn(2, PRODUCT_WIDTH, PRODUCT_WIDTH, device="cuda", dtype=torch.bfloat16)
+    product = torch.empty_like(left)
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(QUEUED_PRODUCTS):
+            torch.mm(left, right, out=product)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times
