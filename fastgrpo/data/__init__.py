@@ -1,1 +1,2 @@
-"""Data sets in, prompts out: `loading` reads records, `sat`, `cvbench`, `chat` make rows, `prompts` texts."""
+"""From data sets to prompts: `loading` reads records, `sat`, `cvbench` and `chat` turn them into rows, `prompts` builds
+the model's inputs."""

@@ -1,5 +1,4 @@
-"""Rows of CV-Bench (https://huggingface.co/datasets/nyu-visionx/CV-Bench): lettered multiple choice on one
-picture."""
+"""Rows of CV-Bench (https://huggingface.co/datasets/nyu-visionx/CV-Bench): multiple choice on one picture."""
 
 import re
 import string
@@ -14,7 +13,7 @@ REQUIRED_COLUMNS = frozenset({"image", "prompt", "choices", "answer", "task"})
 
 
 def convert_cvbench(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
-    """Turns a CV-Bench record into a row. `prompt` is the question: it holds the lettered choices already.
+    """Turns a CV-Bench record into a row. The question is `prompt`, which already lists the lettered choices.
 
     Args:
         raw: `image`, `prompt`, `choices` (option texts), `answer` ("(A)"), `task` (Count, Relation, Depth,

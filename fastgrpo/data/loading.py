@@ -69,7 +69,7 @@ def load_rows(
 
 
 def _identity(file: str) -> str:
-    """A local file by its size and both ends, so that a copy is the same; another by its address."""
+    """A name for a file's content: of a local one its size and a hash of both ends, else its address."""
     path = Path(file)
     if not path.is_file():
         return file

@@ -1,4 +1,4 @@
-"""Rows into prompts: the one place where text is rendered, tokenized, and pictures become patches."""
+"""Rows into prompts: text is rendered and tokenized, pictures are cut into patches, here and nowhere else."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ BASE_PROMPT_NAMED = (
     _CONVERSATION
     + " The reasoning is enclosed within <think> </think> tags and the answer within <answer> </answer> tags."
 ) + _TURNS
-"""The same with the tags named: the published wording never mentions <answer>, which the reward asks for."""
+"""The same, naming the tags: the published wording never mentions <answer>, although the reward asks for it."""
 
 BASE_PROMPTS = {"paper": BASE_PROMPT, "answer": BASE_PROMPT_NAMED}
 
@@ -49,9 +49,8 @@ def mrope_position_ids(
     """M-RoPE positions of one prompt (Qwen2-VL, arXiv 2409.12191, section 2.1; equal to HF's
     `get_rope_index`).
 
-    Text tokens advance all three axes by one. An image's tokens share the position p where it begins and
-    spread from there over rows and columns of merged patches; the text behind it goes on at p + max(rows,
-    columns).
+    A text token advances all three axes by one. An image that begins at position p takes p + (frame, row, column) of
+    its merged patches; the text behind it continues at p + max(rows, columns).
 
     Args:
         input_ids: [P] int64, one `image_token_id` per merged patch.
@@ -81,7 +80,7 @@ def mrope_position_ids(
 def image_digests(pixel_values: Tensor | None, image_grid_thw: Tensor | None) -> tuple[bytes, ...]:
     """128-bit XXH3 of each image's patches and grid: the same for the same picture in another prompt.
 
-    Every picture is hashed, wanted or not: 1,900 patches take 0.2 ms, beside 22 ms to cut them.
+    Every picture is hashed, even where no cache reads it: 1,900 patches take 0.2 ms, cutting them 22 ms.
     """
     if pixel_values is None or image_grid_thw is None:
         return ()
@@ -94,7 +93,7 @@ def image_digests(pixel_values: Tensor | None, image_grid_thw: Tensor | None) ->
 
 
 class PromptBuilder:
-    """Builds `Prompt`s for one model. Holds no open files or threads: it can be sent to data loader workers.
+    """Builds `Prompt`s for one model. It can be pickled and sent to data loader workers.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -189,7 +188,7 @@ class PromptBuilder:
     def _render(self, row: Row) -> tuple[list[dict[str, Any]] | None, str]:
         """The conversation (None for plain text) and the prompt's text, one image token per image."""
         if isinstance(row.messages, str):
-            # A finished prompt may hold special tokens: whoever wrote it rendered a template.
+            # Special tokens are allowed here: a finished prompt may be a rendered chat template.
             has_places = self.family.image_token is not None and self.family.image_token in row.messages
             return None, row.messages if has_places else self.family.image_place * len(row.images) + row.messages
         if row.messages is not None:
@@ -274,15 +273,14 @@ def _message_text(message: dict[str, Any]) -> str:
 
 
 class PromptCollator:
-    """A data loader's `collate_fn`: (row_id, raw record) pairs into a `PromptBatch`, bad rows set aside."""
+    """A data loader's `collate_fn`: turns (row_id, raw record) pairs into a `PromptBatch` and sets bad rows aside."""
 
     def __init__(self, dataset: RowDataset, builder: PromptBuilder) -> None:
         self.dataset = dataset
         self.builder = builder
 
     def __call__(self, items: Sequence[tuple[int, dict[str, Any]]]) -> PromptBatch:
-        """Prompts in the order of their rows; a row that raises `RowError` becomes a `SkippedRow`, in
-        order."""
+        """Prompts in the order of their rows. A row that raises `RowError` becomes a `SkippedRow`."""
         prompts, skipped = [], []
         for row_id, raw in items:
             try:

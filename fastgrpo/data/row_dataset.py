@@ -1,4 +1,4 @@
-"""Raw records with their schema: the map-style data set that training and evaluation read."""
+"""The map-style data set that training and evaluation read: raw records and the schema of their columns."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
         self.checks_golds = False
 
     def with_checked_golds(self) -> RowDataset:
-        """The same rows, of which `convert` refuses those whose `solution` or `choices` no answer can match."""
+        """The same rows, but `convert` raises a `RowError` where no answer can match `solution` or `choices`."""
         checked = copy.copy(self)
         checked.checks_golds = True
         return checked
@@ -127,7 +127,7 @@ def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDa
 
 
 def _warn_of_missing_pictures(dataset: Any, columns: Sequence[str], name: str) -> None:
-    """One line for rows whose picture is null: they may be meant as text-only rows, or have lost it."""
+    """Reports rows whose picture is null: they may be text-only by intent, or have lost it."""
     missing = _rows_without(dataset, columns) if columns else []
     if missing:
         logger.warning(
@@ -142,7 +142,7 @@ def _warn_of_missing_pictures(dataset: Any, columns: Sequence[str], name: str) -
 
 
 def _rows_without(dataset: Any, columns: Sequence[str]) -> list[int]:
-    """Indices of the rows where all of the columns are null; none for data that can only be read row by row."""
+    """Indices of rows where all of the columns are null. A torch data set is not read ahead for this."""
     if isinstance(dataset, list | tuple):
         return [i for i, record in enumerate(dataset) if all(record.get(column) is None for column in columns)]
     if datasets is None or not isinstance(dataset, datasets.Dataset):
@@ -159,7 +159,7 @@ def _rows_without(dataset: Any, columns: Sequence[str]) -> list[int]:
 
 
 def warn_of_shared_rows(training: RowDataset, held_out: RowDataset) -> None:
-    """One line where both sets come from the same file or object: a score on rows trained on tells little."""
+    """Warns if both sets come from the same file or object."""
     if training.records is held_out.records or training.files & held_out.files:
         logger.warning(
             "the rows to train on and the held-out rows come from the same file: scores on them tell what was "

@@ -1,4 +1,4 @@
-"""Which rows go into which rollout, on which rank."""
+"""The order of rows: which go into which rollout, on which rank."""
 
 from collections.abc import Iterator
 

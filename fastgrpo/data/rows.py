@@ -1,5 +1,4 @@
-"""A data set's row once its schema is forgotten: pictures, a question or a conversation, and the gold
-columns."""
+"""A data set's row in one form for all schemas: pictures, a question or a conversation, and columns for rewards."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,16 +18,15 @@ class Row:
     images: list[Image.Image] = field(default_factory=list)
     """Decoded RGB pictures, in the order of their places in the prompt; empty for a text-only row."""
     question: str | None = None
-    """A bare question: the prompt template of the run's mode goes around it."""
+    """A bare question, still to be put into the prompt of the run's mode."""
     messages: list[dict[str, Any]] | str | None = None
     """A conversation for the model's chat template, or a finished prompt (str) taken as it is."""
     columns: dict[str, Any] = field(default_factory=dict)
-    """What reward functions are handed by name: `solution`, `choices`, `task`, and the row's other
-    columns."""
+    """Passed to reward functions by name: `solution`, `choices`, `task`, and the row's other columns."""
 
 
 def require_text(raw: dict[str, Any], column: str) -> str:
-    """The column's text without outer white space.
+    """The column's text stripped.
 
     Raises:
         RowError: the value is no string, or blank.
@@ -40,7 +38,7 @@ def require_text(raw: dict[str, Any], column: str) -> str:
 
 
 def require_options(raw: dict[str, Any], column: str) -> list[str]:
-    """The column's options as texts, in order, without outer white space.
+    """The column's options as texts, in order, stripped.
 
     Raises:
         RowError: fewer than two options, or one that is blank or neither a text nor a number.

@@ -14,10 +14,10 @@ REQUIRED_COLUMNS = frozenset({"image_bytes", "question", "answers", "question_ty
 
 
 def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0, folder: Path | None = None) -> Row:
-    """Turns a SAT record into a row: options shuffled and named after the question.
+    """Turns a SAT record into a row. The question ends with the options, in shuffled order.
 
-    In the published files the gold answer always stands first, so the options are shuffled, by a generator
-    seeded with (seed, row_id): the same order in every run, on every rank.
+    In the published files the gold answer always stands first. The shuffle is seeded with (seed, row_id), so its order
+    is the same in every run and on every rank.
 
     Args:
         raw: `image_bytes` (list of encoded pictures), `question`, `answers` (option texts), `question_type`,

@@ -1,1 +1,1 @@
-"""What sampler and update both use: hub checkpoints in, where things are in a model, its view of pictures."""
+"""The model, as sampler and update both need it: loading, families, the vision tower, ZeRO-3."""

@@ -40,7 +40,7 @@ class Processing:
     tokenizer: Any
     """A `PreTrainedTokenizerBase`."""
     image_processor: Any | None
-    """Of a family that we know: Qwen2-VL style. None for a text-only model."""
+    """Qwen2-VL style for a family in `families.FAMILIES`. None for a text-only model."""
     family: Family
     """How the model takes pictures."""
 
@@ -59,8 +59,8 @@ def load_processing(
 ) -> Processing:
     """Loads tokenizer and image processor, each on its own.
 
-    The joint processor class is left out: it wants torchvision for videos. Pictures are resized by PIL on
-    every machine, so that prompts do not depend on whether torchvision is installed.
+    The joint processor class is not used: it needs torchvision, for videos. Pictures are resized by PIL on every
+    machine, so prompts do not depend on whether torchvision is installed.
 
     Args:
         name_or_path: a folder or hub id.
@@ -255,8 +255,8 @@ def _with_adapters(model: PreTrainedModel, name_or_path: str) -> PeftModel:
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Copies a checkpoint's weights into `model`, all of them; the model must lie whole on this rank.
 
-    A vision-language model's parameters have other names in hub format than in memory. `from_pretrained` knows both;
-    transformers' Trainer goes by the file's names, and passes over every one that it does not find.
+    A vision-language model's parameters have other names in hub format than in memory. `from_pretrained` maps them;
+    transformers' Trainer does not, and skips every name that it does not find.
 
     Raises:
         ValueError: the checkpoint lacks some of the model's parameters.
@@ -270,7 +270,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Parameters alone: buffers, such as rotary frequencies, stay as they are."""
+    """Casts parameters; buffers, such as rotary frequencies, keep their dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -288,9 +288,9 @@ def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _whole_weights() -> Iterator[None]:
-    """Keeps transformers from partitioning while it loads under ZeRO-3: `deepspeed.initialize` does so later.
+    """Within this context, transformers loads whole weights under ZeRO-3; `deepspeed.initialize` partitions them later.
 
-    The frozen reference is copied from whole weights, and every rank's sampler holds whole ones anyway.
+    The frozen reference is copied from whole weights, and every rank's sampler needs whole ones.
     """
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     settings = None if reference is None else reference()
@@ -359,8 +359,7 @@ def _available_attention(attn_implementation: str | None) -> str | None:
 
 
 def _freeze(model: PreTrainedModel, freeze_vision: bool, freeze_llm: bool) -> None:
-    """Switches gradients off by part: tower, language model with its head; the merger between them always
-    trains."""
+    """Freezes the tower, or the language model with its head. The merger between them always trains."""
     if not freeze_vision and not freeze_llm:
         return
     tower, merger = _vision_parameters(model)

@@ -1,4 +1,4 @@
-"""The first layer of a Qwen vision tower as the matrix product that it is."""
+"""Computes the patch embedding of a Qwen vision tower as a matrix product."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,10 +13,10 @@ from fastgrpo.model.replaced_forward import replaced_forward
 
 @contextmanager
 def patches_by_matmul(*towers: Any) -> Iterator[None]:
-    """Meanwhile these vision towers (None is passed over) embed their patches by a matrix product.
+    """Within this context, these vision towers (None is skipped) embed their patches by a matrix product.
 
-    transformers uses a Conv3d over one patch at a time, whose stride is its kernel: the same sum, for which torch has
-    kernels several times slower. The weight stays the convolution's, and its `__call__`, so hooks work as before.
+    transformers uses a Conv3d whose stride is its kernel size: the same sum, but torch's kernels for it are several
+    times slower. Only the convolution's `forward` is replaced, so its weight and its hooks stay.
     """
     found = [getattr(getattr(tower, "patch_embed", None), "proj", None) for tower in towers]
     replaced = [layer for layer in found if type(layer) is nn.Conv3d and layer.stride == layer.kernel_size]

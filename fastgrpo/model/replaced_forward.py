@@ -1,4 +1,4 @@
-"""Another `forward`, or another class, for one module, for a while."""
+"""Replaces one module's `forward`, or its class, within a context."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,9 +7,9 @@ from typing import Any
 
 @contextmanager
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Meanwhile a call of `module` runs `forward`.
+    """Within this context, a call of `module` runs `forward`.
 
-    On the instance: its `__call__`, and so every hook (ZeRO-3 gathers weights in one), stays.
+    It is set on the instance, so `__call__` and with it every hook stays (ZeRO-3 gathers weights in one).
     """
     had_own, own = "forward" in vars(module), module.forward
     module.forward = forward

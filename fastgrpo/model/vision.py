@@ -1,4 +1,4 @@
-"""The pictures of prompts, seen by a vision tower: the policy's own, or a copy where the policy's is in pieces."""
+"""Runs a vision tower over the pictures of prompts: the policy's own, or a whole copy where ZeRO-3 partitions it."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,13 +20,13 @@ def vision_tower(model: Any) -> Any | None:
 
 
 def is_partitioned(tower: Any) -> bool:
-    """Whether ZeRO-3 holds the weights in pieces, to be gathered by all ranks together."""
+    """Whether ZeRO-3 has partitioned the weights, which all ranks must then gather together."""
     return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
 
 
 def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:
-    """A tower like this one, for inference, with weights yet to be filled in."""
-    # Not `_from_config`, which under ZeRO-3 hands out pieces.
+    """A tower of the same shape, for inference, its weights not yet copied."""
+    # Not `_from_config`, which partitions weights under ZeRO-3.
     copy = type(tower)(tower.config).to(device).eval().requires_grad_(False)
     for parameter in copy.parameters():
         parameter.data = parameter.data.to(dtype)  # parameters alone: rotary frequencies stay in float32
@@ -34,9 +34,9 @@ def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:
 
 
 def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | None = None) -> list[Tensor | None]:
-    """Per prompt, the features [image tokens, H] of its pictures; None without any.
+    """Per prompt, the features [image tokens, H] of its pictures; None for a prompt without pictures.
 
-    One pass of the tower for all, or for those that are not in the cache.
+    The tower runs once, on all pictures that are not in the cache.
     """
     seen = [p for p in prompts if p.pixel_values is not None]
     if not seen:

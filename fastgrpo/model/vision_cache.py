@@ -1,7 +1,7 @@
-"""What a frozen vision tower sees in a picture, kept: once for sampling, the update and the frozen reference together.
+"""Caches a frozen vision tower's output per image, for sampling, the update and the frozen reference together.
 
-Kept is the tower's output *before* its merger, which `freeze_vision` leaves trainable. The merger runs anew each time,
-with its gradient.
+The output is cached *before* the merger, since `freeze_vision` leaves the merger trainable. The merger runs at every
+call, with its gradient.
 """
 
 from collections import OrderedDict
@@ -18,18 +18,18 @@ from fastgrpo.model.families import FAMILIES
 from fastgrpo.model.replaced_forward import replaced_forward
 
 Fingerprint = list[tuple[int, int]]
-"""Of each parameter: address, and how often it was written in place."""
+"""Per parameter: its address, and its version, which counts writes in place."""
 
 
 class VisionCache:
-    """Features of the pictures last seen by one vision tower, or by others with the same weights.
+    """An LRU cache of image features, for one vision tower and for copies of it with equal weights.
 
-    Nothing is kept of a tower that trains or is partitioned (ZeRO-3, whose ranks must gather equally often), and what
-    was kept is dropped when weights are loaded. Weights changed through `.data` go unnoticed: call `clear`.
+    A tower that trains is not cached, nor one that ZeRO-3 has partitioned: its ranks must gather equally often. Loading
+    weights empties the cache. It does not notice weights changed through `.data`: call `clear`.
     """
 
     def __init__(self, tower: Any, max_bytes: int) -> None:
-        """`tower`: the policy's. `max_bytes`: of features, on the tower's device; the longest unseen go first."""
+        """`tower`: the policy's. `max_bytes`: of features, on the tower's device; the least recently used go first."""
         cached = [family.cached_tower for family in FAMILIES if family.cached_tower is not None]
         if tower.config.model_type not in cached:
             raise ValueError(f"tower: {tower.config.model_type} is not one of {', '.join(cached)}; use no VisionCache.")
@@ -39,32 +39,32 @@ class VisionCache:
         self.max_bytes = max_bytes
         self.bytes = 0
         self.hits = 0
-        """Pictures that needed no tower."""
+        """Images found in the cache."""
         self.misses = 0
-        """Pictures that went through it."""
+        """Images that went through the tower."""
         self._kept: OrderedDict[tuple[bytes, torch.dtype], Tensor] = OrderedDict()
         self._weights: Fingerprint = []
         self._compared: tuple[Fingerprint, Fingerprint] | None = None
         self._is_same = False
 
     def clear(self) -> None:
-        """Forgets every picture."""
+        """Empties the cache."""
         self._kept.clear()
         self.bytes = 0
 
     @property
     def room(self) -> int:
-        """Bytes that it may still take; 0 while the tower trains."""
+        """Bytes that the cache may still grow by; 0 while the tower trains."""
         return self.max_bytes - self.bytes if self._covers(self.tower) else 0
 
     @contextmanager
     def serving(self, tower: Any, digests: Sequence[bytes]) -> Iterator[None]:
-        """Meanwhile a call of `tower` takes what is kept, and runs only for the pictures that are not.
+        """Within this context, a call of `tower` runs only the images that are not in the cache.
 
         Args:
             tower: the cache's own, or a copy of it such as the frozen reference's; its own merger is used.
-            digests: of the pictures of the coming call, in its order (`Prompt.image_digests`). Where they are not as
-                many, the tower runs as ever.
+            digests: one per image of the next call, in order (`Prompt.image_digests`). If their number is not that of
+                the call's images, the cache is not used.
         """
         if not self._covers(tower):
             yield
@@ -94,7 +94,7 @@ class VisionCache:
             yield
 
     def _keep(self, features: dict[tuple[bytes, torch.dtype], Tensor]) -> None:
-        """As the last seen; the first seen make room."""
+        """Marks the features as just used, and drops the least recently used beyond `max_bytes`."""
         for key, value in features.items():
             if key not in self._kept:
                 self.bytes += value.nbytes
@@ -105,7 +105,7 @@ class VisionCache:
             self.bytes -= oldest.nbytes
 
     def _covers(self, tower: Any) -> bool:
-        """Whether what is kept is what `tower` would see; forgets what the cache's own tower saw with other weights."""
+        """Whether `tower` computes what is cached; empties the cache if the weights of its own tower have changed."""
         parameters = _tower_parameters(self.tower)
         if any(p.requires_grad or hasattr(p, "ds_id") for p in parameters.values()):
             return False
@@ -130,7 +130,7 @@ class VisionCache:
 def _run_some(
     tower: Any, run: Callable[..., Any], pixel_values: Tensor, grid_thw: Tensor, chosen: list[int]
 ) -> list[Tensor]:
-    """What the chosen pictures of a call become, each in memory of its own: a view would keep the others' as well."""
+    """Features of the chosen images of a call. Each is a copy: a view would hold the memory of all of them."""
     sizes = grid_thw.prod(dim=1).tolist()
     pixels = pixel_values.split(sizes)
     output = run(torch.cat([pixels[i] for i in chosen]), grid_thw=grid_thw[chosen]).pooler_output
@@ -138,20 +138,20 @@ def _run_some(
 
 
 def _grouped(tower: Any, patches: Tensor) -> Tensor:
-    """[patches, dim] → [image tokens, merge² · dim], a row for each row the merger makes.
+    """[patches, dim] → [image tokens, merge² · dim]: stands in for the merger, one row per row of its output.
 
-    Qwen2.5-VL's tower puts rows back into the picture's order behind its merger, and so does it with these.
+    Qwen2.5-VL's tower reorders its merger's output into the image's order; it reorders these rows in the same way.
     """
     return patches.reshape(-1, tower.spatial_merge_size**2 * patches.shape[-1])
 
 
 def _tower_parameters(tower: Any) -> dict[str, nn.Parameter]:
-    """By name, those in front of the merger."""
+    """Parameters in front of the merger, by name."""
     return {name: p for name, p in tower.named_parameters() if not name.startswith("merger.")}
 
 
 def _fingerprint(parameters: dict[str, nn.Parameter]) -> Fingerprint:
-    """Changes when parameters are loaded; nothing is read from the device. 0.5 ms for a tower of 32 blocks."""
+    """Changes when parameters are loaded. Nothing is read from the device; 0.5 ms for a tower of 32 blocks."""
     return [(p.data_ptr(), p._version) for p in parameters.values()]
 
 

@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 holds in pieces."""
+"""Access to parameters that ZeRO-3 has partitioned."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,7 @@ def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Holds partitioned parameters whole for a while."""
+    """Within this context, partitioned parameters are whole on every rank."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return nullcontext()

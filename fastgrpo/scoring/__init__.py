@@ -1,1 +1,1 @@
-"""What a completion is worth: rewards, the answers they read, advantages within a group."""
+"""Rewards, the answers they read, and advantages within a group."""

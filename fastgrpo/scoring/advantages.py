@@ -1,4 +1,4 @@
-"""Group-relative advantages: each completion's reward against its siblings'."""
+"""Group-relative advantages: each completion's reward compared with the others of its group."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 ZERO_STD = 1e-8
-"""A group whose rewards' std is no more than this teaches nothing: torch.isclose to 0, as in TRL."""
+"""A group whose rewards have a std of at most this has no gradient; as in TRL, torch.isclose to 0."""
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """Rewards of N groups of G completions, compared."""
+    """Advantages of N groups of G completions, and the figures they come from."""
 
     advantages: Tensor
     """[N·G] float32; 0 where every reward function abstained."""
@@ -55,7 +55,7 @@ def group_advantages(
             f"reward_weights has {weights.numel()} values for {functions} reward functions: pass one each."
         )
 
-    rewards = rewards.double()  # equal rewards must differ from their mean by nothing
+    rewards = rewards.double()  # so that equal rewards are exactly their mean
     abstained = rewards.isnan().all(dim=1)
     total = (rewards * weights.to(rewards)).nansum(dim=1).masked_fill(abstained, torch.nan)  # [N·G]
     grouped = total.view(-1, num_generations)

@@ -1,4 +1,4 @@
-"""Reading an answer out of a completion and comparing it with the gold one.
+"""Reads the answer out of a completion and compares it with the gold one.
 
 An answer counts when it names the gold option or value and nothing else: option letters in any usual form, option
 texts without regard to case, white space, quotes, end punctuation or a leading article, numbers by value. "The answer
@@ -53,7 +53,7 @@ _LATEX = re.compile(r"(?:[-+*/().{} 0-9%]|\\(?:[dt]?frac|sqrt|pi|cdot|times|left
 
 
 def parse_answer(text: str) -> str | None:
-    """What stands in the text's one `<answer>…</answer>` block, white space stripped.
+    """The content of the text's one `<answer>…</answer>` block, stripped.
 
     None if there is no such block, more than one, another tag without its partner, or nothing inside.
     """
@@ -77,7 +77,7 @@ def answers_match(answer: str, solution: str, choices: Sequence[str] | None = No
 
 
 def normalise(text: str) -> str:
-    """Case, white space, quotes, emphasis, end punctuation and a leading article taken away."""
+    """The text without differences of case, white space, quotes, emphasis, end punctuation or a leading article."""
     if not text.isascii():
         text = "".join(map(_compatible, text)).translate(_QUOTES)
     text = " ".join(text.split()).casefold()
@@ -91,7 +91,7 @@ def normalise(text: str) -> str:
 
 
 def _compatible(character: str) -> str:
-    """The plain form of a full-width or styled character; 3² stays apart from 32, and ½ from 1/2."""
+    """The plain form of a full-width or styled character. Superscripts and fractions stay: 3² is not 32."""
     kind = unicodedata.decomposition(character).split(" ")[0]
     return character if kind in ("<super>", "<sub>", "<fraction>") else unicodedata.normalize("NFKC", character)
 

@@ -1,4 +1,4 @@
-"""Phrases in which a model doubts or re-examines its own reasoning: the trace of the "aha moment"."""
+"""Phrases in which a model doubts or re-examines its own reasoning (the "aha moment")."""
 
 import re
 

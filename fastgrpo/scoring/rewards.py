@@ -91,7 +91,7 @@ def format_reward(
 def length_reward(
     prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
 ) -> list[float | None]:
-    """0.001 per completion token: the control that lengthens answers without asking for reasoning."""
+    """0.001 per completion token: a control, which rewards length alone."""
     return [0.001 * len(ids) for ids in completion_ids]
 
 
@@ -232,8 +232,8 @@ def _await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int) -> lis
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for the whole process, on its own thread: clients that functions keep stay usable from call to call, and
-    a notebook's running loop is no obstacle."""
+    """One loop for the whole process, on its own thread: clients that functions keep stay usable between calls, and it
+    works where a loop is running already, as in a notebook."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="reward-functions", daemon=True).start()
     return loop
