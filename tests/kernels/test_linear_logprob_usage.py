@@ -26,9 +26,9 @@ def loss_and_gradients(function, inputs) -> tuple[Tensor, ...]:  # type: ignore[
 
 
 @pytest.mark.parametrize("mode", ["eager", "aot_eager"])
-@pytest.mark.parametrize("byte_budget", [1 << 30, 4096], ids=["keep", "recompute"])
+@pytest.mark.parametrize("byte_budget", [None, 4096], ids=["keep", "recompute"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_as_one_graph(backend, byte_budget: int, mode: str, inputs) -> None:  # type: ignore[no-untyped-def]
+def test_compiles_as_one_graph(backend, byte_budget: int | None, mode: str, inputs) -> None:  # type: ignore[no-untyped-def]
     def step(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         output = linear_logprob(
             2 * hidden, weight, targets, entropy=True, temperature=0.7, byte_budget=byte_budget, backend=backend
@@ -68,8 +68,11 @@ def test_autocast_computes_as_the_cast_inputs_do(backend, dtype: torch.dtype, in
         found = loss_and_gradients(lambda *x: linear_logprob(*x, backend=backend).logprobs.sum(), inputs)
     expected = loss_and_gradients(lambda *x: linear_logprob(*x, backend=backend).logprobs.sum(), (*cast, targets))
     assert [x.dtype for x in found] == [torch.float32] * 3
+    # A product that comes as float32 may be summed in another order than one that comes in 16 bits.
+    rounding = torch.finfo(dtype).eps if DEVICE == "cuda" else 0.0
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=0, atol=0)
+        size = float(theirs.detach().abs().max())
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=rounding, atol=rounding * size)
 
 
 def test_float64_is_the_references() -> None:
