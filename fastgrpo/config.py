@@ -289,12 +289,7 @@ class GRPOConfig(TRLFields, TrainingArguments):
 
     def _validate(self) -> None:
         check_limits(self, INHERITED)
-        updates = self.batch_plan.updates_per_rollout
-        if self.load_best_model_at_end and updates > 1:
-            raise ValueError(
-                "load_best_model_at_end=True needs a checkpoint at every evaluation, but saves wait for the end of a "
-                f"rollout, which feeds {updates} steps. Leave it off, or train once on each rollout."
-            )
+        _ = self.batch_plan  # raises where sizes do not divide
         for name in ("sync_ref_model", "ref_model_on_cpu"):
             if getattr(self, name) and self.beta == 0:
                 raise ValueError(f"{name}=True, but with beta=0.0 there is no reference: set beta above 0.")

@@ -7,7 +7,9 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class RolloutSampler(Sampler[list[int]]):
-    """Batches of row indices, one per optimizer step: a rank's share of a rollout, repeated while it is trained on.
+    """Batches of row indices: a rank's share of a rollout for each optimizer step that trains on it.
+
+    Where transformers counts several micro-batches a step, its rows come in the first, and the others are empty.
 
     The order is a function of (seed, epoch) alone, so any rank, and any resumed run, sees the same one. Rows left over
     at the end of an epoch wait for the next epoch's order.
@@ -16,6 +18,7 @@ class RolloutSampler(Sampler[list[int]]):
         num_rows: rows in the data set.
         batch_size: prompts that one rank answers in one rollout.
         repeats: optimizer steps per rollout.
+        turns: micro-batches per optimizer step.
         shuffle: a new order each epoch; else the rows' own.
 
     Raises:
@@ -23,7 +26,16 @@ class RolloutSampler(Sampler[list[int]]):
     """
 
     def __init__(
-        self, num_rows: int, batch_size: int, *, repeats: int, shuffle: bool, seed: int, rank: int, world_size: int
+        self,
+        num_rows: int,
+        batch_size: int,
+        *,
+        repeats: int,
+        turns: int = 1,
+        shuffle: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         if num_rows < batch_size * world_size:
             raise ValueError(
@@ -33,6 +45,7 @@ class RolloutSampler(Sampler[list[int]]):
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.repeats = repeats
+        self.turns = turns
         self.shuffle = shuffle
         self.seed = seed
         self.rank = rank
@@ -43,7 +56,7 @@ class RolloutSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_rows // (self.batch_size * self.world_size) * self.repeats
+        return self.num_rows // (self.batch_size * self.world_size) * self.repeats * self.turns
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -51,7 +64,7 @@ class RolloutSampler(Sampler[list[int]]):
         for batch in order.split(self.batch_size * self.world_size):
             if len(batch) == self.batch_size * self.world_size:
                 mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
-                yield from [mine] * self.repeats
+                yield from [mine, *[[]] * (self.turns - 1)] * self.repeats
 
 
 class RolloutLoader(DataLoader):

@@ -10,22 +10,8 @@ import pyarrow.parquet as pq
 
 from fastgrpo.report.run import number
 
-_COMPLETION_COLUMNS = frozenset(
-    [
-        "step",
-        "row_id",
-        "index",
-        "prompt",
-        "completion",
-        "finish_reason",
-        "length",
-        "advantage",
-        "reward",
-        "task",
-        "solution",
-        "thumbnail",
-    ]
-)
+_REWARDS = "rewards/"
+"""Before the names of reward functions, in the columns of the completions log."""
 Table = dict[str, list[Any]]
 
 
@@ -180,7 +166,7 @@ def _read_group(file: Path, step: int, row_id: int, samples: int) -> Group:
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
-    rewards = {name: number(value) for name, value in row.items() if name not in _COMPLETION_COLUMNS}
+    rewards = {name.removeprefix(_REWARDS): number(value) for name, value in row.items() if name.startswith(_REWARDS)}
     length = number(row.get("length"))
     return Sample(
         text=str(row.get("completion") or ""),

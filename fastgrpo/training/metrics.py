@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from fastgrpo_kernels import LossMetrics
 
+from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.types import SamplingMismatch, UpdateResult
 from fastgrpo.update.sums import combine
 
@@ -44,25 +44,25 @@ def update_metrics(result: UpdateResult, beta: float, accelerator: Accelerator) 
     return {name: value for name, value in metrics.items() if name == "loss" or math.isfinite(value)}
 
 
-def rollout_metrics(rows: Sequence[dict[str, Any]], reward_names: Sequence[str]) -> dict[str, float]:
-    """The metrics of a rollout from its completion records (`run_log.completion_rows`), all ranks together."""
-    if not rows:
+def rollout_metrics(records: Sequence[CompletionRecord]) -> dict[str, float]:
+    """The metrics of a rollout from the records of all ranks."""
+    if not records:
         return {}
-    lengths = [row["length"] for row in rows]
-    terminated = [row["length"] for row in rows if row["finish_reason"] == "stop"]
-    rewards = torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows])
+    lengths = [record.length for record in records]
+    terminated = [record.length for record in records if record.finish_reason == "stop"]
+    rewards = torch.tensor([math.nan if record.reward is None else record.reward for record in records])
     metrics = {
         **_spread("completions/{}_length", lengths),
         # TRL's value when nothing terminated.
         **_spread("completions/{}_terminated_length", terminated or [0]),
-        "completions/clipped_ratio": 1 - len(terminated) / len(rows),
+        "completions/clipped_ratio": 1 - len(terminated) / len(records),
         "reward": rewards.nanmean().item(),
         "reward_std": _nan_std(rewards.tolist()),
-        "frac_reward_zero_std": _mean(row["zero_std"] for row in rows),
-        "reflection_rate": _mean(row["reflective"] for row in rows),
+        "frac_reward_zero_std": _mean(record.zero_std for record in records),
+        "reflection_rate": _mean(record.reflective for record in records),
     }
-    for name in reward_names:
-        values = [row[name] for row in rows if row[name] is not None]
+    for name in records[0].rewards:
+        values = [reward for record in records if (reward := record.rewards[name]) is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = _nan_std(values)
     return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,6 +1,7 @@
 """What a run shows while it runs."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.training.completion_records import CompletionRecord
 
 SHOWN = {
     "reward": "reward {:.3f}",
@@ -89,11 +91,11 @@ class ProgressDisplay(TrainerCallback):
             self.progress.stop()
             self.progress = None
 
-    def print_completions(self, rows: list[dict[str, Any]]) -> None:
+    def print_completions(self, records: Sequence[CompletionRecord]) -> None:
         """Prints a rollout's first completions (`num_completions_to_print`)."""
-        for row in rows[: self.config.num_completions_to_print or 0]:
-            self.console.print(Rule(f"row {row['row_id']} · reward {row['reward']} · advantage {row['advantage']:.2f}"))
-            self.console.print(Text(row["prompt"], style="dim"), Text(row["completion"]))
+        for one in records[: self.config.num_completions_to_print or 0]:
+            self.console.print(Rule(f"row {one.row_id} · reward {one.reward} · advantage {one.advantage:.2f}"))
+            self.console.print(Text(one.prompt, style="dim"), Text(one.completion))
 
 
 class StepTrace(TrainerCallback):

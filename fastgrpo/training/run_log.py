@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastgrpo.atomic_files import write_aside
-from fastgrpo.scoring.advantages import ZERO_STD, Advantages
-from fastgrpo.scoring.reflection import is_reflective
-from fastgrpo.types import ScoredRollout
+from fastgrpo.training.completion_records import CompletionRecord
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +73,13 @@ class RunLog:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
-    def completions(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
+    def completions(self, step: int, records: Sequence[CompletionRecord]) -> None:
         """Writes completions/completions_{step:05d}.parquet."""
-        if not rows:
+        if not records:
             return
         self.completions_folder.mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist([{"step": step, **_without_internals(row)} for row in rows])
+        rows = [{"step": step, **record.columns()} for record in records]
+        table = pa.table({name: _column([row.get(name) for row in rows]) for row in rows for name in row})
         write_aside(
             self.completions_folder / f"completions_{step:05d}.parquet",
             lambda path: pq.write_table(table, path, compression="zstd"),
@@ -93,55 +92,12 @@ class RunLog:
                 os.fsync(file.fileno())
 
 
-def completion_rows(
-    groups: Sequence[ScoredRollout],
-    reward_names: Sequence[str],
-    advantages: Advantages,
-    *,
-    thumbnails: bool,
-    extra: Mapping[str, Sequence[Any]] | None = None,
-) -> list[dict[str, Any]]:
-    """A record per completion, for the log and for `metrics.rollout_metrics`."""
-    rows = []
-    totals, values, stds = advantages.rewards.tolist(), advantages.advantages.tolist(), advantages.group_std.tolist()
-    places = [(g, group, completion) for g, group in enumerate(groups) for completion in group.completions]
-    for n, (g, group, completion) in enumerate(places):
-        prompt = group.prompt
-        scores = [_none_if_nan(value) for value in group.rewards[completion.index].tolist()]
-        rows.append(
-            {
-                "row_id": prompt.row_id,
-                "index": completion.index,
-                "prompt": prompt.text,
-                "completion": completion.text,
-                "finish_reason": completion.finish_reason,
-                "length": len(completion.token_ids),
-                "advantage": values[n],
-                "reward": _none_if_nan(totals[n]),
-                **dict(zip(reward_names, scores, strict=True)),
-                "task": _text_or_none(prompt.columns.get("task")),
-                "solution": _text_or_none(prompt.columns.get("solution")),
-                # Once a group: eight copies would be most of the file.
-                "thumbnail": prompt.thumbnail if thumbnails and completion.index == 0 else None,
-                "zero_std": stds[g] <= ZERO_STD,
-                "reflective": is_reflective(completion.text),
-                **{name: column[n] for name, column in (extra or {}).items()},
-                "prompt_length": len(prompt.input_ids),
-            }
-        )
-    return rows
-
-
-def _without_internals(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in ("zero_std", "reflective", "prompt_length")}
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _text_or_none(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _column(values: list[Any]) -> pa.Array:
+    """A column of values of one kind; as text where a reward function logged what has no common type."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return pa.array([None if value is None else str(value) for value in values])
 
 
 def _step_of(line: str) -> float:

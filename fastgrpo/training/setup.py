@@ -1,6 +1,5 @@
 """What users pass to the trainer, in its many forms, into what the trainer works with: model, engine and updater."""
 
-import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -44,21 +43,20 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
     )
 
 
-def one_step_per_batch(config: GRPOConfig, model: PreTrainedModel) -> GRPOConfig:
-    """The settings transformers sees: its batch is one optimizer step of ours, without accumulation."""
+def settle(config: GRPOConfig, model: PreTrainedModel) -> None:
+    """Decides, in place, what the settings leave open until the model and the machine are known."""
     take_whole_steps(config)
-    args = copy.copy(config)
-    args.per_device_train_batch_size = config.batch_plan.prompts_per_rollout
-    args.gradient_accumulation_steps = 1
-    if config.decides_checkpointing and needs_checkpointing(model, config):
+    if config.decides_checkpointing:
+        needed = needs_checkpointing(model, config)
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers' older and newer name
-            setattr(args, name, True)
-    if args.n_gpu > 1:
-        logger.warning("%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", args.n_gpu)
-        args._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # the policies run the vision tower on ranks without pictures too
-    return args
+            setattr(config, name, needed)
+    if config.n_gpu > 1:
+        logger.warning(
+            "%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", config.n_gpu
+        )
+        config._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces
+    if config.ddp_find_unused_parameters is None:
+        config.ddp_find_unused_parameters = False  # the updaters run the vision tower on ranks without pictures too
 
 
 def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing:

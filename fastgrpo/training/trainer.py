@@ -1,10 +1,9 @@
 """`GRPOTrainer`: transformers' Trainer, one of whose steps is one whole GRPO step.
 
 Everything around the step (optimizer, schedule, clipping, logging, checkpoints, distribution) is transformers' and
-accelerate's. What is GRPO stands in `GRPOTrainer.training_step`.
+accelerate's. What is GRPO stands in `GRPOTrainer.take_step`.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,44 +17,40 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.row_dataset import warn_of_shared_rows
 from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
 from fastgrpo.scoring.advantages import Advantages, group_advantages, nan_std
-from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, reward_name, score
+from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, score
 from fastgrpo.training.checkpoints import find_checkpoint, load_state
+from fastgrpo.training.completion_records import CompletionRecord, distinct_names, records_of
+from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
-from fastgrpo.training.metrics import rollout_metrics, update_metrics
+from fastgrpo.training.metrics import rollout_metrics
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
-from fastgrpo.training.run_log import RunLog, completion_rows
+from fastgrpo.training.run_log import RunLog
 from fastgrpo.training.setup import (
     build_engine,
     build_updater,
     build_vision_cache,
-    one_step_per_batch,
     require_a_good_row,
     resolve_model,
     resolve_processing,
     resolve_reward_weights,
     resolve_rows,
     sampling_params,
+    settle,
 )
-from fastgrpo.training.timed_steps import TimedSteps
-from fastgrpo.training.whole_checkpoints import WholeCheckpoints
-from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup, UpdateResult
+from fastgrpo.training.step_log import StepLog
+from fastgrpo.training.transformers_hooks import TransformersHooks
+from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.update.plan import plan_updates, token_masks
 
-logger = logging.get_logger(__name__)
 
-LATEST = ("num_tokens", "skipped_rows", "learning_rate", "epoch")
-"""Metrics of which a log line shows the latest value rather than the mean."""
-
-
-class GRPOTrainer(TimedSteps, WholeCheckpoints):
+class GRPOTrainer(TransformersHooks):
     """Trains a vision-language (or text) model with GRPO. A drop-in for `trl.GRPOTrainer`.
 
     Args:
@@ -113,10 +108,11 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             eval_dataset = resolve_rows(eval_dataset, "eval_dataset", self.config, self.reward_functions)
             warn_of_shared_rows(rows, eval_dataset)
         self.reference_model = copy_reference(model, self.config)
+        settle(self.config, model)
 
         super().__init__(
             model=model,
-            args=one_step_per_batch(self.config, model),
+            args=self.config,
             data_collator=PromptCollator(rows, self.builder),
             train_dataset=rows,
             eval_dataset=eval_dataset,
@@ -126,181 +122,115 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         )
         for shown_by_trainer in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown_by_trainer)
-        self.display = ProgressDisplay(self.config)
-        self.add_callback(self.display)
+        display = ProgressDisplay(self.config)
+        self.add_callback(display)
         if self.config.profiled_steps:
             self.add_callback(StepTrace(Path(self.config.output_dir), self.config.profiled_steps))
         if self.reference_model is not None:
             self.reference_model = place_reference(self.reference_model, self.config, self.accelerator)
             if self.config.sync_ref_model:
                 self.add_callback(ReferenceSync(self.reference_model, self.config))
-        self.vision_cache = build_vision_cache(self.model, self.config)
-        self.updater = build_updater(self.model, self.reference_model, self.config, self.accelerator, self.vision_cache)
-        self.engine = build_engine(
-            self.model,
-            self.processing.tokenizer,
-            self.config,
-            self.accelerator,
-            vision_cache=self.vision_cache,
-        )
-        self.live_figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
+        cache = build_vision_cache(self.model, self.config)
+        self.updater = build_updater(self.model, self.reference_model, self.config, self.accelerator, cache)
+        self.engine = build_engine(self.model, self.processing.tokenizer, self.config, self.accelerator, cache)
+        self.reward_names = distinct_names(self.reward_functions)
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
+        figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
+        self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, display)
         self.updates: list[list[TrainingGroup]] = []
         """The optimizer steps still to take on the last rollout."""
-        self.skipped_rows = 0
-        self._named_rows: set[int] = set()
-        self.step_metrics: dict[str, float] = {}
-        """Of the step under way."""
-        self.extra_columns: dict[str, list[Any]] = {}
-        """What reward functions add to the completions log (`log_extra`), a value per completion."""
-        self.window: dict[str, list[float]] = defaultdict(list)
-        """Each metric since the last log line."""
-        self._drawn_tokens = 0
-        self._save_is_due = False
 
     # The GRPO step
 
-    def training_step(self, model: nn.Module, inputs: PromptBatch, num_items_in_batch: Any = None) -> Tensor:
+    def take_step(self, model: nn.Module, batch: PromptBatch) -> Tensor:
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
         self.updater.model = model
-        model.train()  # checkpointing and dropout ask for it; a loaded model starts in eval mode
         if not self.updates:
-            groups = self.score(self.generate(inputs))
-            with span("advantages"):
-                advantages = self.advantages(groups)
-            with span("update/plan"):
-                self.updates = self.plan_updates(groups, advantages)
-            with span("log"):
-                self.note_rollout(inputs, groups, advantages)
-        self.live_figures.trains_on(self.updates[0])
-        result = self.updater.accumulate(self.updates.pop(0))
-        with span("update/metrics"):
-            self.note_update(result)
-        return result.loss * self.accelerator.num_processes  # transformers logs the mean over ranks
+            rollouts = self.score(self.generate(batch))
+            advantages = self.advantages(rollouts)
+            self.updates = self.plan_updates(rollouts, advantages)
+            self.note_rollout(batch, rollouts, advantages)
+        return self.update(self.updates.pop(0))
 
     def generate(self, batch: PromptBatch) -> list[Rollout]:
         """G completions for each prompt, in the batch's order."""
         with span("rollout"):
             self.engine.sync()
             size, params = self.config.num_generations, sampling_params(self.config)
-            groups = self.engine.generate(batch.prompts, size, params, step=self.state.global_step)
+            rollouts = self.engine.generate(batch.prompts, size, params, step=self.state.global_step)
             order = {prompt.row_id: i for i, prompt in enumerate(batch.prompts)}
-            return sorted(groups, key=lambda group: order[group[0].row_id])
+            return sorted(rollouts, key=lambda rollout: order[rollout.prompt.row_id])
 
-    def score(self, groups: Sequence[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """What every reward function says of every completion."""
         with span("reward"):
             rewards = score(
-                groups,
+                rollouts,
                 self.reward_functions,
                 trainer_state=self.state,
-                log_extra=self.extra_columns.__setitem__,
-                log_metric=self._log_reward_metric,
+                log_extra=self.step_log.log_extra,
+                log_metric=self.step_log.log_metric,
             )
-        per_group = rewards.split(self.config.num_generations)
-        return [ScoredRollout(*group, columns) for group, columns in zip(groups, per_group, strict=False)]
+        per_rollout = rewards.split(self.config.num_generations)
+        return [ScoredRollout(*rollout, columns) for rollout, columns in zip(rollouts, per_rollout, strict=False)]
 
-    def advantages(self, groups: Sequence[ScoredRollout]) -> Advantages:
+    def advantages(self, rollouts: Sequence[ScoredRollout]) -> Advantages:
         """Group-relative advantages."""
-        rewards = torch.cat([torch.zeros(0, len(self.reward_functions)), *(group.rewards for group in groups)])
-        size, scale, batch_std = self.config.num_generations, self.config.scale_rewards, None
-        if scale == "batch":
-            mine = group_advantages(rewards, size, self.reward_weights, "none").rewards
-            batch_std = nan_std(torch.tensor(gather_object(mine.tolist()), dtype=torch.float64))
-        return group_advantages(rewards, size, self.reward_weights, scale, batch_std=batch_std)
+        with span("advantages"):
+            rewards = torch.cat([torch.zeros(0, len(self.reward_functions)), *(r.rewards for r in rollouts)])
+            size, scale, batch_std = self.config.num_generations, self.config.scale_rewards, None
+            if scale == "batch":
+                mine = group_advantages(rewards, size, self.reward_weights, "none").rewards
+                batch_std = nan_std(torch.tensor(gather_object(mine.tolist()), dtype=torch.float64))
+            return group_advantages(rewards, size, self.reward_weights, scale, batch_std=batch_std)
 
-    def plan_updates(self, groups: Sequence[ScoredRollout], advantages: Advantages) -> list[list[TrainingGroup]]:
+    def plan_updates(self, rollouts: Sequence[ScoredRollout], advantages: Advantages) -> list[list[TrainingGroup]]:
         """The optimizer steps to take on a rollout."""
-        masks = token_masks(groups, self.config)
-        tokens = sum(int(mask.sum()) for mask in masks)
-        totals = torch.tensor([len(masks), tokens], device=self.accelerator.device)
-        total_sequences, total_tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
-        steps = plan_updates(
-            groups,
-            advantages.advantages,
-            masks,
-            self.config,
-            total_sequences=total_sequences,
-            total_tokens=total_tokens,
-            world_size=self.accelerator.num_processes,
-        )
-        if self.config.batch_plan.updates_per_rollout > 1:
+        with span("update/plan"):
+            masks = token_masks(rollouts, self.config)
+            totals = torch.tensor([len(masks), sum(int(mask.sum()) for mask in masks)], device=self.accelerator.device)
+            total_sequences, total_tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
+            steps = plan_updates(
+                rollouts,
+                advantages.advantages,
+                masks,
+                self.config,
+                total_sequences=total_sequences,
+                total_tokens=total_tokens,
+                world_size=self.accelerator.num_processes,
+            )
+        plan = self.config.batch_plan
+        if plan.updates_per_rollout > 1:
             with span("update/old_logprobs"):
                 steps = [
                     [replace(g, old_logprobs=old) for g, old in zip(step, self.updater.logprobs(step), strict=True)]
                     for step in steps
                 ]
-        return steps * self.config.num_iterations
+        # A rollout drawn amid its place, where a checkpoint's could not be taken over, gets the steps that are left.
+        return (steps * plan.num_iterations)[self.state.global_step % plan.updates_per_rollout :]
+
+    def update(self, groups: list[TrainingGroup]) -> Tensor:
+        """Accumulates the gradients of one optimizer step; the loss."""
+        result = self.updater.accumulate(groups)
+        with span("update/metrics"):
+            self.has_gradients = self.step_log.update(groups, result, self.state)
+        return result.loss * self.accelerator.num_processes  # transformers logs the mean over ranks
 
     # What is written down
 
-    def note_rollout(self, batch: PromptBatch, groups: Sequence[ScoredRollout], advantages: Advantages) -> None:
+    def note_rollout(self, batch: PromptBatch, rollouts: Sequence[ScoredRollout], advantages: Advantages) -> None:
         """Metrics and the completions log of a fresh rollout, all ranks together."""
-        names = [reward_name(function) for function in self.reward_functions]
-        rows = completion_rows(
-            groups, names, advantages, thumbnails=self.config.log_multimodal, extra=self.extra_columns
-        )
-        self.extra_columns.clear()
-        skipped = [(row.row_id, row.reason) for row in batch.skipped]
-        rows, skipped = gather_object(rows), gather_object(skipped)
-        self.skipped_rows += len(skipped)
-        self.state.num_input_tokens_seen += sum(row["length"] + row["prompt_length"] for row in rows)
-        self.step_metrics |= rollout_metrics(rows, names)
-        if self.run_log:
-            for row_id, reason in skipped:
-                if row_id not in self._named_rows:  # it comes again each epoch
-                    self._named_rows.add(row_id)
-                    logger.warning(f"row {row_id} skipped: {reason}")
-            self.display.print_completions(rows)
-            if self.config.log_completions:
-                self.run_log.completions(self.state.global_step + 1, rows)
-        self._drawn_tokens = sum(row["length"] for row in rows)
-        self.live_figures.drew(groups)
+        with span("log"):
+            self.step_log.rollout(batch, rollouts, advantages, self.state)
 
-    def note_update(self, result: UpdateResult) -> None:
-        """Metrics of an update."""
-        self.step_metrics |= update_metrics(result, self.config.beta, self.accelerator)
-        self.step_metrics |= {
-            "num_tokens": float(self.state.num_input_tokens_seen),
-            "skipped_rows": float(self.skipped_rows),
-        }
-
-    def _log_reward_metric(self, name: str, value: Any) -> None:
-        self.step_metrics[name] = float(value)  # may come as a tensor's or an array's
-
-    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """Called by transformers when the optimizer has stepped (and once more at the end of an epoch)."""
-        if "loss" in self.step_metrics:
-            spans, seconds = self.end_step()
-            metrics = {
-                "epoch": self.state.epoch,
-                **self.step_metrics,
-                "grad_norm": 0.0 if grad_norm is None else float(grad_norm),
-                "learning_rate": kwargs.get("learning_rate") or 0.0,
-                "step_time": seconds,
-                "tokens_per_second": self._drawn_tokens / seconds,
-                **self.live_figures.of_step(spans, seconds),
-            }
-            self.step_metrics, self._drawn_tokens = {}, 0
-            for name, value in metrics.items():
-                self.window[name].append(value)
-            with span("log"):
-                self.display.show(self.state, metrics)
-                if self.run_log:
-                    self.run_log.metrics(self.state.global_step, metrics)
-        # A checkpoint amid a rollout would have to hold its completions: wait for the rollout's last step.
-        last = self.state.global_step >= self.state.max_steps
-        self._save_is_due |= self.control.should_save
-        self.control.should_save = self._save_is_due and (not self.updates or last)
-        self._save_is_due &= not self.control.should_save
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+    def step_ended(self, **of_step: Any) -> None:
+        """Logs the step that has ended."""
+        self.step_log.step_ended(self.state, **of_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs carry the mean of every metric since the last one, the latest value of what adds up."""
-        if "loss" in logs and self.window:
-            logs |= {name: sum(values) / len(values) for name, values in self.window.items()}
-            logs |= {name: self.window[name][-1] for name in LATEST if name in self.window}
-            self.window.clear()
+        """Training logs carry our metrics too."""
+        if "loss" in logs:
+            logs |= self.step_log.line()
         super().log(logs, start_time)
 
     # Resuming
@@ -308,50 +238,58 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains; `resume_from_checkpoint` (or the setting of that name) continues the same run, logs included."""
         resume = resume_from_checkpoint or self.config.resume_from_checkpoint
-        checkpoint = find_checkpoint(resume, Path(self.config.output_dir))
+        output_dir = Path(self.config.output_dir)
+        checkpoint = find_checkpoint(resume, output_dir)
         state = load_state(checkpoint)
-        self.updates, self.step_metrics, self.skipped_rows = [], {}, state.get("skipped_rows", 0)
+        self.step_log.start(state)
+        self.updates = [] if checkpoint is None else self.load_updates(checkpoint)
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)
-        self.window = defaultdict(list, state.get("window", {}))
-        elsewhere = checkpoint is None or checkpoint.resolve().parent != Path(self.config.output_dir).resolve()
-        if self.run_log and elsewhere:
-            self.run_log.start_over()
-        elif self.run_log:
-            self.run_log.continue_after(state.get("step", 0))
+        if self.run_log is not None:
+            if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
+                self.run_log.continue_after(state.get("step", 0))
+            else:
+                self.run_log.start_over()
         self.accelerator.wait_for_everyone()
-        self.live_figures.measure_ceiling()
+        self.step_log.figures.measure_ceiling()
         try:
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
-            self.display.close()
+            self.step_log.display.close()
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run
-            super()._run_epoch(*args, **kwargs)
+    def load_updates(self, checkpoint: Path) -> list[list[TrainingGroup]]:
+        """What is left to train on of a checkpoint's rollout."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return load_updates(
+            checkpoint, rank, ranks, lambda ids: self.data_collator([self.train_dataset[i] for i in ids]).prompts
+        )
 
     def state_to_save(self) -> dict[str, Any]:
         """What `train` needs, beside transformers' own state, to continue."""
-        if self.run_log:
+        if self.run_log is not None:
             self.run_log.sync()  # a checkpoint never knows of steps that the log lost
-        return {"step": self.state.global_step, "skipped_rows": self.skipped_rows, "window": self.window}
+        return {"step": self.state.global_step, **self.step_log.state()}
 
     def save_more(self, folder: Path) -> None:
-        """Beside `state_to_save`, a reference model that has moved."""
-        if self.config.sync_ref_model and self.reference_model is not None and not self.args.save_only_model:
+        """Beside `state_to_save`, a rollout that is half used, and a reference model that has moved."""
+        if self.args.save_only_model:
+            return
+        save_updates(self.updates, folder, self.accelerator.process_index, self.accelerator.num_processes)
+        if self.config.sync_ref_model and self.reference_model is not None and self.args.should_save:
             save_reference(self.reference_model, folder)
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """Prompts stay on the host and every rank picks its own, so accelerate has nothing to prepare."""
-        args, config = self.args, self.config
+        args, plan = self.config, self.config.batch_plan
         sampler = RolloutSampler(
             len(self.train_dataset),
-            config.batch_plan.prompts_per_rollout,
-            repeats=config.batch_plan.updates_per_rollout,
-            shuffle=config.shuffle_dataset,
-            seed=config.seed if args.data_seed is None else args.data_seed,
+            plan.prompts_per_rollout,
+            repeats=plan.updates_per_rollout,
+            turns=plan.accumulation,
+            shuffle=args.shuffle_dataset,
+            seed=args.seed if args.data_seed is None else args.data_seed,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
@@ -359,17 +297,10 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
             self.train_dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
+            num_workers=args.dataloader_num_workers or 0,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
         )
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
-        return None  # a `PromptBatch` has no labels to count
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not estimated: transformers' formula knows neither sampling nor shared prompts."""
-        return 0
 
     # Evaluation
 
@@ -381,21 +312,19 @@ class GRPOTrainer(TimedSteps, WholeCheckpoints):
         if given is None:
             raise ValueError("eval_dataset is missing: pass one to the trainer or to evaluate().")
         rows = resolve_rows(given, "eval_dataset", self.config, self.reward_functions)
-        group_size = self.config.num_generations_eval or self.config.num_generations
+        size, at_once = self.config.num_generations_eval or self.config.num_generations, self.args.eval_batch_size
         collate = PromptCollator(rows, self.builder)
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
-        names = [reward_name(function) for function in self.reward_functions]
-        records: list[dict[str, Any]] = []
+        records: list[CompletionRecord] = []
         self.engine.sync()  # all ranks together: one may have no rows
-        for start in range(0, len(mine), self.args.per_device_eval_batch_size):
-            chunk = mine[start : start + self.args.per_device_eval_batch_size]
-            prompts = collate([rows[i] for i in chunk]).prompts
-            drawn = list(self.engine.generate(prompts, group_size, sampling_params(self.config), step=start))
+        for start in range(0, len(mine), at_once):
+            prompts = collate([rows[i] for i in mine[start : start + at_once]]).prompts
+            drawn = list(self.engine.generate(prompts, size, sampling_params(self.config), step=start))
             rewards = score(drawn, self.reward_functions, trainer_state=self.state)
-            groups = [ScoredRollout(*g, r) for g, r in zip(drawn, rewards.split(group_size), strict=False)]
-            advantages = group_advantages(rewards, group_size, self.reward_weights, "none")
-            records += completion_rows(groups, names, advantages, thumbnails=False)
-        figures = rollout_metrics(gather_object(records), names)
+            rollouts = [ScoredRollout(*r, columns) for r, columns in zip(drawn, rewards.split(size), strict=False)]
+            advantages = group_advantages(rewards, size, self.reward_weights, "none")
+            records += records_of(rollouts, self.reward_names, advantages, thumbnails=False)
+        figures = rollout_metrics(gather_object(records))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

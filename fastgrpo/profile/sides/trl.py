@@ -35,7 +35,7 @@ from fastgrpo.data.row_order import RolloutSampler
 from fastgrpo.model.load import load_processing
 from fastgrpo.profile.gate import checkpoint_as_in_training
 from fastgrpo.scoring.rewards import resolve_reward_functions
-from fastgrpo.training.timed_steps import TimedSteps
+from fastgrpo.training.transformers_hooks import TimedSteps
 
 # Renders a message's parts as they stand: prompts come already worded by our `PromptBuilder`.
 VERBATIM = (

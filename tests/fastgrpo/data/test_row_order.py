@@ -79,3 +79,10 @@ def test_the_loader_passes_the_epoch_on() -> None:
     loader = RolloutLoader(range(20), batch_sampler=sampler(), collate_fn=list)  # type: ignore[arg-type]
     loader.set_epoch(4)
     assert list(loader) == list(sampler(epoch=4))
+
+
+def test_where_a_step_has_several_micro_batches_the_first_holds_its_rows() -> None:
+    steps = list(sampler(num_rows=8, shuffle=False, repeats=2))
+    turns = sampler(num_rows=8, shuffle=False, repeats=2, turns=3)
+    assert list(turns) == [rows for step in steps for rows in (step, [], [])]
+    assert len(turns) == 3 * len(steps)

@@ -93,8 +93,8 @@ def completion_table(step: int, progress: float, draws: np.random.Generator, rep
             rows.append({
                 "step": step, "row_id": row_id, "index": index, "prompt": prompt(row_id, task), "completion": text,
                 "finish_reason": "stop" if formed else "length", "length": len(text) // 4,
-                "advantage": float(draws.normal()), "reward": formed + right, "accuracy": float(right),
-                "format": formed, "task": task, "solution": "blue",
+                "advantage": float(draws.normal()), "reward": formed + right, "rewards/accuracy": float(right),
+                "rewards/format": formed, "task": task, "solution": "blue",
                 "thumbnail": thumbnail(row_id) if index == 0 else None,
             })  # fmt: skip
     return pa.Table.from_pylist(rows)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.training.setup import one_step_per_batch
+from fastgrpo.training.deepspeed_settings import take_whole_steps
 
 ACCUMULATED, MICRO_BATCH = 4, 8
 
@@ -25,7 +25,8 @@ def settings_of(tmp_path: Path, **settings: Any) -> dict[str, Any]:
         output_dir=str(tmp_path), use_cpu=True, report_to="none", num_generations=2,
         per_device_train_batch_size=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATED, **settings,
     )  # fmt: skip
-    found: dict[str, Any] = one_step_per_batch(config).deepspeed_plugin.deepspeed_config
+    take_whole_steps(config)
+    found: dict[str, Any] = config.deepspeed_plugin.deepspeed_config
     return found
 
 

@@ -21,6 +21,7 @@ TRL_IMPORT = "from trl import GRPOConfig, GRPOTrainer"
 SCRIPT = """
 import re
 
+from datasets import Dataset
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer

@@ -154,4 +154,4 @@ def test_a_run_that_fails_stops_recording(trainer, monkeypatch):
     monkeypatch.setattr(trainer, "score", fail)
     with pytest.raises(RuntimeError, match="as asked"):
         trainer.train()
-    assert trainer.end_step() == ({}, 0.0)
+    assert trainer.end_recording() is None

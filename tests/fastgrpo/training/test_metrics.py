@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from fastgrpo_kernels import LossParams, grpo_loss
 from torch import Tensor
 
+from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.metrics import rollout_metrics, update_metrics
 from fastgrpo.types import SamplingMismatch, UpdateResult
 from fastgrpo.update.sums import combine, sampling_mismatch
@@ -84,9 +85,12 @@ def metrics_of(result: UpdateResult, beta: float = 0.1, ranks: Ranks | None = No
     return update_metrics(result, beta, cast(Accelerator, ranks or Ranks()))
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    base = {"length": 5, "finish_reason": "stop", "reward": 1.0, "zero_std": False, "reflective": False}
-    return {**base, "accuracy": 1.0, "format": 1.0, **changes}
+def completion(accuracy: float | None = 1.0, format: float | None = 1.0, **changes: Any) -> CompletionRecord:
+    fields = {
+        "row_id": 0, "index": 0, "prompt": "", "completion": "", "finish_reason": "stop", "length": 5,
+        "prompt_length": 3, "advantage": 0.0, "reward": 1.0, "rewards": {"accuracy": accuracy, "format": format},
+    }  # fmt: skip
+    return CompletionRecord(**fields | changes)
 
 
 def test_sampling_mismatch_is_computed_over_counted_tokens() -> None:
@@ -166,23 +170,23 @@ def test_nothing_at_all_gives_finite_figures_only() -> None:
     assert metrics["loss"] == 0
     assert all(math.isfinite(value) for value in metrics.values())
     assert "clip_ratio/low_min" not in metrics
-    assert rollout_metrics([], ["accuracy"]) == {}
+    assert rollout_metrics([]) == {}
 
 
 def test_names_are_those_of_trl() -> None:
     assert set(metrics_of(result_of(tokens()))) == OF_UPDATES
     assert set(metrics_of(result_of(tokens()), beta=0.0)) == OF_UPDATES - {"kl"}
-    assert set(rollout_metrics([row(), row()], ["accuracy", "format"])) == OF_ROLLOUTS | {"reflection_rate"}
+    assert set(rollout_metrics([completion(), completion()])) == OF_ROLLOUTS | {"reflection_rate"}
 
 
 def test_rollout_metrics_against_their_definitions() -> None:
-    rows = [
-        row(length=2, accuracy=1.0, format=0.0, reward=1.0, reflective=True),
-        row(length=6, finish_reason="length", accuracy=0.0, format=None, reward=0.0),
-        row(length=4, accuracy=None, format=1.0, reward=1.0, zero_std=True),
-        row(length=9, finish_reason="abort", accuracy=None, format=None, reward=None, zero_std=True),
+    records = [
+        completion(length=2, accuracy=1.0, format=0.0, reward=1.0, reflective=True),
+        completion(length=6, finish_reason="length", accuracy=0.0, format=None, reward=0.0),
+        completion(length=4, accuracy=None, format=1.0, reward=1.0, zero_std=True),
+        completion(length=9, finish_reason="abort", accuracy=None, format=None, reward=None, zero_std=True),
     ]
-    metrics = rollout_metrics(rows, ["accuracy", "format"])
+    metrics = rollout_metrics(records)
     assert metrics == pytest.approx(
         {
             "completions/mean_length": 21 / 4,
@@ -205,12 +209,12 @@ def test_rollout_metrics_against_their_definitions() -> None:
 
 
 def test_no_completion_terminated() -> None:
-    metrics = rollout_metrics([row(finish_reason="length")] * 2, [])
+    metrics = rollout_metrics([completion(finish_reason="length")] * 2)
     assert metrics["completions/clipped_ratio"] == 1
     assert metrics["completions/mean_terminated_length"] == 0
 
 
 def test_a_reward_that_always_abstains_has_no_mean() -> None:
-    metrics = rollout_metrics([row(accuracy=None, reward=None)] * 2, ["accuracy"])
+    metrics = rollout_metrics([completion(accuracy=None, reward=None)] * 2)
     assert "rewards/accuracy/mean" not in metrics
     assert "reward" not in metrics

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.cli.main import main
 from fastgrpo.data.loading import load_rows
 from fastgrpo.model.load import load_weights
-from fastgrpo.training import whole_checkpoints
+from fastgrpo.training import transformers_hooks
 
 ROOT = Path(__file__).parents[3]
 REWARDS = '''
@@ -143,13 +144,13 @@ def test_killed_amid_a_rollout_that_feeds_several_steps(
     flags: Callable[..., list[str]], kill_run: Callable[[Sequence[str], Path], None], tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # Two slices, twice: rollouts at steps 1, 5 and 9. Checkpoints wait for a rollout's last step.
+    # Two slices, twice: rollouts at steps 1, 5 and 9. Checkpoints fall amid them.
     more = [
         "--max_steps", "12", "--save_steps", "3", "--num_iterations", "2", "--steps_per_generation", "2",
         "--per_device_train_batch_size", "4", "--max_samples", "5",
     ]  # fmt: skip
     run(flags(whole, *more))
-    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (12, 3, 6, 9)]
     assert sorted(completions_of(whole)) == [f"completions_{step:05d}.parquet" for step in (1, 5, 9)]
     resume = flags(killed, *more, "--resume_from_checkpoint")
     kill_run(resume, when=killed / "completions" / "completions_00009.parquet")
@@ -162,7 +163,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(flags(whole, "--max_steps", "5"))
-    publish = whole_checkpoints.publish
+    publish = transformers_hooks.publish
 
     def killed_while_saving(aside: Path, final: Path) -> None:
         if final.name == "checkpoint-4":
@@ -172,7 +173,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(
         publish(aside, final)
 
     with monkeypatch.context() as patch:
-        patch.setattr(whole_checkpoints, "publish", killed_while_saving)
+        patch.setattr(transformers_hooks, "publish", killed_while_saving)
         assert main(flags(killed, "--max_steps", "5")) == 130
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
     assert (killed / ".saving" / "checkpoint-4").is_dir()
@@ -183,6 +184,32 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(
     assert_same_run(killed, whole, steps=5, last_checkpoint="checkpoint-5")
     assert not (killed / ".saving" / "checkpoint-4").exists()
     assert sorted(path.name for path in killed.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 5)]
+
+
+def test_a_run_that_ended_amid_a_rollout_goes_on_with_it(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    more = ["--lr_scheduler_type", "constant_with_warmup", "--num_iterations", "2", "--steps_per_generation", "2"]
+    more += ["--per_device_train_batch_size", "4", "--save_strategy", "no"]
+    run(flags(whole, "--max_steps", "6", *more))
+    run(flags(longer, "--max_steps", "3", *more, "--save_strategy", "steps", "--save_steps", "3"))
+    run(flags(longer, "--max_steps", "6", *more, "--resume_from_checkpoint"))
+    assert metrics_of(longer) == metrics_of(whole)
+    assert sorted(completions_of(longer)) == [f"completions_{step:05d}.parquet" for step in (1, 5)]
+    assert completions_of(longer) == completions_of(whole)
+    assert (longer / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_rollout_that_cannot_be_taken_over_is_drawn_anew_in_its_place(
+    flags: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """As on another number of ranks, whose parts are others."""
+    more = ["--num_iterations", "2", "--save_steps", "3"]
+    run(flags(tmp_path, "--max_steps", "3", *more))
+    shutil.rmtree(tmp_path / "checkpoint-3" / "rollout")
+    run(flags(tmp_path, "--max_steps", "6", *more, "--resume_from_checkpoint"))
+    drawn = {file: {row["row_id"] for row in rows} for file, rows in completions_of(tmp_path).items()}
+    assert sorted(drawn) == [f"completions_{step:05d}.parquet" for step in (1, 3, 4, 5)]
+    assert drawn["completions_00003.parquet"] == drawn["completions_00004.parquet"], "trained on once more, not twice"
 
 
 def test_resuming_with_more_steps(flags: Callable[..., list[str]], tmp_path: Path) -> None:

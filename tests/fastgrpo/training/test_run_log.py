@@ -4,11 +4,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from fastgrpo.scoring.advantages import group_advantages
-from fastgrpo.training.run_log import RunLog, completion_rows
-from fastgrpo.types import Completion, Prompt, ScoredRollout
+from fastgrpo.training.completion_records import CompletionRecord
+from fastgrpo.training.run_log import RunLog
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -19,22 +17,25 @@ def completion_files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "completions").iterdir())
 
 
+def completion(**changes: Any) -> CompletionRecord:
+    fields = {
+        "row_id": 1, "index": 0, "prompt": "a question", "completion": "text", "finish_reason": "stop", "length": 5,
+        "prompt_length": 3, "advantage": 0.5, "reward": 1.0, "rewards": {"accuracy": 1.0},
+    }  # fmt: skip
+    return CompletionRecord(**fields | changes)
+
+
+def rows_of(folder: Path, step: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(folder / "completions" / f"completions_{step:05d}.parquet").to_pylist()
+    return rows
+
+
 def run_of(folder: Path, steps: int) -> RunLog:
     log = RunLog(folder)
     for step in range(1, steps + 1):
         log.metrics(step, {"reward": step / 10})
-        log.completions(step, [{"row_id": step, "completion": "text", "prompt_length": 3}])
+        log.completions(step, [completion(row_id=step)])
     return log
-
-
-def group(row_id: int, rewards: list[list[float]], texts: list[str]) -> ScoredRollout:
-    ids = torch.arange(4)
-    prompt = Prompt(row_id, ids, ids.expand(3, -1), None, None, "text", None, {"task": "depth", "solution": 2}, b"jpeg")
-    completions = tuple(
-        Completion(row_id, i, torch.arange(i + 1), text, "stop", torch.zeros(i + 1), torch.zeros(i + 1))
-        for i, text in enumerate(texts)
-    )
-    return ScoredRollout(prompt, completions, torch.tensor(rewards))
 
 
 def test_each_step_is_one_line_and_one_file(tmp_path: Path) -> None:
@@ -42,8 +43,24 @@ def test_each_step_is_one_line_and_one_file(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "reward": 0.1}, {"step": 2, "reward": 0.2}]
     assert completion_files(tmp_path / "out") == ["completions_00001.parquet", "completions_00002.parquet"]
-    [row] = pq.read_table(tmp_path / "out" / "completions" / "completions_00002.parquet").to_pylist()
-    assert row == {"step": 2, "row_id": 2, "completion": "text"}  # what only metrics need stays out
+    [row] = rows_of(tmp_path / "out", 2)
+    assert (row["step"], row["row_id"], row["completion"]) == (2, 2, "text")
+    assert not {"prompt_length", "zero_std", "reflective"} & row.keys(), "only metrics need them"
+
+
+def test_names_that_users_choose_overwrite_nothing(tmp_path: Path) -> None:
+    rewards, extra = {"length": 0.25, "reward": 0.5, "step": 9.0}, {"length": "said", "row_id": 7, "advantage": None}
+    RunLog(tmp_path).completions(3, [completion(rewards=rewards, extra=extra)])
+    [row] = rows_of(tmp_path, 3)
+    assert (row["step"], row["row_id"], row["length"], row["reward"], row["advantage"]) == (3, 1, 5, 1.0, 0.5)
+    assert {name: row[f"rewards/{name}"] for name in rewards} == rewards
+    assert {name: row[f"extra/{name}"] for name in extra} == extra
+
+
+def test_a_column_of_several_kinds_is_written_as_text(tmp_path: Path) -> None:
+    records = [completion(extra={"seen": value}) for value in (1, "two", None, [3])]
+    RunLog(tmp_path).completions(1, records)
+    assert [row["extra/seen"] for row in rows_of(tmp_path, 1)] == ["1", "two", None, "[3]"]
 
 
 def test_a_step_without_completions_writes_no_file(tmp_path: Path) -> None:
@@ -120,31 +137,3 @@ def test_start_over_in_a_folder_without_a_run_moves_nothing(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("a model's")
     RunLog(tmp_path).start_over()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_a_record_per_completion() -> None:
-    groups = [
-        group(7, [[1.0, 0.0], [0.0, torch.nan]], ["so <answer>2</answer>", "wait, let me check again"]),
-        group(9, [[torch.nan, torch.nan], [torch.nan, torch.nan]], ["a", "b"]),
-    ]
-    advantages = group_advantages(torch.cat([g.rewards for g in groups]), 2)
-    rows = completion_rows(groups, ["accuracy", "format"], advantages, thumbnails=True)
-    assert [(row["row_id"], row["index"]) for row in rows] == [(7, 0), (7, 1), (9, 0), (9, 1)]
-    assert [row["accuracy"] for row in rows] == [1.0, 0.0, None, None]
-    assert [row["format"] for row in rows] == [0.0, None, None, None]
-    assert [row["reward"] for row in rows] == [1.0, 0.0, None, None]
-    assert rows[0]["advantage"] > 0 > rows[1]["advantage"]
-    assert [row["advantage"] for row in rows[2:]] == [0.0, 0.0]
-    assert [row["zero_std"] for row in rows] == [False, False, True, True]
-    assert [row["reflective"] for row in rows] == [False, True, False, False]
-    assert [row["thumbnail"] for row in rows] == [b"jpeg", None, b"jpeg", None]
-    assert [(row["length"], row["prompt_length"]) for row in rows[:2]] == [(1, 4), (2, 4)]
-    assert (rows[0]["task"], rows[0]["solution"]) == ("depth", "2")
-
-
-def test_thumbnails_can_be_left_out() -> None:
-    groups = [group(1, [[1.0], [0.0]], ["a", "b"])]
-    rows: list[dict[str, Any]] = completion_rows(
-        groups, ["f"], group_advantages(groups[0].rewards, 2), thumbnails=False
-    )
-    assert [row["thumbnail"] for row in rows] == [None, None]

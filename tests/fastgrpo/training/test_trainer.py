@@ -140,7 +140,9 @@ def test_reward_weights(build: Any) -> None:
         parts = [step[f"rewards/{name}/mean"] for name in ("token_sum", "length_reward")]
         assert step["reward"] == pytest.approx(0.7 * parts[0] - 20.0 * parts[1], abs=1e-5)
         for row in completions_of(trainer.args.output_dir, number):
-            assert row["reward"] == pytest.approx(0.7 * row["token_sum"] - 20.0 * row["length_reward"], abs=1e-5)
+            assert row["reward"] == pytest.approx(
+                0.7 * row["rewards/token_sum"] - 20.0 * row["rewards/length_reward"], abs=1e-5
+            )
 
 
 def test_advantages_compare_a_completion_with_its_group(build: Any) -> None:
@@ -148,7 +150,7 @@ def test_advantages_compare_a_completion_with_its_group(build: Any) -> None:
     trainer.train()
     rows = completions_of(trainer.args.output_dir, 1)
     for group in (rows[:4], rows[4:]):
-        rewards = torch.tensor([row["token_sum"] for row in group])
+        rewards = torch.tensor([row["rewards/token_sum"] for row in group])
         expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         assert [row["advantage"] for row in group] == pytest.approx(expected.tolist(), abs=1e-5)
         assert expected.abs().max() > 0.5
@@ -158,11 +160,11 @@ def test_a_reward_function_may_abstain(build: Any) -> None:
     trainer = build([token_sum, abstaining], max_steps=1)
     trainer.train()
     rows, (step,) = completions_of(trainer.args.output_dir, 1), metrics_of(trainer.args.output_dir)
-    assert [row["abstaining"] is None for row in rows] == [False, True] * 4
-    lengths = [row["length"] for row in rows if row["abstaining"] is not None]
+    assert [row["rewards/abstaining"] is None for row in rows] == [False, True] * 4
+    lengths = [row["length"] for row in rows if row["rewards/abstaining"] is not None]
     assert step["rewards/abstaining/mean"] == pytest.approx(sum(lengths) / 4)
     for row in rows:
-        assert row["reward"] == pytest.approx(row["token_sum"] + (row["abstaining"] or 0.0))
+        assert row["reward"] == pytest.approx(row["rewards/token_sum"] + (row["rewards/abstaining"] or 0.0))
 
 
 def test_a_reward_function_sees_the_run(build: Any) -> None:
@@ -299,7 +301,7 @@ def test_the_completions_log(build: Any) -> None:
         rows = completions_of(trainer.args.output_dir, step)
         assert list(rows[0]) == [
             "step", "row_id", "index", "prompt", "completion", "finish_reason", "length", "advantage", "reward",
-            "token_sum", "accuracy_reward", "task", "solution", "thumbnail",
+            "rewards/token_sum", "rewards/accuracy_reward", "task", "solution", "thumbnail",
         ]  # fmt: skip
         assert [row["step"] for row in rows] == [step] * 8
         assert [row["index"] for row in rows] == [0, 1, 2, 3] * 2

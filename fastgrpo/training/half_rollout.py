@@ -1,0 +1,120 @@
+"""A rollout that feeds several optimizer steps, half used: what a checkpoint keeps of it, a file a rank.
+
+Kept are the completions with everything the loss needs; prompts are built anew from their rows.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastgrpo.types import Completion, Prompt, TrainingGroup
+
+FOLDER = "rollout"
+"""In a checkpoint amid a rollout."""
+
+Updates = list[list[TrainingGroup]]
+"""The groups of each optimizer step; a step that comes again is the same list."""
+
+
+def save_updates(updates: Updates, folder: Path, rank: int, ranks: int) -> None:
+    """Writes a rank's updates that are still to take; nothing where there are none."""
+    if not updates:
+        return
+    distinct = list({id(update): update for update in updates}.values())
+    order = [next(i for i, one in enumerate(distinct) if one is update) for update in updates]
+    tensors = {
+        f"{u}.{g}.{name}": tensor
+        for u, update in enumerate(distinct)
+        for g, group in enumerate(update)
+        for name, tensor in _tensors_of(group).items()
+    }
+    groups = [[_words_of(group) for group in update] for update in distinct]
+    file = _file(folder, rank, ranks)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, {"updates": json.dumps({"order": order, "groups": groups})})
+
+
+def load_updates(
+    checkpoint: Path, rank: int, ranks: int, prompts_of: Callable[[list[int]], Sequence[Prompt]]
+) -> Updates:
+    """What `save_updates` wrote on so many ranks; nothing where it wrote nothing.
+
+    Args:
+        prompts_of: builds the prompts of rows, by their ids.
+    """
+    file = _file(checkpoint, rank, ranks)
+    if not file.is_file():
+        return []
+    with safe_open(file, framework="pt") as saved:
+        layout = json.loads(saved.metadata()["updates"])
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+    rows = {words["row_id"] for update in layout["groups"] for words in update}
+    prompts = {prompt.row_id: prompt for prompt in prompts_of(sorted(rows))}
+    distinct = [
+        [
+            _group_of(prompts[words["row_id"]], words, _under(f"{u}.{g}.", tensors))
+            for g, words in enumerate(update)
+            if words["row_id"] in prompts
+        ]
+        for u, update in enumerate(layout["groups"])
+    ]
+    return [distinct[i] for i in layout["order"]]
+
+
+def _file(folder: Path, rank: int, ranks: int) -> Path:
+    return folder / FOLDER / f"{rank}_of_{ranks}.safetensors"
+
+
+def _tensors_of(group: TrainingGroup) -> dict[str, Tensor]:
+    """Per-token fields of all completions in a row each, [sum of C]; copies, since a file may not share memory."""
+    completions = group.completions
+    fields: dict[str, Sequence[Tensor]] = {
+        "token_ids": [completion.token_ids for completion in completions],
+        "logprobs": [completion.logprobs for completion in completions],
+        "sampling_logprobs": [completion.sampling_logprobs for completion in completions],
+        "token_weights": group.token_weights,
+        "masks": group.masks,
+    }
+    if group.old_logprobs is not None:
+        fields["old_logprobs"] = group.old_logprobs
+    return {"advantages": group.advantages.cpu().clone()} | {
+        name: torch.cat([piece.cpu() for piece in pieces]) for name, pieces in fields.items()
+    }
+
+
+def _words_of(group: TrainingGroup) -> dict[str, Any]:
+    return {
+        "row_id": group.prompt.row_id,
+        "lengths": [len(completion.token_ids) for completion in group.completions],
+        "texts": [completion.text for completion in group.completions],
+        "finish_reasons": [completion.finish_reason for completion in group.completions],
+    }
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _group_of(prompt: Prompt, words: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingGroup:
+    pieces = {name: flat.split(words["lengths"]) for name, flat in tensors.items() if name != "advantages"}
+    told = zip(words["texts"], words["finish_reasons"], strict=True)
+    completions = tuple(
+        Completion(prompt.row_id, i, pieces["token_ids"][i], text, reason, logprobs, sampling_logprobs)
+        for i, ((text, reason), logprobs, sampling_logprobs) in enumerate(
+            zip(told, pieces["logprobs"], pieces["sampling_logprobs"], strict=True)
+        )
+    )
+    return TrainingGroup(
+        prompt,
+        completions,
+        tensors["advantages"],
+        pieces["token_weights"],
+        pieces["masks"],
+        pieces.get("old_logprobs"),
+    )

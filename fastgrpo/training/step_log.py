@@ -1,0 +1,156 @@
+"""What a run logs: the figures of each optimizer step, once, under TRL's names."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from fastgrpo_profiling import SpanTotal
+from transformers import TrainerState
+
+from fastgrpo.config import GRPOConfig
+from fastgrpo.scoring.advantages import Advantages
+from fastgrpo.training.completion_records import records_of
+from fastgrpo.training.live_figures import LiveFigures
+from fastgrpo.training.metrics import rollout_metrics, update_metrics
+from fastgrpo.training.progress import ProgressDisplay
+from fastgrpo.training.run_log import RunLog
+from fastgrpo.types import PromptBatch, ScoredRollout, TrainingGroup, UpdateResult
+
+logger = logging.getLogger(__name__)
+
+LATEST = ("num_tokens", "skipped_rows", "learning_rate", "epoch")
+"""Metrics of which a log line shows the latest value rather than the mean."""
+
+
+class StepLog:
+    """Collects a step's figures on every rank; the main one writes and shows them.
+
+    Args:
+        reward_names: distinct names, one per reward function.
+        figures: how well a step uses the machine.
+        files: the run's log files; None on other ranks than the main one.
+        display: what a run shows while it runs.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        reward_names: Sequence[str],
+        accelerator: Accelerator,
+        figures: LiveFigures,
+        files: RunLog | None,
+        display: ProgressDisplay,
+    ) -> None:
+        self.config = config
+        self.reward_names = reward_names
+        self.accelerator = accelerator
+        self.figures = figures
+        self.files = files
+        self.display = display
+        self.skipped_rows = 0
+        """Bad rows met so far; one that comes again each epoch counts each time."""
+        self._step: dict[str, float] = {}
+        self._of_rewards: dict[str, float] = {}
+        """Logged by reward functions (`log_metric`), in the step under way."""
+        self._extra: dict[str, Sequence[Any]] = {}
+        """Logged by reward functions (`log_extra`): a value per completion of the rollout under way."""
+        self._window: dict[str, list[float]] = defaultdict(list)
+        """Each metric since the last log line."""
+        self._drawn_tokens = 0
+        self._named_rows: set[int] = set()
+        self._clashes: set[str] = set()
+
+    def start(self, state: Mapping[str, Any]) -> None:
+        """Begins a run, or goes on with one that left `state`."""
+        self.skipped_rows = state.get("skipped_rows", 0)
+        self._window = defaultdict(list, state.get("window", {}))
+        self._step, self._of_rewards, self._extra, self._drawn_tokens = {}, {}, {}, 0
+
+    def state(self) -> dict[str, Any]:
+        """What `start` needs to go on."""
+        return {"skipped_rows": self.skipped_rows, "window": self._window}
+
+    def log_extra(self, name: str, values: Any) -> None:
+        """A column for the completions log, from a reward function: a list, or a tensor or array of rank 1."""
+        if name in self._extra:
+            self._warn_once(name, f"log_extra({name!r}, …) comes twice a step: the last column is kept.")
+        self._extra[name] = values.tolist() if hasattr(values, "tolist") else list(values)
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """A figure of the step, from a reward function; a number, or a tensor or array of one."""
+        self._of_rewards[name] = float(value)
+
+    def rollout(
+        self, batch: PromptBatch, rollouts: Sequence[ScoredRollout], advantages: Advantages, state: TrainerState
+    ) -> None:
+        """A fresh rollout. All ranks call it together."""
+        mine = records_of(
+            rollouts, self.reward_names, advantages, thumbnails=self.config.log_multimodal, extra=self._extra
+        )
+        records, skipped = gather_object(mine), gather_object(list(batch.skipped))
+        self._extra = {}
+        self.skipped_rows += len(skipped)
+        state.num_input_tokens_seen += sum(record.length + record.prompt_length for record in records)
+        self._step |= rollout_metrics(records)
+        self._drawn_tokens = sum(record.length for record in records)
+        self.figures.drew(rollouts)
+        if self.files is None:
+            return
+        for row in skipped:
+            self._warn_once(f"row {row.row_id}", f"row {row.row_id} skipped: {row.reason}")  # it comes again each epoch
+        self.display.print_completions(records)
+        if self.config.log_completions:
+            self.files.completions(state.global_step + 1, records)
+
+    def update(self, groups: Sequence[TrainingGroup], result: UpdateResult, state: TrainerState) -> bool:
+        """The step's update; returns whether any rank trained on anything. All ranks call it together."""
+        self.figures.trains_on(groups)
+        metrics = update_metrics(result, self.config.beta, self.accelerator)
+        self._step |= metrics
+        self._step |= {"num_tokens": float(state.num_input_tokens_seen), "skipped_rows": float(self.skipped_rows)}
+        return metrics.keys() != {"loss"}
+
+    def step_ended(
+        self,
+        state: TrainerState,
+        *,
+        grad_norm: float,
+        learning_rate: float,
+        spans: Mapping[str, SpanTotal],
+        seconds: float,
+    ) -> None:
+        """Writes and shows the step that has ended: `state.global_step`."""
+        metrics: dict[str, Any] = {
+            "epoch": state.epoch,
+            **self._step,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "step_time": seconds,
+            "tokens_per_second": self._drawn_tokens / seconds,
+            **self.figures.of_step(spans, seconds),
+        }
+        for name, value in self._of_rewards.items():
+            if name in metrics or name == "step":
+                self._warn_once(name, f"log_metric({name!r}, …): a metric of ours has that name; it is custom/{name}.")
+            metrics[f"custom/{name}" if name in metrics or name == "step" else name] = value
+        self._step, self._of_rewards, self._drawn_tokens = {}, {}, 0
+        for name, value in metrics.items():
+            self._window[name].append(value)
+        self.display.show(state, metrics)
+        if self.files is not None:
+            self.files.metrics(state.global_step, metrics)
+
+    def line(self) -> dict[str, float]:
+        """A log line: the mean of every metric since the last one, the latest value of what adds up."""
+        logs = {name: sum(values) / len(values) for name, values in self._window.items()}
+        logs |= {name: self._window[name][-1] for name in LATEST if name in self._window}
+        self._window.clear()
+        return logs
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if self.files is not None and what not in self._clashes:
+            self._clashes.add(what)
+            logger.warning(message)
