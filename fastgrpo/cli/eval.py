@@ -62,19 +62,12 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
     table = Table("task", "questions", "accuracy", "answered", "accuracy of answered", "chance")
     for task, score in [*evaluation.by_task.items(), ("total", evaluation.total)]:
-        answered = "–" if score.answered_accuracy is None else f"{score.answered_accuracy:.1%}"
-        table.add_row(
-            task,
-            str(score.count),
-            f"{score.accuracy:.1%}",
-            f"{score.answered_rate:.1%}",
-            answered,
-            f"{score.chance:.1%}",
-        )
+        rates = (score.accuracy, score.answered_rate, score.answered_accuracy, score.chance)
+        table.add_row(task, str(score.count), *("–" if rate is None else f"{rate:.1%}" for rate in rates))
     console = Console()
     console.print(table)
-    if evaluation.shuffled and evaluation.shuffled.answered_accuracy is not None:
-        console.print(f"accuracy of answered, pictures shuffled: {evaluation.shuffled.answered_accuracy:.1%}")
+    if evaluation.answered_accuracy_shuffled_images is not None:
+        console.print(f"accuracy of answered, pictures shuffled: {evaluation.answered_accuracy_shuffled_images:.1%}")
     if evaluation.pass_at_k:
         console.print(f"pass@{evaluation.pass_at_k[0]}: {evaluation.pass_at_k[1]:.1%}")
     for row in evaluation.skipped:

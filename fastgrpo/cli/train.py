@@ -15,12 +15,11 @@ from fastgrpo.cli.banner import banner
 from fastgrpo.cli.console import progress_lines, say
 from fastgrpo.cli.options import require_writable
 from fastgrpo.cli.quiet import quieten
-from fastgrpo.cli.summary import summarise
 from fastgrpo.cli.train_help import help_text
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
 from fastgrpo.evaluation import evaluate, write_evaluation
-from fastgrpo.report import write_report
+from fastgrpo.report import finish_run
 from fastgrpo.training.checkpoints import find_checkpoint
 from fastgrpo.training.trainer import GRPOTrainer
 
@@ -77,11 +76,9 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
         return {}
     if held_out is not None:
         _score(trainer, script, held_out, "after", pass_at_k=0, shuffles=script.eval_shuffles)
-    summary = summarise(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
-    write_aside(output_dir / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    report = write_report([output_dir])
-    say(f"summary: {output_dir / 'summary.json'}\nreport:  {report}")
-    return summary
+    summary = finish_run(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
+    say(f"summary: {output_dir / 'summary.json'}\nreport:  {output_dir / 'report.html'}")
+    return summary.to_json()
 
 
 def how_to_resume(config: GRPOConfig) -> str:

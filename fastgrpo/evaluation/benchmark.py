@@ -9,7 +9,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastgrpo.atomic_files import write_aside
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
+from fastgrpo.evaluation.figures import Evaluation, TaskScore
 from fastgrpo.scoring.answers import parse_answer
 from fastgrpo.scoring.golds import gold_text
 from fastgrpo.scoring.reflection import is_reflective
@@ -27,40 +28,6 @@ from fastgrpo.scoring.rewards import format_reward, is_correct
 from fastgrpo.types import Completion, Engine, Prompt, Rollout, RowError, SamplingParams, SkippedRow
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Figures over a set of questions; rates are fractions, None where there is nothing to divide by."""
-
-    count: int
-    accuracy: float
-    """Correct ÷ all; an answer without tags counts when it stands alone as an option."""
-    answered_rate: float
-    """Share answered in the form."""
-    answered_accuracy: float | None
-    """Correct ÷ answered in the form."""
-    chance: float
-    """Accuracy of guessing evenly among each question's options."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's score on a data set, and the responses behind it."""
-
-    total: TaskScore
-    by_task: dict[str, TaskScore]
-    mean_length: float
-    """Tokens per response."""
-    reflection_rate: float
-    """Share of responses with a reflective phrase."""
-    shuffled: TaskScore | None
-    """The same questions about pictures of other questions."""
-    pass_at_k: tuple[int, float] | None
-    """(k, share of questions that at least one of k sampled responses answers correctly in the form)."""
-    records: list[dict[str, Any]]
-    """One per question."""
-    skipped: list[SkippedRow]
 
 
 def evaluate(
@@ -133,8 +100,8 @@ def evaluate(
         reflection_rate=_mean([is_reflective(record["completion"]) for record in records]),
         shuffled=_score(shuffled) if shuffled else None,
         pass_at_k=(pass_at_k, _mean(hits)) if hits else None,
-        records=records,
-        skipped=[skipped[index] for index in sorted(skipped)],
+        records=tuple(records),
+        skipped=tuple(skipped[index] for index in sorted(skipped)),
     )
 
 
@@ -195,27 +162,7 @@ def _mean(values: Sequence[float]) -> float:
 def write_evaluation(evaluation: Evaluation, folder: Path, name: str, *, step: int, dataset: str) -> None:
     """Writes {name}.json (figures) and {name}.parquet (responses) into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "name": name,
-        "step": step,
-        "dataset": dataset,
-        "num_questions": evaluation.total.count,
-        "skipped": [asdict(row) for row in evaluation.skipped],
-        **asdict(evaluation.total),
-        "accuracy_by_task": {task: asdict(score) for task, score in evaluation.by_task.items()},
-        "mean_length": evaluation.mean_length,
-        "reflection_rate": evaluation.reflection_rate,
-        "pass_at_k": _pass_at_k(evaluation),
-        "answered_accuracy_shuffled_images": evaluation.shuffled.answered_accuracy if evaluation.shuffled else None,
-        "shuffled": asdict(evaluation.shuffled) if evaluation.shuffled else None,
-    }
-    table = pa.Table.from_pylist(evaluation.records)
+    figures = json.dumps(replace(evaluation, name=name, step=step, dataset=dataset).to_json(), indent=2)
+    table = pa.Table.from_pylist(list(evaluation.records))
     write_aside(folder / f"{name}.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
-    write_aside(folder / f"{name}.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n"))
-
-
-def _pass_at_k(evaluation: Evaluation) -> dict[str, float] | None:
-    if evaluation.pass_at_k is None:
-        return None
-    k, value = evaluation.pass_at_k
-    return {"k": k, "value": value}
+    write_aside(folder / f"{name}.json", lambda path: path.write_text(figures + "\n"))

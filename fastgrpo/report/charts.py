@@ -19,11 +19,11 @@ _WIDE, _TALL = (5.3, 3.0), (5.3, 3.9)
 
 def accuracy_by_task(runs: Sequence[Run]) -> Chart | None:
     """Before and after by question type, with the chance of each; over runs mean ± standard deviation."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run.by_task))
+    tasks = list(dict.fromkeys(task for run in runs for task in run.headline.by_task))
     tasks = [] if len(tasks) == 1 else tasks
     rows: list[tuple[str, Floats, Floats, float | None]] = []
     for task in tasks:
-        changes = [run.by_task[task] for run in runs if task in run.by_task]
+        changes = [run.headline.by_task[task] for run in runs if task in run.headline.by_task]
         chance = next((change.chance for change in changes if change.chance is not None), None)
         rows.append((task, _known(c.before for c in changes), _known(c.after for c in changes), chance))
     heads = [run.headline for run in runs]

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastgrpo.report.run import number
+from fastgrpo.evaluation.figures import number
 
 _REWARDS = "rewards/"
 """Before the names of reward functions, in the columns of the completions log."""

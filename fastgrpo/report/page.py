@@ -6,19 +6,21 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
+from fastgrpo.evaluation.figures import Evaluation, TaskScore
+from fastgrpo.evaluation.summary import RunSummary
 from fastgrpo.report import charts
 from fastgrpo.report.curves import enclosing_spans
 from fastgrpo.report.examples import pick_held_out, pick_trajectories
 from fastgrpo.report.markup import completion_html, picture_uri, question_of
 from fastgrpo.report.plots import PALETTE
-from fastgrpo.report.run import Evaluation, Headline, Run, TaskScore, flatten, read_run
+from fastgrpo.report.run import Run, flatten, read_run
 from fastgrpo.report.verdict import PERCENT, Verdict, judge_reasoning, judge_seeing, percent
 from fastgrpo.scoring.reflection import count_reflections
 
@@ -135,7 +137,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "title": _title(runs),
         "names": names,
         "facts": _facts(runs),
-        "spread": {name: _spread(runs, name) for name in Headline.__dataclass_fields__},
+        "spread": {f.name: _spread(runs, f.name) for f in fields(RunSummary) if f.name not in ("torch", "by_task")},
         "pass_name": _pass_name(runs),
         "table": [] if len(runs) == 1 else _table(runs),
         "seeing": seeing,
@@ -266,7 +268,7 @@ def _task_scores(runs: Sequence[Run]) -> list[dict[str, Any]]:
     )
     return [
         {"task": task, "change": change, "before": before.get(task), "after": after.get(task)}
-        for task, change in runs[0].by_task.items()
+        for task, change in runs[0].headline.by_task.items()
     ]
 
 

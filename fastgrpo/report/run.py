@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-T = TypeVar("T")
+from fastgrpo.evaluation.figures import Evaluation, integer, mapping, number
+from fastgrpo.evaluation.summary import RunSummary
+
 Floats = NDArray[np.float64]
 
 
@@ -32,72 +34,6 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class TaskScore:
-    """One question type in one evaluation; fractions 0..1."""
-
-    count: int | None
-    accuracy: float | None
-    answered_accuracy: float | None
-    answered_rate: float | None
-    chance: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One scored evaluation (`evals/<name>.json`); all rates are fractions 0..1, None where not measured."""
-
-    name: str
-    step: int | None
-    dataset: str | None
-    num_questions: int | None
-    accuracy: float | None
-    answered_rate: float | None
-    answered_accuracy: float | None
-    answered_accuracy_shuffled_images: float | None
-    chance: float | None
-    mean_length: float | None
-    """Tokens."""
-    reflection_rate: float | None
-    pass_at_k: tuple[int, float] | None
-    by_task: dict[str, TaskScore]
-
-
-@dataclass(frozen=True)
-class TaskChange:
-    """One question type before and after training; fractions 0..1."""
-
-    before: float | None
-    after: float | None
-    chance: float | None
-    count: int | None
-
-
-@dataclass(frozen=True)
-class Headline:
-    """The figures a run is told by. Fractions 0..1 unless said otherwise; None where not measured."""
-
-    accuracy_before: float | None
-    accuracy_after: float | None
-    answered_rate_before: float | None
-    answered_rate_after: float | None
-    answered_accuracy_before: float | None
-    answered_accuracy_after: float | None
-    answered_accuracy_shuffled_images: float | None
-    chance: float | None
-    pass_at_k_before: float | None
-    pass_k: int | None
-    """The k of pass@k."""
-    mean_length_before: float | None
-    """Tokens, in the held-out evaluation."""
-    mean_length_after: float | None
-    num_questions: int | None
-    steps: int | None
-    wall_s: float | None
-    tokens_per_s: float | None
-    seed: int | None
-
-
-@dataclass(frozen=True)
 class Run:
     """Everything a run folder holds that a report can show."""
 
@@ -114,42 +50,29 @@ class Run:
     """What is not there or could not be read, one clause each."""
 
     @cached_property
-    def headline(self) -> Headline:
+    def headline(self) -> RunSummary:
         """`summary.json` first; what it lacks comes from the evaluations and the step log."""
-        return _headline(self)
+        return RunSummary.read(self.summary).filled_from(self.of_files)
 
     @cached_property
-    def by_task(self) -> dict[str, TaskChange]:
-        """Before and after by question type."""
-        rows = {str(task): row for task, row in _mapping(self.summary.get("accuracy_by_task")).items()}
-        if rows:
-            return {
-                task: TaskChange(
-                    before=number(_mapping(row).get("before")),
-                    after=number(_mapping(row).get("after")),
-                    chance=number(_mapping(row).get("chance")),
-                    count=_integer(_mapping(row).get("count")),
-                )
-                for task, row in rows.items()
-            }
-        before, after = self._scores("before"), self._scores("after")
-        return {
-            task: TaskChange(
-                before=before[task].accuracy if task in before else None,
-                after=after[task].accuracy if task in after else None,
-                chance=(before.get(task) or after[task]).chance,
-                count=(before.get(task) or after[task]).count,
-            )
-            for task in dict.fromkeys([*before, *after])
-        }
+    def of_files(self) -> RunSummary:
+        """The figures from the evaluations and the step log alone."""
+        seconds = self.metrics.get("step_time")
+        train_s = None if seconds is None else float(np.nansum(seconds))
+        return RunSummary.of(
+            self.evaluations.get("before"),
+            self.evaluations.get("after"),
+            steps=int(self.metrics.steps[-1]) if len(self.metrics.steps) else None,
+            wall_s=train_s,
+            train_s=train_s,
+            tokens_per_s=_mean_tokens_per_s(self.metrics),
+            seed=integer(self.setting("seed")),
+        )
 
     def setting(self, name: str) -> Any:
         """A configuration value by the last part of its key, or None."""
         found = (value for key, value in flatten(self.config).items() if key.rsplit(".", 1)[-1] == name)
         return next(found, None)
-
-    def _scores(self, name: str) -> dict[str, TaskScore]:
-        return self.evaluations[name].by_task if name in self.evaluations else {}
 
 
 def read_run(path: Path) -> Run:
@@ -185,18 +108,6 @@ def completion_files(path: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def number(value: object) -> float | None:
-    """A finite number as float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def first_known(*values: T | None) -> T | None:
-    """The first that is not None."""
-    return next((value for value in values if value is not None), None)
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots."""
     flat: dict[str, Any] = {}
@@ -206,19 +117,6 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _integer(value: object) -> int | None:
-    as_float = number(value)
-    return None if as_float is None else round(as_float)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _read_json(file: Path, purpose: str, missing: list[str]) -> dict[str, Any]:
@@ -256,10 +154,10 @@ def _read_metrics(file: Path, missing: list[str]) -> Metrics:
     unreadable = 0
     for line in lines:
         try:
-            record = _mapping(json.loads(line))
+            record = mapping(json.loads(line))
         except ValueError:
             record = {}
-        step = _integer(record.get("step"))
+        step = integer(record.get("step"))
         if step is None:
             unreadable += bool(line.strip())
         else:
@@ -287,7 +185,7 @@ def _read_evaluations(folder: Path, missing: list[str]) -> dict[str, Evaluation]
     evaluations = []
     for file in sorted(folder.glob("*.json")):
         if content := _read_json(file, "", missing):
-            evaluations.append(_evaluation(file.stem, content))
+            evaluations.append(Evaluation.read(file.stem, content))
     names = {evaluation.name for evaluation in evaluations}
     for name, what in (("before", "the untrained model's score"), ("after", "the trained model's score")):
         if name not in names and not (folder / f"{name}.json").is_file():
@@ -303,80 +201,6 @@ def _by_step(evaluation: Evaluation) -> tuple[float, bool, str]:
         evaluation.name != "before",
         evaluation.name,
     )
-
-
-def _evaluation(name: str, content: Mapping[str, Any]) -> Evaluation:
-    pass_at_k = _mapping(content.get("pass_at_k"))
-    k, value = _integer(pass_at_k.get("k")), number(pass_at_k.get("value"))
-    return Evaluation(
-        name=name,
-        step=_integer(content.get("step")),
-        dataset=_text(content.get("dataset")),
-        num_questions=_integer(content.get("num_questions")),
-        accuracy=number(content.get("accuracy")),
-        answered_rate=number(content.get("answered_rate")),
-        answered_accuracy=number(content.get("answered_accuracy")),
-        answered_accuracy_shuffled_images=number(content.get("answered_accuracy_shuffled_images")),
-        chance=number(content.get("chance")),
-        mean_length=number(content.get("mean_length")),
-        reflection_rate=number(content.get("reflection_rate")),
-        pass_at_k=None if k is None or value is None else (k, value),
-        by_task={
-            str(task): TaskScore(
-                count=_integer(_mapping(row).get("count")),
-                accuracy=number(_mapping(row).get("accuracy")),
-                answered_accuracy=number(_mapping(row).get("answered_accuracy")),
-                answered_rate=number(_mapping(row).get("answered_rate")),
-                chance=number(_mapping(row).get("chance")),
-            )
-            for task, row in _mapping(content.get("accuracy_by_task")).items()
-        },
-    )
-
-
-def _headline(run: Run) -> Headline:
-    before, after = run.evaluations.get("before"), run.evaluations.get("after")
-
-    def told(key: str) -> float | None:
-        return number(run.summary.get(key))
-
-    def scored(evaluation: Evaluation | None, name: str) -> float | None:
-        return None if evaluation is None else getattr(evaluation, name)
-
-    pass_k, pass_at_k = _pass_at_k(run)
-    step_time = run.metrics.get("step_time")
-    measured_wall = None if step_time is None else float(np.nansum(step_time))
-    last_step = int(run.metrics.steps[-1]) if len(run.metrics.steps) else None
-    return Headline(
-        accuracy_before=first_known(told("accuracy_before"), scored(before, "accuracy")),
-        accuracy_after=first_known(told("accuracy_after"), scored(after, "accuracy")),
-        answered_rate_before=first_known(told("answered_rate_before"), scored(before, "answered_rate")),
-        answered_rate_after=first_known(told("answered_rate_after"), scored(after, "answered_rate")),
-        answered_accuracy_before=first_known(told("answered_accuracy_before"), scored(before, "answered_accuracy")),
-        answered_accuracy_after=first_known(told("answered_accuracy_after"), scored(after, "answered_accuracy")),
-        answered_accuracy_shuffled_images=first_known(
-            told("answered_accuracy_shuffled_images"), scored(after, "answered_accuracy_shuffled_images")
-        ),
-        chance=first_known(told("chance"), scored(after, "chance"), scored(before, "chance")),
-        pass_at_k_before=pass_at_k,
-        pass_k=pass_k,
-        mean_length_before=first_known(told("mean_length_before"), scored(before, "mean_length")),
-        mean_length_after=first_known(told("mean_length_after"), scored(after, "mean_length")),
-        num_questions=_integer(first_known(scored(after, "num_questions"), scored(before, "num_questions"))),
-        steps=_integer(first_known(told("steps"), last_step)),
-        wall_s=first_known(told("wall_s"), measured_wall),
-        tokens_per_s=first_known(told("tokens_per_s"), _mean_tokens_per_s(run.metrics)),
-        seed=_integer(first_known(run.summary.get("seed"), run.setting("seed"))),
-    )
-
-
-def _pass_at_k(run: Run) -> tuple[int | None, float | None]:
-    """k and the untrained model's pass@k: `pass_at_<k>_before` of the summary, else what its evaluation says."""
-    for key in run.summary:
-        if (match := re.fullmatch(r"pass_at_(\d+)_before", key)) and number(run.summary[key]) is not None:
-            return int(match[1]), number(run.summary[key])
-    before = run.evaluations.get("before")
-    return (before.pass_at_k if before else None) or (None, None)
 
 
 def _mean_tokens_per_s(metrics: Metrics) -> float | None:

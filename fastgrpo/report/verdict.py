@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from fastgrpo.report.run import Floats, Headline, Metrics
+from fastgrpo.evaluation.summary import RunSummary
+from fastgrpo.report.run import Floats, Metrics
 
 PERCENT = "\N{NO-BREAK SPACE}%"
 Tone = Literal["yes", "partly", "no", "unknown"]
@@ -21,7 +22,7 @@ class Verdict:
     sentence: str
 
 
-def judge_seeing(headline: Headline) -> Verdict:
+def judge_seeing(headline: RunSummary) -> Verdict:
     """Whether training taught the model to see, or only to answer in the asked form.
 
     Seeing means: accuracy among *answered* questions rises (so the rise is not one of form) and falls again when each
@@ -63,7 +64,7 @@ class _Change:
     """Measured from chance, since the untrained model answered nothing."""
 
 
-def _answered_change(headline: Headline) -> _Change | Verdict:
+def _answered_change(headline: RunSummary) -> _Change | Verdict:
     """The change, or the verdict that there is none to judge."""
     before, after, chance = headline.answered_accuracy_before, headline.answered_accuracy_after, headline.chance
     rate_before, rate_after = headline.answered_rate_before, headline.answered_rate_after
@@ -90,7 +91,7 @@ def _not_known(when: str, answered_rate: float | None) -> Verdict:
     return Verdict("unknown", "Not known" if answered_rate == 0 else "Not known yet", lacking)
 
 
-def _no_gain(headline: Headline, change: _Change, uses_pictures: bool) -> Verdict:
+def _no_gain(headline: RunSummary, change: _Change, uses_pictures: bool) -> Verdict:
     """The answered accuracy did not rise; did the total?"""
     if change.rise < -change.noise and not change.from_guessing:
         return Verdict("no", "It sees less than before", f"{change.text}: training made its answers worse.")

@@ -250,12 +250,16 @@ class GRPOTrainer(TransformersHooks):
                 self.run_log.continue_after(state.get("step", 0))
             else:
                 self.run_log.start_over()
+            self.run_begins()
         self.accelerator.wait_for_everyone()
         self.step_log.figures.measure_ceiling()
         try:
             return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
         finally:
             self.step_log.display.close()
+
+    def run_begins(self) -> None:
+        """For subclasses: the main process has cleared the output folder, or cut its logs back to the checkpoint."""
 
     def load_updates(self, checkpoint: Path) -> list[list[TrainingGroup]]:
         """What is left to train on of a checkpoint's rollout."""

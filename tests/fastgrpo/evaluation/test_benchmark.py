@@ -274,3 +274,13 @@ def test_nothing_answered_is_written_as_unknown(run: Any, tmp_path: Path) -> Non
     figures = json.loads((tmp_path / "eval.json").read_text())
     assert (figures["answered_accuracy"], figures["pass_at_k"], figures["shuffled"]) == (None, None, None)
     assert pq.read_table(tmp_path / "eval.parquet").column("answer").type in (pa.null(), pa.string())
+
+
+def test_figures_come_back_as_they_were_written(run: Any, tmp_path: Path) -> None:
+    evaluation, _ = run(
+        lambda prompt, _: tagged(gold(prompt)) if prompt.row_id < 12 else "no", bad=[23], shuffles=1, pass_at_k=2
+    )
+    write_evaluation(evaluation, tmp_path, "after", step=7, dataset="cv.parquet")
+    found = Evaluation.read("after", json.loads((tmp_path / "after.json").read_text()))
+    # The responses lie in another file, and the page does not list the skipped rows.
+    assert found == replace(evaluation, name="after", step=7, dataset="cv.parquet", records=(), skipped=())

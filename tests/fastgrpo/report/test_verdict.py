@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fastgrpo.report.run import Headline, Metrics
+from fastgrpo.evaluation.summary import RunSummary
+from fastgrpo.report.run import Metrics
 from fastgrpo.report.verdict import judge_reasoning, judge_seeing, trend
 
-NOTHING = Headline(**dict.fromkeys(Headline.__dataclass_fields__))  # type: ignore[arg-type]
+NOTHING = RunSummary()
 SEES = replace(
     NOTHING,
     accuracy_before=0.31,

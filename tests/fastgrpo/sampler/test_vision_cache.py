@@ -11,13 +11,14 @@ from fastgrpo_kernels import LossParams
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import image_digests
 from fastgrpo.model.load import load_policy
 from fastgrpo.model.vision import image_features, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.engine import SamplerEngine
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import Completion, Prompt, SamplingParams, TrainingGroup
 from fastgrpo.update.updater import PackedUpdater
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import Completion, Prompt, Rollout, SamplingParams
 
 GLOBAL_BATCH = 4

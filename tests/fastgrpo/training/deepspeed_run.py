@@ -14,8 +14,9 @@ from data_parallel_run import ScriptedEngine, rows, some_reward
 from peft import LoraConfig
 from transformers.utils import logging
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import SamplingParams
 
 CONFIGS = Path(__file__).parents[3] / "configs"

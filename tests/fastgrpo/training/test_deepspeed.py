@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.plain.engine import vision_inputs
+from fastgrpo.training.trainer import GRPOTrainer
 
 SCRIPT = Path(__file__).with_name("deepspeed_run.py")
 SCRIPTED = ("scripted-zero2-fast", "scripted-zero3-fast", "scripted-zero2-reference")

@@ -126,6 +126,13 @@ def test_a_vision_script_for_trl(tiny_model_dir: Path, tmp_path: Path) -> None:
         assert {"rewards/format_reward/mean", "rewards/accuracy_reward/mean", "rewards/length_reward/mean"} <= set(step)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert not (tmp_path / "run" / "completions").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["seed"]) == (2, 42)
+    assert summary["wall_s"] >= summary["train_s"] == pytest.approx(sum(step["step_time"] for step in steps))
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert (settings["model_name_or_path"], settings["gradient_accumulation_steps"]) == (str(tiny_model_dir), 2)
+    assert settings["reward_funcs"] == ["format_reward", "accuracy_reward", "length_reward"]
+    assert "length_reward" in (tmp_path / "run" / "report.html").read_text()
     trained = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in variables["model"].state_dict().items())
     assert load_processing(str(tmp_path / "run")).image_processor is not None

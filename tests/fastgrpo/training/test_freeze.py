@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.model.load import load_policy
+from fastgrpo.training.trainer import GRPOTrainer
 
 
 def token_sum(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -11,14 +11,15 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration
 
-from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.cli.arguments import parse
 from fastgrpo.cli.assembly import lora_config
 from fastgrpo.cli.main import main
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.model.load import load_policy
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.training.setup import resolve_model
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import Prompt, SamplingParams
 
 STEPS = 4

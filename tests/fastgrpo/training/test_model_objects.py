@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.training.trainer import GRPOTrainer
 
 ADAPTERS = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 TEXT_ROWS = [{"question": f"{i} and {i}?", "solution": str(2 * i)} for i in range(4)]

@@ -15,11 +15,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from fastgrpo import GRPOConfig, GRPOTrainer
 from fastgrpo.cli.main import main
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.model.load import load_weights
 from fastgrpo.training import transformers_hooks
+from fastgrpo.training.trainer import GRPOTrainer
 
 ROOT = Path(__file__).parents[3]
 REWARDS = '''

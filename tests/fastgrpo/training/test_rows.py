@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
+from fastgrpo.training.trainer import GRPOTrainer
 
 
 def build(model: Path, out: Path, rewards: Any, rows: Any, **arguments: Any) -> GRPOTrainer:

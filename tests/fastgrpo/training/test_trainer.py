@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2VLForConditionalGeneration, TrainerCallback
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.training.trainer import GRPOTrainer
 
 datasets = pytest.importorskip("datasets")
 

@@ -12,8 +12,9 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fastgrpo import GRPOConfig, GRPOTrainer
+from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
+from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.update.kl_reference import mix, place_reference
 
 ALPHA = 0.3

@@ -1,9 +1,10 @@
-"""summary.json, from the files of a run."""
+"""summary.json and report.html, from the files of a run."""
 
 import json
 from pathlib import Path
 
-from fastgrpo.cli.summary import summarise
+from fastgrpo.evaluation.summary import RunSummary
+from fastgrpo.report import finish_run
 
 
 def write_run(folder: Path) -> None:
@@ -21,6 +22,7 @@ def write_run(folder: Path) -> None:
             "answered_rate": [0.4, 0.9][place],
             "answered_accuracy_shuffled_images": [None, 0.45][place],
             "chance": 0.35,
+            "num_questions": 10,
             "mean_length": [12.5, 30.0][place],
             "reflection_rate": [0.0, 0.1][place],
             "pass_at_k": [{"k": 8, "value": 0.75}, None][place],
@@ -34,7 +36,11 @@ def write_run(folder: Path) -> None:
 
 def test_figures_of_a_summary(tmp_path: Path) -> None:
     write_run(tmp_path)
-    summary = summarise(tmp_path, seed=5, wall_s=10.0)
+    found = finish_run(tmp_path, seed=5, wall_s=10.0)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == found.to_json()
+    assert RunSummary.read(summary) == found
+    assert "<html" in (tmp_path / "report.html").read_text()
     del summary["torch"]
     assert summary == {
         "accuracy_before": 0.2,
@@ -54,6 +60,7 @@ def test_figures_of_a_summary(tmp_path: Path) -> None:
         "mean_length_after": 30.0,
         "reflection_rate_before": 0.0,
         "reflection_rate_after": 0.1,
+        "num_questions": 10,
         "steps": 2,
         "wall_s": 10.0,
         "train_s": 3.0,
@@ -66,8 +73,7 @@ def test_summary_of_a_run_without_scores(tmp_path: Path) -> None:
     write_run(tmp_path)
     for path in (tmp_path / "evals").iterdir():
         path.unlink()
-    summary = summarise(tmp_path, seed=0, wall_s=1.0)
-    assert (summary["accuracy_before"], summary["accuracy_after"], summary["accuracy_by_task"]) == (None, None, {})
-    assert "pass_at_8_before" not in summary
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert summarise(tmp_path, seed=0, wall_s=1.0)["tokens_per_s"] is None
+    summary = finish_run(tmp_path, seed=0, wall_s=1.0)
+    assert (summary.accuracy_before, summary.accuracy_after, summary.by_task) == (None, None, {})
+    assert "pass_at_8_before" not in summary.to_json()
+    assert (summary.steps, summary.tokens_per_s) == (2, 150.0)

@@ -1,0 +1,33 @@
+"""What `from fastgrpo import GRPOTrainer` gives: the trainer, which sums up its run when it has trained."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import TrainOutput
+
+from fastgrpo.atomic_files import write_aside
+from fastgrpo.report import finish_run
+from fastgrpo.training import trainer
+
+
+class GRPOTrainer(trainer.GRPOTrainer):
+    __doc__ = trainer.GRPOTrainer.__doc__
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Trains as the base does; leaves settings.json, summary.json and report.html, as `fastgrpo train` does."""
+        start = time.perf_counter()
+        output = super().train(*args, **kwargs)
+        if self.is_world_process_zero():
+            finish_run(Path(self.config.output_dir), seed=self.config.seed, wall_s=time.perf_counter() - start)
+        return output
+
+    def run_begins(self) -> None:
+        """Writes settings.json."""
+        settings = self.config.to_dict() | {
+            "model_name_or_path": getattr(self.model.config, "_name_or_path", None),
+            "reward_funcs": self.reward_names,
+        }
+        text = json.dumps(settings, indent=2, default=str) + "\n"
+        write_aside(Path(self.config.output_dir) / "settings.json", lambda path: path.write_text(text))

@@ -1,0 +1,117 @@
+"""The figures of an evaluation: their names, and how they are written to and read from `evals/{name}.json`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fastgrpo.types import SkippedRow
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Figures over a set of questions; rates are fractions, None where not measured or nothing to divide by."""
+
+    count: int | None = None
+    accuracy: float | None = None
+    """Correct ÷ all; an answer without tags counts when it stands alone as an option."""
+    answered_rate: float | None = None
+    """Share answered in the form."""
+    answered_accuracy: float | None = None
+    """Correct ÷ answered in the form."""
+    chance: float | None = None
+    """Accuracy of guessing evenly among each question's options."""
+
+    @classmethod
+    def read(cls, content: object) -> "TaskScore":
+        """From a file's mapping; what is missing or no number is None."""
+        found: dict[str, Any] = {f.name: number(mapping(content).get(f.name)) for f in fields(cls)}
+        return cls(**found | {"count": integer(found["count"])})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's score on a data set, and the responses behind it where it was just made."""
+
+    total: TaskScore
+    by_task: dict[str, TaskScore] = field(default_factory=dict)
+    mean_length: float | None = None
+    """Tokens per response."""
+    reflection_rate: float | None = None
+    """Share of responses with a reflective phrase."""
+    shuffled: TaskScore | None = None
+    """The same questions about pictures of other questions."""
+    pass_at_k: tuple[int, float] | None = None
+    """(k, share of questions that at least one of k sampled responses answers correctly in the form)."""
+    skipped: tuple[SkippedRow, ...] = ()
+    records: tuple[dict[str, Any], ...] = ()
+    """One per question."""
+    name: str = ""
+    step: int | None = None
+    """Optimizer steps that the model was trained."""
+    dataset: str | None = None
+
+    @property
+    def answered_accuracy_shuffled_images(self) -> float | None:
+        """What is left of the answered accuracy about the wrong pictures."""
+        return None if self.shuffled is None else self.shuffled.answered_accuracy
+
+    def figure(self, name: str) -> float | None:
+        """A figure over all questions, by its name."""
+        found: float | None = getattr(self.total if hasattr(self.total, name) else self, name)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
+            "name": self.name,
+            "step": self.step,
+            "dataset": self.dataset,
+            "num_questions": self.total.count,
+            "skipped": [asdict(row) for row in self.skipped],
+            **asdict(self.total),
+            "accuracy_by_task": {task: asdict(score) for task, score in self.by_task.items()},
+            "mean_length": self.mean_length,
+            "reflection_rate": self.reflection_rate,
+            "pass_at_k": None if self.pass_at_k is None else dict(zip(("k", "value"), self.pass_at_k, strict=True)),
+            "answered_accuracy_shuffled_images": self.answered_accuracy_shuffled_images,
+            "shuffled": None if self.shuffled is None else asdict(self.shuffled),
+        }
+
+    @classmethod
+    def read(cls, name: str, content: Mapping[str, Any]) -> "Evaluation":
+        """From what a file holds, without its responses and skipped rows; what is missing or broken is None."""
+        pass_at_k = mapping(content.get("pass_at_k"))
+        k, value = integer(pass_at_k.get("k")), number(pass_at_k.get("value"))
+        shuffled = mapping(content.get("shuffled")) or {
+            "answered_accuracy": content.get("answered_accuracy_shuffled_images")
+        }
+        return cls(
+            total=TaskScore.read({"count": content.get("num_questions"), **content}),
+            by_task={str(task): TaskScore.read(row) for task, row in mapping(content.get("accuracy_by_task")).items()},
+            mean_length=number(content.get("mean_length")),
+            reflection_rate=number(content.get("reflection_rate")),
+            shuffled=TaskScore.read(shuffled),
+            pass_at_k=None if k is None or value is None else (k, value),
+            name=name,
+            step=integer(content.get("step")),
+            dataset=None if content.get("dataset") is None else str(content["dataset"]),
+        )
+
+
+def number(value: object) -> float | None:
+    """A finite number as float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def integer(value: object) -> int | None:
+    """A finite number, rounded; None for anything else."""
+    as_float = number(value)
+    return None if as_float is None else round(as_float)
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """A mapping as it is; an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,128 @@
+"""The figures a run is told by: their names, and how they are written to and read from summary.json."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fastgrpo.evaluation.figures import Evaluation, TaskScore, integer, mapping, number
+
+COMPARED = ("accuracy", "answered_rate", "answered_accuracy", "mean_length", "reflection_rate")
+"""Figures of evaluations that a summary has as `{name}_before` and `{name}_after`."""
+WHOLE = ("num_questions", "steps", "seed")
+
+
+@dataclass(frozen=True)
+class TaskChange:
+    """One question type before and after training; fractions 0..1."""
+
+    before: float | None = None
+    after: float | None = None
+    chance: float | None = None
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Fractions 0..1 unless said otherwise; None where not measured."""
+
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    answered_rate_before: float | None = None
+    answered_rate_after: float | None = None
+    answered_accuracy_before: float | None = None
+    answered_accuracy_after: float | None = None
+    answered_accuracy_shuffled_images: float | None = None
+    chance: float | None = None
+    pass_at_k_before: float | None = None
+    """In the file `pass_at_8_before`, for k = 8."""
+    pass_k: int | None = None
+    """The k of pass@k."""
+    mean_length_before: float | None = None
+    """Tokens, in the held-out evaluation."""
+    mean_length_after: float | None = None
+    reflection_rate_before: float | None = None
+    reflection_rate_after: float | None = None
+    num_questions: int | None = None
+    steps: int | None = None
+    wall_s: float | None = None
+    """Seconds, scoring included."""
+    train_s: float | None = None
+    """Seconds in optimizer steps."""
+    tokens_per_s: float | None = None
+    """Drawn ÷ seconds in optimizer steps."""
+    seed: int | None = None
+    torch: str | None = None
+    """Version."""
+    by_task: dict[str, TaskChange] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, before: Evaluation | None, after: Evaluation | None, **of_training: Any) -> "RunSummary":
+        """From a run's evaluations, and what is known of its training by the fields' names."""
+        compared: dict[str, Any] = {
+            f"{name}_{when}": None if evaluation is None else evaluation.figure(name)
+            for name in COMPARED
+            for when, evaluation in (("before", before), ("after", after))
+        }
+        last = after or before
+        pass_k, pass_at_k = (before.pass_at_k if before else None) or (None, None)
+        return cls(
+            **compared,
+            answered_accuracy_shuffled_images=after.answered_accuracy_shuffled_images if after else None,
+            chance=last.total.chance if last else None,
+            pass_at_k_before=pass_at_k,
+            pass_k=pass_k,
+            num_questions=last.total.count if last else None,
+            by_task=_changes(before.by_task if before else {}, after.by_task if after else {}),
+            **of_training,
+        )
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "RunSummary":
+        """From what summary.json holds; what is missing or broken is None."""
+        plain: dict[str, Any] = {
+            f.name: number(content.get(f.name)) for f in fields(cls) if f.name not in ("torch", "by_task")
+        }
+        for key, value in content.items():
+            if (match := re.fullmatch(r"pass_at_(\d+)_before", key)) and number(value) is not None:
+                plain |= {"pass_k": int(match[1]), "pass_at_k_before": number(value)}
+        return cls(
+            **plain | {name: integer(plain[name]) for name in WHOLE},
+            torch=content["torch"] if isinstance(content.get("torch"), str) else None,
+            by_task={
+                str(task): TaskChange(
+                    **{name: number(mapping(row).get(name)) for name in ("before", "after", "chance")},
+                    count=integer(mapping(row).get("count")),
+                )
+                for task, row in mapping(content.get("accuracy_by_task")).items()
+            },
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        figures = asdict(self)
+        figures["accuracy_by_task"] = figures.pop("by_task")
+        k, value = figures.pop("pass_k"), figures.pop("pass_at_k_before")
+        return figures if k is None else {**figures, f"pass_at_{k}_before": value}
+
+    def filled_from(self, other: "RunSummary") -> "RunSummary":
+        """The same; what is not known here comes from `other`."""
+        return RunSummary(
+            **{
+                f.name: getattr(other if getattr(self, f.name) in (None, {}) else self, f.name)
+                for f in fields(RunSummary)
+            }
+        )
+
+
+def _changes(before: Mapping[str, TaskScore], after: Mapping[str, TaskScore]) -> dict[str, TaskChange]:
+    nothing = TaskScore()
+    return {
+        task: TaskChange(
+            before=before.get(task, nothing).accuracy,
+            after=after.get(task, nothing).accuracy,
+            chance=(after.get(task) or before[task]).chance,
+            count=(after.get(task) or before[task]).count,
+        )
+        for task in dict.fromkeys([*before, *after])
+    }
