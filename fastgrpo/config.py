@@ -1,8 +1,10 @@
 """`GRPOConfig`: transformers' training arguments plus those of GRPO, under the names TRL 1.16 gives them."""
 
+import json
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,6 +33,10 @@ INHERITED = {
     "max_steps": Limits(at_least=-1),
 }
 """What transformers does not check of its own settings."""
+
+
+FILES_OF_JSON = ("deepspeed", "accelerator_config", "fsdp_config")
+"""Settings that may name a file instead of holding an object."""
 
 
 @dataclass
@@ -181,6 +187,7 @@ class GRPOConfig(TRLFields, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._check_objects()
         # Without a GPU transformers trains on the CPU anyway, but refuses bf16 unless that was asked for.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -287,8 +294,29 @@ class GRPOConfig(TRLFields, TrainingArguments):
         logger.warning(f"use_liger_kernel: {lacking}; the model's own layers are used instead.")
         self.use_liger_kernel: bool = False
 
+    def _check_objects(self) -> None:
+        """What transformers would say of a slip in JSON names neither the setting nor the file."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            is_file = name in FILES_OF_JSON and not value.startswith("{")
+            if is_file and value.endswith(".json") and not Path(value).is_file():
+                raise ValueError(f"{name}={value!r}: there is no such file.")
+            try:
+                if value.startswith("{") or (is_file and Path(value).is_file()):
+                    json.loads(Path(value).read_text() if is_file else value)
+            except ValueError as error:
+                raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+
     def _validate(self) -> None:
         check_limits(self, INHERITED)
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 is not valid: use 1 or more, or -1 to go by num_train_epochs.")
+        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
+            raise ValueError(
+                f"optim_args={self.optim_args!r} is not valid: use name=value, several set apart by commas."
+            )
         _ = self.batch_plan  # raises where sizes do not divide
         for name in ("sync_ref_model", "ref_model_on_cpu"):
             if getattr(self, name) and self.beta == 0:

@@ -1,78 +1,82 @@
 """The command line of a training run: `GRPOConfig` and `ScriptArguments`, from flags and a YAML file."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
+from fastgrpo.cli.options import require_no_splits
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
+from fastgrpo.limits import check_limits, option
 
 
 @dataclass
 class ScriptArguments:
     """What a run trains, and on what: the model, its data, its rewards, its evaluation."""
 
-    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model to train."})
+    model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model to train, or of adapters."})
     dataset_name: str = field(metadata={"help": "Hub id, file (parquet, json, csv) or folder of the training rows."})
-    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration on the hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
-    max_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
-    single_image_only: bool = field(default=False, metadata={"help": "Leave out rows with several pictures."})
+    dataset_config: str | None = option(None, "The data set's configuration on the hub.")
+    dataset_train_split: str = option("train", "Its split to train on.")
+    max_samples: int | None = option(None, "Train on the first rows only.", at_least=1)
+    single_image_only: bool = option(False, "Leave out rows with several pictures.")
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy", "format"],
-        metadata={"help": "Reward functions: accuracy, format, length, or module:function of your own."},
+        metadata={"help": "Reward functions: accuracy, format, length, or module:function of a file of yours."},
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Of the parameters and the optimizer; --bf16 sets what is computed in."}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "float32", "Of the parameters and the optimizer; --bf16 sets what is computed in."
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Least area of a picture, height × width."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Largest area of a picture, height × width."})
-    freeze_vision: bool = field(default=False, metadata={"help": "Freeze the vision tower; its merger trains."})
-    freeze_llm: bool = field(default=False, metadata={"help": "Freeze the language model; the merger trains."})
-    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of the model's own weights."})
-    lora_r: int = field(default=16, metadata={"help": "The adapters' rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their products are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Share of an adapter's inputs dropped in the update."})
+    attn_implementation: str | None = option(None, "sdpa, flash_attention_2, eager.")
+    min_pixels: int | None = option(None, "Least area of a picture, height × width.", at_least=1)
+    max_pixels: int | None = option(None, "Largest area of a picture, height × width.", at_least=1)
+    freeze_vision: bool = option(False, "Freeze the vision tower; its merger trains.")
+    freeze_llm: bool = option(False, "Freeze the language model; the merger trains.")
+    use_peft: bool = option(False, "Train LoRA adapters instead of the model's own weights.")
+    lora_r: int = option(16, "The adapters' rank.", at_least=1)
+    lora_alpha: int = option(32, "Their products are scaled by lora_alpha / lora_r.", at_least=1)
+    lora_dropout: float = option(0.05, "Share of an adapter's inputs dropped in the update.", at_least=0, at_most=1)
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"],
         metadata={"help": "Layers that get an adapter, by the ends of their names; or all-linear."},
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole and save beside the adapters, such as merger."}
+    lora_modules_to_save: list[str] | None = option(
+        None, "Modules to train whole and save beside the adapters, such as merger."
     )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / √lora_r instead."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Held-out rows (CV-Bench or SAT schema) to score before and after training."}
+    use_rslora: bool = option(False, "Scale by lora_alpha / √lora_r instead.")
+    eval_dataset_name: str | None = option(
+        None, "Held-out rows (CV-Bench or SAT schema) to score before and after training."
     )
-    eval_split: str = field(default="test", metadata={"help": "Their split on the hub."})
-    eval_max_samples: int | None = field(default=None, metadata={"help": "Score the first rows only."})
-    eval_max_new_tokens: int = field(default=1024, metadata={"help": "Most tokens in a scored response."})
-    eval_pass_at_k: int = field(default=0, metadata={"help": "Also sample k responses a question before training."})
-    eval_shuffles: int = field(
-        default=1, metadata={"help": "Times to ask all questions about shuffled pictures after training."}
-    )
+    eval_split: str = option("test", "Their split on the hub.")
+    eval_max_samples: int | None = option(None, "Score the first rows only.", at_least=1)
+    eval_max_new_tokens: int = option(1024, "Most tokens in a scored response.", at_least=1)
+    eval_pass_at_k: int = option(0, "Also sample k responses a question before training.", at_least=0)
+    eval_shuffles: int = option(1, "Times to ask all questions about shuffled pictures after training.", at_least=0)
 
     def __post_init__(self) -> None:
+        check_limits(self, {})
         if self.use_peft and (self.freeze_vision or self.freeze_llm):
             raise ValueError("use_peft=True freezes the whole model already: leave freeze_vision and freeze_llm off.")
-        least = {
-            "lora_r": 1,
-            "max_samples": 1,
-            "eval_max_samples": 1,
-            "eval_max_new_tokens": 1,
-            "eval_pass_at_k": 0,
-            "eval_shuffles": 0,
-        }
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ValueError(f"{name}={value} is not valid: use {bound} or more.")
+        unused = [field.name for field in fields(self) if field.name.startswith("lora_")] + ["use_rslora"]
+        if not self.use_peft and (given := changed(self, unused)):
+            raise ValueError(f"{', '.join(given)}: set without use_peft, so no adapters would be trained: add it.")
+        require_no_splits(self.dataset_name, changed(self, ("dataset_config", "dataset_train_split")))
+        require_no_splits(self.eval_dataset_name or "", changed(self, ("eval_split",)))
+
+
+def changed(settings: Any, names: Iterable[str]) -> list[str]:
+    """Those of a record's fields that are not as by default."""
+    known = {field.name: field for field in fields(settings)}
+    return [name for name in names if getattr(settings, name) != _default(known[name])]
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 class _Parser(HfArgumentParser):
@@ -80,6 +84,16 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML itself would forget the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse(argv: Sequence[str]) -> tuple[GRPOConfig, ScriptArguments]:
@@ -131,7 +145,7 @@ def _take_config(tokens: list[str]) -> tuple[list[Path], list[str]]:
 def _yaml_flags(file: Path, known: Sequence[str]) -> list[str]:
     """A YAML mapping as flags, so that both are checked in one way."""
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.load(file.read_text(), _StrictLoader)  # a SafeLoader
     except OSError as error:
         raise ValueError(f"--config {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,17 +1,21 @@
 """The trainer that the flags describe: its model, adapters, data and rewards."""
 
-from dataclasses import MISSING, Field, fields
-from typing import Any
+import os
+import sys
+from dataclasses import fields
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel
 
-from fastgrpo.cli.arguments import ScriptArguments
+from fastgrpo.cli.arguments import ScriptArguments, changed
+from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.model.adapters import adapter_base
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.scoring.rewards import resolve_reward_functions
 from fastgrpo.training.trainer import GRPOTrainer
 
 
@@ -27,16 +31,23 @@ def build_trainer(
     Raises:
         ValueError: a model, a setting or a row that cannot work.
     """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for a user's rewards: unlike a script, a command does not look there
+    reward_functions = resolve_reward_functions(script.reward_funcs)  # a slip is told before a model is loaded
+    adapters = lora_config(script)
+    model = load_model(config, script)
+    if adapters is not None:
+        _require_modules(model, script)
     return trainer_class(
-        model=load_model(config, script),
-        reward_funcs=script.reward_funcs,
+        model=model,
+        reward_funcs=reward_functions,
         args=config,
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=load_processing(
             script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
         ),
-        peft_config=lora_config(script),
+        peft_config=adapters,
     )
 
 
@@ -60,11 +71,10 @@ def lora_config(script: ScriptArguments) -> LoraConfig | None:
         ValueError: a setting of new adapters, but the model has its own.
     """
     if adapter_base(script.model_name_or_path) is not None:
-        own = [field for field in fields(script) if field.name.startswith("lora_") or field.name == "use_rslora"]
-        changed = [field.name for field in own if getattr(script, field.name) != _default(field)]
-        if changed:
+        own = [field.name for field in fields(script) if field.name.startswith("lora_")] + ["use_rslora"]
+        if given := changed(script, own):
             raise ValueError(
-                f"{', '.join(changed)}: {script.model_name_or_path} holds adapters with settings of their own, which "
+                f"{', '.join(given)}: {script.model_name_or_path} holds adapters with settings of their own, which "
                 "train further. Leave these flags out, or name the base as model_name_or_path."
             )
         return None
@@ -101,5 +111,18 @@ def load_held_out(script: ScriptArguments, seed: int) -> RowDataset | None:
     return load_rows(script.eval_dataset_name, split=script.eval_split, max_samples=script.eval_max_samples, seed=seed)
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _require_modules(model: PreTrainedModel, script: ScriptArguments) -> None:
+    """peft passes over the names it does not find, so long as it finds one."""
+    known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    for flag in ("lora_target_modules", "lora_modules_to_save"):
+        for name in getattr(script, flag) or ():
+            if name != "all-linear" and name.rsplit(".", 1)[-1] not in known:
+                raise ValueError(
+                    f"{flag}: {type(model).__name__} has no module {name!r}{did_you_mean(name, known)}; its linear "
+                    f"layers are {', '.join(sorted(_linear_layers(model)))}"
+                )
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    names = (name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name for name in names if not name.isdecimal()}

@@ -36,11 +36,11 @@ def _says_chat(name_or_path: str) -> bool:
     folder = Path(name_or_path)
     if WORDS.search(folder.name):
         return True
-    # Of a model on the hub, what was downloaded: names there tell nearly always.
-    file = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(name_or_path, "README.md")
-    if not isinstance(file, str | Path) or not Path(file).is_file():
-        return False
     try:
+        # Of a model on the hub, what was downloaded: names there tell nearly always.
+        file = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(name_or_path, "README.md")
+        if not isinstance(file, str | Path) or not Path(file).is_file():
+            return False
         card = ModelCard(Path(file).read_text(errors="replace"), ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError):
         return False

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fastgrpo.cli.console import progress_lines
 from fastgrpo.cli.inference import add_model_options, load_inference
-from fastgrpo.cli.options import Parser, at_least, require_writable
+from fastgrpo.cli.options import Parser, at_least, require_no_splits, require_writable
 
 if TYPE_CHECKING:
     from fastgrpo.evaluation import Evaluation
@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("dataset", help="CV-Bench or SAT schema: hub id, file or folder")
     parser.add_argument("--output_dir", type=Path, default=Path("."), help="gets evals/NAME.json and .parquet")
     parser.add_argument("--name", default="eval")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="of a data set on the hub; test if unset")
     parser.add_argument("--max_samples", type=at_least(1))
     parser.add_argument("--max_new_tokens", type=at_least(1), default=1024)
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="questions answered at once")
@@ -32,13 +32,16 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     require_writable(options.output_dir)
+    require_no_splits(options.dataset, ["--split"] if options.split else [])
+    if Path(options.name).name != options.name:
+        raise ValueError(f"--name {options.name} is no plain file name")
 
     from fastgrpo.cli.quiet import quieten
     from fastgrpo.data.loading import load_rows
     from fastgrpo.evaluation import evaluate, write_evaluation
 
     quieten()
-    rows = load_rows(options.dataset, split=options.split, max_samples=options.max_samples, seed=options.seed)
+    rows = load_rows(options.dataset, split=options.split or "test", max_samples=options.max_samples, seed=options.seed)
     model = load_inference(options, max_rows=options.batch_size)
     evaluation = evaluate(
         model.engine,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastgrpo.cli.console import say
 from fastgrpo.cli.inference import Inference, add_model_options, load_inference
-from fastgrpo.cli.options import Parser, at_least
+from fastgrpo.cli.options import Parser, at_least, between
 
 if TYPE_CHECKING:
     from fastgrpo.types import Completion, SamplingParams
@@ -25,13 +25,15 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; once for each")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=1024)
     parser.add_argument("--num_generations", type=at_least(1), default=1, help="answers to a question")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--temperature", type=between(0), default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--top_p", type=between(0, 1), default=1.0)
     parser.add_argument("--top_k", type=at_least(0), default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     if options.num_generations > 1 and options.temperature == 0:
         raise ValueError("--num_generations above 1 draws the same answer each time at --temperature 0: raise it to 1")
+    if options.question is not None and not options.question.strip():
+        raise ValueError("the question is empty")
     pictures = [path.read_bytes() for path in options.image]  # a missing one is told before a model is loaded
 
     from fastgrpo.cli.quiet import quieten

@@ -45,10 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         import_module(f"fastgrpo.cli.{name}").run(rest)
-    except (ValueError, OSError) as error:
-        if os.environ.get("FASTGRPO_TRACEBACK"):
+    except Exception as error:
+        told = _in_one_line(error)
+        if told is None or os.environ.get("FASTGRPO_TRACEBACK"):
             raise
-        print(f"fastgrpo {name}: error: {_in_one_line(error)}", file=sys.stderr)
+        print(f"fastgrpo {name}: error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"fastgrpo {name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
@@ -56,7 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str | None:
+    """What to tell of a mistake, or of a machine's limits; None for what is a fault of this program."""
+    line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)):
+        return line
+    if type(error).__module__.startswith(("httpx", "requests", "huggingface_hub")):
+        return f"the network does not answer: {line}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return (
+            "the GPU's memory is full: set gradient_checkpointing, or lower token_budget, max_completion_length, "
+            f"per_device_train_batch_size or sampler_max_cache_tokens. {line}"
+        )
+    return None

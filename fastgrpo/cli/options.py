@@ -1,5 +1,6 @@
 """Options of commands: parsed with mistakes as ValueErrors."""
 
+import math
 import os
 from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -43,6 +44,26 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return parse_number
+
+
+def between(low: float, high: float = math.inf) -> Callable[[str], float]:
+    def parse_number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high or math.isinf(value):
+            limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
+            raise ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    return parse_number
+
+
+def require_no_splits(dataset: str, given: Sequence[str]) -> None:
+    """Raises ValueError where settings that only a data set on the hub has are given for a file."""
+    if given and Path(dataset).is_file():
+        raise ValueError(f"{', '.join(given)}: {dataset} is a file, which has neither splits nor configurations")
 
 
 def require_writable(folder: Path) -> None:

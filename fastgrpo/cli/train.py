@@ -47,6 +47,10 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     """
     start = time.perf_counter()
     output_dir = Path(config.output_dir)
+    if config.eval_strategy != "no" and script.eval_dataset_name is None:
+        raise ValueError(f"eval_strategy={str(config.eval_strategy.value)!r} needs rows: set eval_dataset_name.")
+    if config.load_best_model_at_end and config.eval_strategy == "no":
+        raise ValueError("load_best_model_at_end=True needs evaluations to choose by: set eval_strategy.")
     require_writable(output_dir)
     resuming = find_checkpoint(config.resume_from_checkpoint, output_dir) is not None
     rows, held_out = load_training_rows(script, config.seed), load_held_out(script, config.seed)

@@ -1,8 +1,10 @@
 """Folders of adapters, as training with `use_peft` leaves them: which model they belong to."""
 
+import functools
 import json
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
@@ -12,14 +14,12 @@ def adapter_base(name_or_path: str) -> str | None:
     Raises:
         ValueError: an adapter_config.json that is no JSON or names no base.
     """
-    try:
-        file = find_adapter_config_file(name_or_path)
-    except (OSError, ValueError):
-        return None  # whoever loads the model says what is wrong with its name
-    if file is None:
+    folder = Path(name_or_path)
+    file = folder / "adapter_config.json" if folder.exists() else _file_on_hub(name_or_path)
+    if file is None or not file.is_file():
         return None
     try:
-        base = json.loads(Path(file).read_text())["base_model_name_or_path"]
+        base = json.loads(file.read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} names no base_model_name_or_path: {error!r}") from error
     if not isinstance(base, str) or not base:
@@ -37,3 +37,14 @@ def processing_source(name_or_path: str) -> str:
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     has_processor = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     return name_or_path if has_tokenizer and has_processor else adapter_base(name_or_path) or name_or_path
+
+
+@functools.cache
+def _file_on_hub(name: str) -> Path | None:
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None  # a whole model, downloaded before: the hub need not be asked
+        file = find_adapter_config_file(name)
+    except (OSError, ValueError):
+        return None  # whoever loads the model says what is wrong with its name
+    return None if file is None else Path(file)

@@ -224,6 +224,10 @@ def load_policy(
                 use_safetensors=True,
                 **arguments,
             )
+    except TypeError as error:
+        if not arguments:
+            raise
+        raise ValueError(f"model_init_kwargs={arguments}: {_one_line(error)}") from error
     except OSError as error:
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has no usable safetensors weights: {_one_line(error)} "

@@ -116,7 +116,9 @@ def _opening(prompt: str | Sequence[dict[str, Any]]) -> str:
 
 
 def resolve_reward_functions(specs: Sequence[str | RewardFunction]) -> list[RewardFunction]:
-    """Reward functions by name ("accuracy", "format", "length"), by import path ("package.module:function"), or as is.
+    """Reward functions by name ("accuracy", "format", "length"), by import path, or as is.
+
+    A path is "package.module:function", or "package.module.function" as in TRL.
 
     Raises:
         ValueError: an unknown name, or a path that cannot be imported.
@@ -127,7 +129,7 @@ def resolve_reward_functions(specs: Sequence[str | RewardFunction]) -> list[Rewa
 def _resolve(spec: str) -> RewardFunction:
     if spec in REWARD_FUNCTIONS:
         return REWARD_FUNCTIONS[spec]
-    module_name, separator, attribute = spec.partition(":")
+    module_name, separator, attribute = spec.partition(":") if ":" in spec else spec.rpartition(".")
     if not separator:
         close = difflib.get_close_matches(spec, REWARD_FUNCTIONS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -137,9 +139,10 @@ def _resolve(spec: str) -> RewardFunction:
         )
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a user's module raises
         raise ValueError(
-            f"reward_funcs: {spec!r} cannot be imported: {error}. Check the path and PYTHONPATH."
+            f"reward_funcs: {spec!r} cannot be imported: {type(error).__name__}: {error}. Is the module in this folder "
+            "or on PYTHONPATH?"
         ) from error
     if not callable(function):
         raise ValueError(f"reward_funcs: {spec!r} is a {type(function).__name__}, not a function.")

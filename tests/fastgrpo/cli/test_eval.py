@@ -69,6 +69,8 @@ def test_eval_of_what_is_missing(
         (["--device", "toaster"], "--device 'toaster' cannot be used here"),
         (["--dtype", "int3"], "dtype='int3' is unknown"),
         (["--min_pixels", "99999999"], "exceeds max_pixels"),
+        (["--name", "a/b"], "--name a/b is no plain file name"),
+        (["--split", "nope"], "is a file, which has neither splits nor configurations"),
         (["--shufles", "1"], "unknown argument --shufles (did you mean --shuffles?)"),
     ],
 )

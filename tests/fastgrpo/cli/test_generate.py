@@ -99,7 +99,9 @@ def test_questions_from_standard_input(
     [
         (["--image", "gone.png"], "gone.png: No such file or directory"),
         (["--num_generations", "2"], "raise it to 1"),
-        (["--temperature", "warm"], "invalid float value"),
+        (["--temperature", "warm"], "'warm' is not a number"),
+        (["--temperature", "-1"], "-1 is not 0 or more"),
+        (["--top_p", "2"], "2 is not from 0 to 1"),
         (["--imge", "a.png"], "unknown argument --imge (did you mean --image?)"),
         (["--device", "toaster"], "--device 'toaster' cannot be used here"),
     ],

@@ -302,6 +302,7 @@ def test_resolve_reward_functions() -> None:
         ["accuracy", "format", "length", "fastgrpo.scoring.rewards:format_reward", mine]
     )
     assert resolved == [accuracy_reward, format_reward, length_reward, format_reward, mine]
+    assert resolve_reward_functions(["fastgrpo.scoring.rewards.length_reward"]) == [length_reward], "as TRL writes it"
 
 
 UNRESOLVABLE = [
@@ -309,6 +310,7 @@ UNRESOLVABLE = [
     ("zzz", "accuracy, format, length"),
     ("no_such_module:f", "cannot be imported"),
     ("fastgrpo.scoring.rewards:no_such", "cannot be imported"),
+    ("fastgrpo.scoring.rewards.no_such", "cannot be imported"),
     (":f", "cannot be imported"),
     ("fastgrpo.scoring.rewards:REWARD_FUNCTIONS", "is a dict, not a function"),
 ]
