@@ -48,12 +48,18 @@ class Tiling(NamedTuple):
 
 
 TILINGS = {
+    "256 tokens, tile 16": Tiling(256, 16, 32, 2, 4),
+    "256 tokens, tile 16, one stage": Tiling(256, 16, 32, 1, 4),
+    "128 tokens, tile 16": Tiling(128, 16, 32, 2, 4),
+    "256 tokens, tile 32": Tiling(256, 32, 32, 2, 4),
     "128 tokens, tile 32": Tiling(128, 32, 64, 2, 4),
-    "64 tokens, tile 32": Tiling(64, 32, 32, 2, 4),
-    "128 tokens, tile 64": Tiling(128, 64, 32, 2, 4),
     "256 tokens, tile 64": Tiling(256, 64, 64, 3, 8),
 }
-"""For half precision, the default first; `pick` chooses on a GPU. What is wider takes half the tokens at once."""
+"""For half precision, the default first; `pick` chooses on a GPU. What is wider takes half the tokens at once.
+
+Programs are short and wait for memory most of their time, so what counts is how many are under way together: by their
+registers, four to a multiprocessor with tile 16, one with tile 64. A small tile reads a prefix more often, from L2.
+"""
 
 
 class NewTokens(NamedTuple):
@@ -161,6 +167,7 @@ def _launch(
         PREFIX_M=prefix_m,
         ROW_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=tiling.block_n if half else 32,
+        BLOCK_H=max(16, triton.next_power_of_2(width // 2)),
         BLOCK_D=max(16, triton.next_power_of_2(width)),
         num_stages=tiling.stages if half else 1,
         num_warps=tiling.warps,
@@ -191,7 +198,7 @@ def _splits(programs: int, room: int, split_tokens: int) -> int:
 def _tiling_for(query: Tensor, key_cache: Tensor, layout: PagedLayout, grouped: bool, rotate: bool) -> str:
     """The fastest tiling for these shapes, of a full prefix and half of the room for a row's own tokens."""
     default = next(iter(TILINGS))
-    if not query.is_cuda or query.element_size() != 2:
+    if len(TILINGS) == 1 or not query.is_cuda or query.element_size() != 2:
         return default
     bucket = triton.next_power_of_2(len(query))  # rows come and go where steps are not captured
     shape = (

@@ -47,6 +47,7 @@ def attend_kernel(
     PREFIX_M: tl.constexpr,
     ROW_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
     """One split of the keys of a prefix, for a tile of rows that share it (GROUPED), or of one row's own keys.
@@ -79,13 +80,13 @@ def attend_kernel(
                 head = kv_head * GROUP + m % GROUP
                 row = row.to(tl.int64)
                 at = row * query_stride_row + head * query_stride_head
-                q = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_D)
+                q_low, q_high = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_H)
                 begin, end = _split_range(tl.load(prefix_lens + prefix), split, prefix_splits, BLOCK_N)
                 top, total, mixed = _nothing_yet(PREFIX_M, BLOCK_D)
                 table = prefix_tables + prefix.to(tl.int64) * prefix_pages
                 top, total, mixed = _attend(
-                    q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-                    KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+                    q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
+                    KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
                 )  # fmt: skip
                 slot = (row * (KV_HEADS * GROUP) + head) * splits + split
                 _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
@@ -99,7 +100,16 @@ def attend_kernel(
         head = kv_head * GROUP + m
         row = one_row + m * 0
         at = row * query_stride_row + head * query_stride_head
-        q = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_D)
+        q_low, q_high = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_H)
+        if ROTATE:  # asked for before the loop over what is cached: a row has no time to wait for one after the other
+            new_slot = tl.load(slots + one_row)
+            is_mine = (split == 0) & (new_slot >= 0)
+            new_low, new_high, new_value = _write_new(
+                is_mine, one_row, key + one_row * key_stride_row + kv_head * key_stride_head,
+                value + one_row * value_stride_row + kv_head * value_stride_head, cos, sin,
+                key_cache + (new_slot * KV_HEADS + kv_head) * D, value_cache + (new_slot * KV_HEADS + kv_head) * D,
+                D, BLOCK_H, BLOCK_D,
+            )  # fmt: skip
         top, total, mixed = _nothing_yet(ROW_M, BLOCK_D)
         if READ_PREFIX:
             prefix = tl.load(prefix_ids + one_row)
@@ -107,27 +117,22 @@ def attend_kernel(
             begin, end = _split_range(length, split, row_splits, BLOCK_N)
             table = prefix_tables + prefix.to(tl.int64) * prefix_pages
             top, total, mixed = _attend(
-                q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-                KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+                q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
+                KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
             )  # fmt: skip
         length = tl.load(suffix_lens + one_row)
         if ROTATE:
-            new_slot = tl.load(slots + one_row)
             length -= (new_slot >= 0).to(tl.int32)
         begin, end = _split_range(length, split, row_splits, BLOCK_N)
         table = suffix_tables + one_row * suffix_pages
         top, total, mixed = _attend(
-            q, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-            KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+            q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
+            KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
         )  # fmt: skip
         if ROTATE:
-            is_mine = (split == 0) & (new_slot >= 0)
             top, total, mixed = _attend_new(
-                q, top, total, mixed, is_mine, one_row, key + one_row * key_stride_row + kv_head * key_stride_head,
-                value + one_row * value_stride_row + kv_head * value_stride_head, cos, sin,
-                key_cache + (new_slot * KV_HEADS + kv_head) * D, value_cache + (new_slot * KV_HEADS + kv_head) * D,
-                scale, D, BLOCK_D,
-            )  # fmt: skip
+                q_low, q_high, top, total, mixed, is_mine, new_low, new_high, new_value, scale
+            )
         slot = (row * (KV_HEADS * GROUP) + head) * splits + prefix_splits + split
         _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
 
@@ -142,21 +147,28 @@ def _load_heads(
     sin: tl.tensor,
     ROTATE: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> tl.tensor:
-    """[M, D] of heads that start at `at` [M], rotated by their rows' angles if ROTATE and then rounded once."""
-    d = tl.arange(0, BLOCK_D)
-    mask = live[:, None] & (d[None, :] < D)
-    x = tl.load(source + at[:, None] + d[None, :], mask=mask, other=0.0)
+    BLOCK_H: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both halves [M, D / 2] of heads that start at `at` [M], rotated by their rows' angles if ROTATE, rounded once.
+
+    Apart, since each is the other's partner in the rotation: whole heads would be loaded twice, which takes registers
+    that programs waiting for memory need.
+    """
+    h = tl.arange(0, BLOCK_H)
+    mask = live[:, None] & (h[None, :] < D // 2)
+    place = source + at[:, None] + h[None, :]
+    low = tl.load(place, mask=mask, other=0.0)
+    high = tl.load(place + D // 2, mask=mask, other=0.0)
     if ROTATE:
-        other = tl.where(d < D // 2, d + D // 2, d - D // 2)
-        partner = tl.load(source + at[:, None] + other[None, :], mask=mask, other=0.0).to(tl.float32)
-        partner = tl.where(d[None, :] < D // 2, -partner, partner)
-        angle = row[:, None] * D + d[None, :]
+        angle = row[:, None] * D + h[None, :]
+        first, second = low.to(tl.float32), high.to(tl.float32)
         c = tl.load(cos + angle, mask=mask, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) * c + partner * s).to(x.dtype)
-    return x
+        low = (first * c - second * s).to(low.dtype)
+        c = tl.load(cos + angle + D // 2, mask=mask, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle + D // 2, mask=mask, other=0.0).to(tl.float32)
+        high = (second * c + first * s).to(high.dtype)
+    return low, high
 
 
 @triton.jit
@@ -178,7 +190,8 @@ def _nothing_yet(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr) -> tuple[tl.tenso
 
 @triton.jit
 def _attend(
-    q: tl.tensor,
+    q_low: tl.tensor,
+    q_high: tl.tensor,
     top: tl.tensor,
     total: tl.tensor,
     mixed: tl.tensor,
@@ -193,19 +206,25 @@ def _attend(
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Online softmax over tokens begin … end of a page table, continued from (top, total, mixed)."""
     d = tl.arange(0, BLOCK_D)
+    h = tl.arange(0, BLOCK_H)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         live = n < end
         page = tl.load(table + n // PAGE_SIZE, mask=live, other=0).to(tl.int64)
         at = ((page * PAGE_SIZE + n % PAGE_SIZE) * KV_HEADS + kv_head) * D  # [N]
-        mask = live[:, None] & (d[None, :] < D)
-        k = tl.load(key_cache + at[:, None] + d[None, :], mask=mask, other=0.0)  # [N, D]
-        v = tl.load(value_cache + at[:, None] + d[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        in_half = live[:, None] & (h[None, :] < D // 2)
+        keys = key_cache + at[:, None] + h[None, :]
+        k_low = tl.load(keys, mask=in_half, other=0.0)  # [N, D / 2]
+        k_high = tl.load(keys + D // 2, mask=in_half, other=0.0)
+        values = value_cache + at[:, None] + d[None, :]
+        v = tl.load(values, mask=live[:, None] & (d[None, :] < D), other=0.0)  # [N, D]
+        scores = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
+        scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee") * scale
         scores = tl.where(live[None, :], scores, float("-inf"))  # [M, N]
         new_top = tl.maximum(top, tl.max(scores, 1))  # finite: the first token of a block is live
         weights = tl.exp2(scores - new_top[:, None])
@@ -217,11 +236,7 @@ def _attend(
 
 
 @triton.jit
-def _attend_new(
-    q: tl.tensor,
-    top: tl.tensor,
-    total: tl.tensor,
-    mixed: tl.tensor,
+def _write_new(
     is_mine: tl.tensor,
     row: tl.tensor,
     key: tl.tensor,
@@ -230,19 +245,39 @@ def _attend_new(
     sin: tl.tensor,
     key_target: tl.tensor,
     value_target: tl.tensor,
-    scale: tl.tensor,
     D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Where `is_mine`: writes the row's new key, rotated, and its value, and goes on with the softmax over them."""
-    d = tl.arange(0, BLOCK_D)
+    """A row's new key, rotated, in halves [1, D / 2], and its value [1, D]; written to the cache where `is_mine`."""
+    h = tl.arange(0, BLOCK_H)[None, :]
+    d = tl.arange(0, BLOCK_D)[None, :]
     one = tl.zeros([1], tl.int64)
-    new_key = _load_heads(key, one, one + row, one == 0, cos, sin, True, D, BLOCK_D)  # [1, D]
-    new_value = _load_heads(value, one, one + row, one == 0, cos, sin, False, D, BLOCK_D)
-    written = d[None, :] < tl.where(is_mine, D, 0)
-    tl.store(key_target + d[None, :], new_key, mask=written)
-    tl.store(value_target + d[None, :], new_value, mask=written)
-    score = tl.sum(q.to(tl.float32) * new_key.to(tl.float32), 1) * scale  # [M]
+    low, high = _load_heads(key, one, one + row, one == 0, cos, sin, True, D, BLOCK_H)
+    new_value = tl.load(value + d, mask=d < D, other=0.0)
+    half = tl.where(is_mine, D // 2, 0)
+    tl.store(key_target + h, low, mask=h < half)
+    tl.store(key_target + D // 2 + h, high, mask=h < half)
+    tl.store(value_target + d, new_value, mask=d < tl.where(is_mine, D, 0))
+    return low, high, new_value
+
+
+@triton.jit
+def _attend_new(
+    q_low: tl.tensor,
+    q_high: tl.tensor,
+    top: tl.tensor,
+    total: tl.tensor,
+    mixed: tl.tensor,
+    is_mine: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    new_value: tl.tensor,
+    scale: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Goes on with the softmax over the row's new token, where `is_mine`."""
+    score = tl.sum(q_low.to(tl.float32) * low.to(tl.float32), 1)
+    score = (score + tl.sum(q_high.to(tl.float32) * high.to(tl.float32), 1)) * scale  # [M]
     score = tl.where(is_mine, score, float("-inf"))
     new_top = tl.maximum(top, score)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
