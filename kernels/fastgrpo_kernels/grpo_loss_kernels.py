@@ -12,7 +12,7 @@ _RATIO_CAP = tl.constexpr(LOG_RATIO_CAP)
 _KL_CAP = tl.constexpr(KL_CAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["logprobs", "entropy"])  # views into one tensor of both
 def loss_kernel(
     cu_seqlens: tl.tensor,
     advantages: tl.tensor,

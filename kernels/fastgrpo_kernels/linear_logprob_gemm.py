@@ -199,7 +199,7 @@ def _statistics(
     return e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # it differs from one micro-batch to the next
 def _logits_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,

@@ -115,7 +115,8 @@ def _reduce_kernel(
         tl.store(entropy + row, tl.sum(terms, 0))
 
 
-@triton.jit
+# Rows, and views that start behind some of them, differ from one micro-batch to the next.
+@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=["logprobs", "entropy"])
 def _target_kernel(
     hidden: tl.tensor,
     weight: tl.tensor,
@@ -154,7 +155,7 @@ def _target_kernel(
     tl.store(entropy + n, tl.where(counted, tl.load(row_entropy + safe_row), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["grad_logprobs", "grad_entropy"])
 def _dlogits_kernel(
     order: tl.tensor,
     live: tl.tensor,

@@ -89,7 +89,11 @@ _operator = register_operator(
 )
 
 
-@triton.jit
+# What follows the number of tokens differs from one micro-batch to the next: each kind would be compiled anew.
+@triton.jit(
+    do_not_specialize=["tokens", "first_lse_stride", "second_lse_stride", "lse_stride"],
+    do_not_specialize_on_alignment=["first_lse", "second_lse", "lse"],
+)
 def _merge_kernel(
     first: tl.tensor,
     first_lse: tl.tensor,
