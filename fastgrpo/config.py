@@ -170,6 +170,9 @@ class GRPOConfig(TRLFields, TrainingArguments):
     sapo_temperature_pos: float = option(1.0, "SAPO's temperature for positive advantages.", above=0)
     mask_truncated_completions: bool = option(False, "Leave completions cut at max_completion_length out of the loss.")
     reward_weights: list[float] | None = option(None, "One weight per reward function; all 1 if unset.")
+    nan_rewards: str = option(
+        "raise", "A reward that is not finite ends the run, or is taken for None.", choices=("raise", "abstain")
+    )
     scale_rewards: str = option(
         "group",
         "Divide advantages by the deviation of rewards in the group, batch, or none.",

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,25 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     rows, held_out = load_training_rows(script, config.seed), load_held_out(script, config.seed)
     trainer = build_trainer(config, script, rows, eval_rows=held_out if config.eval_strategy != "no" else None)
     trainer.get_train_dataloader()  # a data set smaller than a rollout is told now, not after the first scoring
-    is_main = trainer.is_world_process_zero()
-    if is_main:
+    if trainer.is_world_process_zero():
         for line in banner(trainer, script):
             say(line)
-    if held_out is not None and is_main and config.eval_strategy == "no":  # else the trainer has looked
-        warn_of_shared_rows(rows, held_out)
+        if held_out is not None and config.eval_strategy == "no":  # else the trainer has looked
+            warn_of_shared_rows(rows, held_out)
+    with nullcontext() if trainer.run_log is None else trainer.run_log.lock.held():
+        train_between_scores(trainer, script, held_out, resuming=resuming)
+        if trainer.run_log is None:
+            return {}
+        summary = finish_run(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
+    say(f"summary: {output_dir / 'summary.json'}\nreport:  {output_dir / 'report.html'}")
+    return summary.to_json()
+
+
+def train_between_scores(
+    trainer: GRPOTrainer, script: ScriptArguments, held_out: RowDataset | None, *, resuming: bool
+) -> None:
+    """Scores the base on the held-out rows, trains, saves, scores again; without such rows, trains and saves."""
+    config, output_dir, is_main = trainer.config, Path(trainer.config.output_dir), trainer.is_world_process_zero()
     if trainer.run_log is not None and not resuming:
         trainer.run_log.start_over()
     if is_main:
@@ -76,13 +90,8 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
     trainer.save_model(config.output_dir)
     if held_out is not None:
         trainer.engine.sync()
-    if not is_main:
-        return {}
-    if held_out is not None:
+    if held_out is not None and is_main:
         _score(trainer, script, held_out, "after", pass_at_k=0, shuffles=script.eval_shuffles)
-    summary = finish_run(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
-    say(f"summary: {output_dir / 'summary.json'}\nreport:  {output_dir / 'report.html'}")
-    return summary.to_json()
 
 
 def how_to_resume(config: GRPOConfig) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import difflib
 import importlib
 import inspect
+import logging
 import math
 import re
 import threading
@@ -25,7 +26,11 @@ from fastgrpo.scoring.answers import answers_match, parse_answer
 from fastgrpo.scoring.golds import gold_text, option_texts
 from fastgrpo.types import Rollout
 
+logger = logging.getLogger(__name__)
+
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+
+LARGEST = torch.finfo(torch.float32).max
 
 _FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -166,6 +171,7 @@ def score(
     trainer_state: Any = None,
     log_extra: Callable[..., None] | None = None,
     log_metric: Callable[..., None] | None = None,
+    nan_rewards: str = "raise",
 ) -> Tensor:
     """[completions, F] float32: what each function says of each completion, group by group; NaN where it abstained.
 
@@ -173,6 +179,7 @@ def score(
 
     Args:
         trainer_state, log_extra, log_metric: handed through to the functions.
+        nan_rewards: "abstain" takes a reward that is not finite for None; "raise" does not.
 
     Raises:
         ValueError: a function raised, or returned something else than one finite number or None per completion.
@@ -192,7 +199,11 @@ def score(
         awaited = _await_all([(reward_functions[i], results[i]) for i in pending], count)
         for i, result in zip(pending, awaited, strict=True):
             results[i] = result
-    columns = [_validated(function, result, count) for function, result in zip(reward_functions, results, strict=True)]
+    places = [(completion.row_id, completion.index) for _, completions in groups for completion in completions]
+    columns = [
+        _validated(reward_name(function), result, places, nan_rewards)
+        for function, result in zip(reward_functions, results, strict=True)
+    ]
     return torch.tensor(columns, dtype=torch.float32).view(len(columns), count).T.contiguous()
 
 
@@ -248,8 +259,9 @@ def _failure(function: RewardFunction, error: Exception, count: int) -> ValueErr
     )
 
 
-def _validated(function: RewardFunction, result: Any, count: int) -> list[float]:
-    name = reward_name(function)
+def _validated(name: str, result: Any, places: Sequence[tuple[int, int]], nan_rewards: str) -> list[float]:
+    """A function's rewards; `places` are the completions' rows and their indices within."""
+    count = len(places)
     if isinstance(result, Tensor):
         result = result.tolist()
     if not hasattr(result, "__len__") or isinstance(result, str | dict):
@@ -260,18 +272,26 @@ def _validated(function: RewardFunction, result: Any, count: int) -> list[float]
         raise ValueError(
             f"reward function {name!r} returned {len(result)} rewards for {count} completions: return one for each."
         )
-    return [_number(name, index, reward) for index, reward in enumerate(result)]
+    return [_number(name, place, reward, nan_rewards) for place, reward in zip(places, result, strict=True)]
 
 
-def _number(name: str, index: int, reward: Any) -> float:
+def _number(name: str, place: tuple[int, int], reward: Any, nan_rewards: str) -> float:
+    """A reward as a float that float32 holds; NaN for None."""
     if reward is None:
         return math.nan
+    said = f"reward function {name!r} returned {reward!r} for completion {place[1]} of row {place[0]}"
     try:
         value = float(reward)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"reward function {name!r} returned {reward!r} for completion {index}: return a number, or None to abstain."
-        ) from error
-    if not math.isfinite(value):
-        raise ValueError(f"reward function {name!r} returned {value} for completion {index}: return None to abstain.")
-    return value
+        raise ValueError(f"{said}: return a number, or None to abstain.") from error
+    if abs(value) <= LARGEST:  # of NaN it is not
+        return value
+    if nan_rewards != "abstain":
+        raise ValueError(f"{said}: return None to abstain, or pass --nan_rewards abstain to take it so.")
+    _warn_once(f"reward function {name!r} returned numbers that are not finite: taken as abstentions (nan_rewards).")
+    return math.nan
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -14,15 +14,18 @@ import pyarrow.parquet as pq
 
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.training.completion_records import CompletionRecord
+from fastgrpo.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
 OF_A_RUN = (
     *("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "settings.json", "checkpoint-*"),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "preprocessor_config.json"),
-    *("tokenizer*", "chat_template.jinja", "training_args.bin", "adapter_config.json"),
+    *("tokenizer*", "chat_template.jinja", "training_args.bin", "adapter_config.json", "README.md", "trace.json"),
+    "runs/*/events.out.tfevents.*",
 )
-"""What a run leaves in its folder: logs, checkpoints, the trained model. Anything else there is the user's."""
+"""What a run leaves in its folder: logs and TensorBoard's, checkpoints, the trained model and its card. Anything else
+there is the user's."""
 
 
 class RunLog:
@@ -36,6 +39,7 @@ class RunLog:
         self.folder = folder
         self.metrics_file = folder / "metrics.jsonl"
         self.completions_folder = folder / "completions"
+        self.lock = RunLock(folder)
 
     def start_over(self) -> None:
         """Moves what an earlier run left in the folder into previous-N/, so that nothing is lost or mixed."""
@@ -63,7 +67,11 @@ class RunLog:
         aside = next(path for path in candidates if not path.exists())
         aside.mkdir()
         for path in paths:
-            path.rename(aside / path.name)
+            moved = aside / path.relative_to(self.folder)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(moved)
+            if path.parent != self.folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()  # TensorBoard would list it still
         logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ accelerate's. What is GRPO stands in `GRPOTrainer.take_step`.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ class GRPOTrainer(TransformersHooks):
                 trainer_state=self.state,
                 log_extra=self.step_log.log_extra,
                 log_metric=self.step_log.log_metric,
+                nan_rewards=self.config.nan_rewards,
             )
         per_rollout = rewards.split(self.config.num_generations)
         return [ScoredRollout(*rollout, columns) for rollout, columns in zip(rollouts, per_rollout, strict=False)]
@@ -236,8 +238,20 @@ class GRPOTrainer(TransformersHooks):
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trains; `resume_from_checkpoint` (or the setting of that name) continues the same run, logs included."""
-        resume = resume_from_checkpoint or self.config.resume_from_checkpoint
+        """Trains; `resume_from_checkpoint` (or the setting of that name) continues the same run, logs included.
+
+        Raises:
+            ValueError: no such checkpoint, or another run is writing into the output folder.
+        """
+        with nullcontext() if self.run_log is None else self.run_log.lock.held():
+            checkpoint = self.begin(resume_from_checkpoint or self.config.resume_from_checkpoint)
+            try:
+                return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+            finally:
+                self.step_log.display.close()
+
+    def begin(self, resume: str | bool | None) -> Path | None:
+        """Clears the output folder, or cuts its logs back to the checkpoint that the run goes on from: returned."""
         output_dir = Path(self.config.output_dir)
         checkpoint = find_checkpoint(resume, output_dir)
         state = load_state(checkpoint)
@@ -253,10 +267,7 @@ class GRPOTrainer(TransformersHooks):
             self.run_begins()
         self.accelerator.wait_for_everyone()
         self.step_log.figures.measure_ceiling()
-        try:
-            return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-        finally:
-            self.step_log.display.close()
+        return checkpoint
 
     def run_begins(self) -> None:
         """For subclasses: the main process has cleared the output folder, or cut its logs back to the checkpoint."""
@@ -324,7 +335,7 @@ class GRPOTrainer(TransformersHooks):
         for start in range(0, len(mine), at_once):
             prompts = collate([rows[i] for i in mine[start : start + at_once]]).prompts
             drawn = list(self.engine.generate(prompts, size, sampling_params(self.config), step=start))
-            rewards = score(drawn, self.reward_functions, trainer_state=self.state)
+            rewards = score(drawn, self.reward_functions, trainer_state=self.state, nan_rewards=self.config.nan_rewards)
             rollouts = [ScoredRollout(*r, columns) for r, columns in zip(drawn, rewards.split(size), strict=False)]
             advantages = group_advantages(rewards, size, self.reward_weights, "none")
             records += records_of(rollouts, self.reward_names, advantages, thumbnails=False)

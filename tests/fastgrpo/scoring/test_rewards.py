@@ -267,9 +267,10 @@ BROKEN = [
     (1.0, "'broken' returned float: return a list of 4"),
     (None, "'broken' returned NoneType"),
     ("1234", "'broken' returned str"),
-    ([1.0, math.nan, 1.0, 1.0], "'broken' returned nan for completion 1: return None to abstain"),
-    ([1.0, 1.0, math.inf, 1.0], "'broken' returned inf for completion 2: return None to abstain"),
-    ([1.0, 1.0, 1.0, "good"], "'broken' returned 'good' for completion 3: return a number"),
+    ([1.0, math.nan, 1.0, 1.0], "'broken' returned nan for completion 1 of row 0: .* --nan_rewards abstain"),
+    ([1.0, 1.0, math.inf, 1.0], "'broken' returned inf for completion 0 of row 1: return None to abstain"),
+    ([1.0, 1e300, 1.0, 1.0], r"'broken' returned 1e\+300 for completion 1 of row 0"),
+    ([1.0, 1.0, 1.0, "good"], "'broken' returned 'good' for completion 1 of row 1: return a number"),
 ]
 
 
@@ -277,6 +278,12 @@ BROKEN = [
 def test_score_refuses_what_is_not_a_number_per_completion(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(GROUPS, [length_reward, returning(value)])
+
+
+def test_rewards_that_are_not_finite_may_count_as_abstentions(caplog: pytest.LogCaptureFixture) -> None:
+    rewards = score(GROUPS, [returning([1.0, math.nan, -math.inf, 1e300])] * 2, nan_rewards="abstain")
+    assert rewards[:, 0].isnan().tolist() == [False, True, True, True]
+    assert [record.getMessage().count("'broken' returned numbers") for record in caplog.records] == [1]
 
 
 def test_score_names_the_function_that_raised() -> None:

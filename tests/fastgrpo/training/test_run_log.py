@@ -104,17 +104,20 @@ def test_start_over_moves_an_earlier_run_aside_and_loses_nothing(
     files = {
         "summary.json": "s", "report.html": "r", "settings.json": "c", "config.json": "m", "model.safetensors": "w",
         "tokenizer.json": "t", "evals/before.json": "b", "checkpoint-2/optimizer.pt": "o",
+        "README.md": "d", "runs/Nov26_host/events.out.tfevents.1": "e",
     }  # fmt: skip
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "runs" / "my notes").mkdir()
     log.start_over()
     moved = tmp_path / "previous-1"
     assert steps_in(moved) == [1, 2]
     assert completion_files(moved) == ["completions_00001.parquet", "completions_00002.parquet"]
     assert {name: (moved / name).read_text() for name in files} == files
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "previous-1", "runs"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["my notes"], "no curves of the earlier run"
     assert [record.getMessage().endswith(f"moved to {moved}") for record in caplog.records] == [True]
 
 
