@@ -67,6 +67,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
         if trainer.run_log is None:
             return {}
         summary = finish_run(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
+        trainer.write_card(output_dir, summary.scores())
     say(f"summary: {output_dir / 'summary.json'}\nreport:  {output_dir / 'report.html'}")
     return summary.to_json()
 

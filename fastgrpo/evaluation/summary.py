@@ -105,6 +105,18 @@ class RunSummary:
         k, value = figures.pop("pass_k"), figures.pop("pass_at_k_before")
         return figures if k is None else {**figures, f"pass_at_{k}_before": value}
 
+    def scores(self) -> dict[str, float | None]:
+        """The held-out figures by what they are, in words."""
+        compared = {
+            f"{name.replace('_', ' ')} {when} training": getattr(self, f"{name}_{when}")
+            for name in COMPARED
+            for when in ("before", "after")
+        }
+        return compared | {
+            "answered accuracy with shuffled pictures": self.answered_accuracy_shuffled_images,
+            "chance": self.chance,
+        }
+
     def filled_from(self, other: "RunSummary") -> "RunSummary":
         """The same; what is not known here comes from `other`."""
         return RunSummary(

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -80,6 +81,13 @@ class RunLog:
         with self.metrics_file.open("a") as file:
             finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def last_metrics(self, steps: int) -> list[dict[str, Any]]:
+        """The lines of the last steps."""
+        if not self.metrics_file.exists():
+            return []
+        with self.metrics_file.open() as file:
+            return [json.loads(line) for line in deque(file, steps)]
 
     def completions(self, step: int, records: Sequence[CompletionRecord]) -> None:
         """Writes completions/completions_{step:05d}.parquet."""

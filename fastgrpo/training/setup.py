@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.row_dataset import RowDataset, as_rows
+from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
 from fastgrpo.model.load import Processing, load_config, load_policy, load_processing, processing_from
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
@@ -131,6 +132,33 @@ def require_a_good_row(rows: RowDataset, builder: PromptBuilder) -> None:
         else:
             return
     raise ValueError(f"none of the {len(rows)} rows can be used; {first_reason}")
+
+
+def build_loader(rows: RowDataset, collate: PromptCollator, config: GRPOConfig, rank: int, ranks: int) -> RolloutLoader:
+    """A rank's prompts, in the run's order of rows; the micro-batches are those that transformers counts.
+
+    Raises:
+        ValueError: the data set is smaller than one rollout.
+    """
+    plan = config.batch_plan
+    sampler = RolloutSampler(
+        len(rows),
+        plan.prompts_per_rollout,
+        repeats=plan.updates_per_rollout,
+        turns=plan.accumulation,
+        shuffle=config.shuffle_dataset,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        rank=rank,
+        world_size=ranks,
+    )
+    return RolloutLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=config.dataloader_num_workers or 0,
+        prefetch_factor=config.dataloader_prefetch_factor,
+        persistent_workers=config.dataloader_persistent_workers,
+    )
 
 
 def build_vision_cache(model: Any, config: GRPOConfig) -> VisionCache | None:

@@ -4,7 +4,7 @@ Everything around the step (optimizer, schedule, clipping, logging, checkpoints,
 accelerate's. What is GRPO stands in `GRPOTrainer.take_step`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +22,20 @@ from transformers.trainer_utils import TrainOutput
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.row_dataset import warn_of_shared_rows
-from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
 from fastgrpo.scoring.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, score
 from fastgrpo.training.checkpoints import find_checkpoint, load_state
-from fastgrpo.training.completion_records import CompletionRecord, distinct_names, records_of
+from fastgrpo.training.completion_records import distinct_names
 from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
 from fastgrpo.training.metrics import rollout_metrics
+from fastgrpo.training.model_card import RunFacts, write_model_card
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
+from fastgrpo.training.reward_evaluation import score_rows
 from fastgrpo.training.run_log import RunLog
 from fastgrpo.training.setup import (
     build_engine,
+    build_loader,
     build_updater,
     build_vision_cache,
     require_a_good_row,
@@ -293,29 +295,18 @@ class GRPOTrainer(TransformersHooks):
         if self.config.sync_ref_model and self.reference_model is not None and self.args.should_save:
             save_reference(self.reference_model, folder)
 
+    def write_card(self, folder: Path, scores: Mapping[str, float | None] | None = None) -> None:
+        """Writes README.md beside a saved model; `scores` are figures on held-out rows, by what they are."""
+        if self.run_log is not None:
+            run = RunFacts(self.model, self.config, self.reward_names, self.state.global_step)
+            write_model_card(folder, run, self.run_log, scores or {})
+
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """Prompts stay on the host and every rank picks its own, so accelerate has nothing to prepare."""
-        args, plan = self.config, self.config.batch_plan
-        sampler = RolloutSampler(
-            len(self.train_dataset),
-            plan.prompts_per_rollout,
-            repeats=plan.updates_per_rollout,
-            turns=plan.accumulation,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
-        return RolloutLoader(
-            self.train_dataset,
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers or 0,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=args.dataloader_persistent_workers,
-        )
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return build_loader(self.train_dataset, self.data_collator, self.config, rank, ranks)
 
     # Evaluation
 
@@ -327,18 +318,10 @@ class GRPOTrainer(TransformersHooks):
         if given is None:
             raise ValueError("eval_dataset is missing: pass one to the trainer or to evaluate().")
         rows = resolve_rows(given, "eval_dataset", self.config, self.reward_functions)
-        size, at_once = self.config.num_generations_eval or self.config.num_generations, self.args.eval_batch_size
-        collate = PromptCollator(rows, self.builder)
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
-        records: list[CompletionRecord] = []
         self.engine.sync()  # all ranks together: one may have no rows
-        for start in range(0, len(mine), at_once):
-            prompts = collate([rows[i] for i in mine[start : start + at_once]]).prompts
-            drawn = list(self.engine.generate(prompts, size, sampling_params(self.config), step=start))
-            rewards = score(drawn, self.reward_functions, trainer_state=self.state, nan_rewards=self.config.nan_rewards)
-            rollouts = [ScoredRollout(*r, columns) for r, columns in zip(drawn, rewards.split(size), strict=False)]
-            advantages = group_advantages(rewards, size, self.reward_weights, "none")
-            records += records_of(rollouts, self.reward_names, advantages, thumbnails=False)
+        rewards = self.reward_functions, self.reward_names, self.reward_weights
+        records = score_rows(rows, mine, self.engine, self.builder, self.config, *rewards, state=self.state)
         figures = rollout_metrics(gather_object(records))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)

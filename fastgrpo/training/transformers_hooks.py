@@ -104,6 +104,9 @@ class TransformersHooks(TimedSteps):
     def save_more(self, folder: Path) -> None:
         """Writes what else it keeps, in files of its own; called on every rank."""
 
+    def write_card(self, folder: Path) -> None:
+        """Writes the card of a model that has just been saved; called on the main process."""
+
     # The step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +142,18 @@ class TransformersHooks(TimedSteps):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # transformers takes a step too many on a finished run
             super()._run_epoch(*args, **kwargs)
+
+    # Saving
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Ours, where transformers would draft one before an upload."""
+        if self.is_world_process_zero():
+            self.write_card(Path(self.args.output_dir))
 
     # Checkpoints: written aside, renamed when they are on disk
 

@@ -75,6 +75,19 @@ def adam(
     return trainer
 
 
+def idle(model: str, data: str, out: Path, zero: str) -> None:
+    """Three steps, the second without any gradient: its rewards are equal."""
+
+    def rewards(completion_ids: list[list[int]], trainer_state: Any, **_: Any) -> list[float]:
+        return [float(sum(ids) % 7) if trainer_state.global_step != 1 else 0.5 for ids in completion_ids]
+
+    settings = config(
+        out, zero, beta=0.0, max_steps=3, num_generations=4, per_device_train_batch_size=4, max_completion_length=6,
+        optim="sgd",
+    )  # fmt: skip
+    GRPOTrainer(model, rewards, settings, load_rows(data)).train()
+
+
 def greedy(trainer: GRPOTrainer, out: Path) -> None:
     """Writes what the sampler says, synced from partitioned weights, of a prompt with a picture."""
     trainer.engine.sync()
@@ -98,6 +111,8 @@ def main() -> None:
             scripted(model, out, zero, "fast", adapters=ADAPTERS)
         elif kind == "whole":
             greedy(adam(model, data, out, zero, STEPS), out)
+        elif kind == "idle":
+            idle(model, data, out, zero)
         elif kind == "short":
             adam(model, data, out, zero, 1)
         elif kind == "native":

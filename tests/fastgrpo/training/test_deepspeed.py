@@ -24,7 +24,7 @@ SCRIPTED = ("scripted-zero2-fast", "scripted-zero3-fast", "scripted-zero2-refere
 # DDP first: once a process has used DeepSpeed, its later runs do.
 RUNS = (
     "whole-ddp", *SCRIPTED, "lora-zero3", "whole-zero3", "resumed-zero3-zero3", "resumed-zero2-zero3",
-    "short-zero2_offload", "short-zero3_offload", "scheduled-zero2-ddp",
+    "short-zero2_offload", "short-zero3_offload", "scheduled-zero2-ddp", "idle-zero2",
 )  # fmt: skip
 FIGURES = ("loss", "grad_norm", "learning_rate", "entropy", "reward")
 
@@ -150,6 +150,13 @@ def test_a_schedule_of_deepspeeds_own_starts_anew_and_says_so(finished: tuple[Pa
     assert [first["step"], second["step"]] == [3, 4]
     assert first["learning_rate"] == 0.0 < second["learning_rate"]
     assert "under no DeepSpeed, this run is under ZeRO stage 2 on 2 ranks: weights and step go on, schedule" in printed
+
+
+def test_a_step_without_gradients_has_no_norm(out: Path) -> None:
+    """DeepSpeed itself would say that of the step before."""
+    first, second, third = (step["grad_norm"] for step in metrics_of(out / "idle-zero2"))
+    assert second == 0.0
+    assert min(first, third) > 0.1
 
 
 def trainer_alone(model: Path, data: Path, out: Path) -> GRPOTrainer:
