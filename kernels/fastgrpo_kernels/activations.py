@@ -80,7 +80,7 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     rows = [_rows(x, width) for x in inputs]
     blocks = triton.cdiv(width, BLOCK)
     strides = [x.stride(0) for x in rows]
-    launch(kernel, (len(rows[0]) * blocks,), *rows, *outputs, *strides, width, blocks, BLOCK=BLOCK, num_warps=WARPS)
+    launch(kernel, (len(rows[0]) * blocks,), *rows, *outputs, *strides, width, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
@@ -132,9 +132,10 @@ _quick_gelu_backward_operator = register_operator(
 
 
 @triton.jit
-def _place(width: tl.tensor, blocks: tl.tensor, BLOCK: tl.constexpr) -> Any:
+def _place(width: tl.tensor, BLOCK: tl.constexpr) -> Any:
     """This program's row and columns (int64), and which of these are inside."""
     program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(width, BLOCK)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     return program // blocks, column, column < width
 
@@ -147,10 +148,9 @@ def _swiglu_kernel(
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     width: tl.tensor,
-    blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    row, column, inside = _place(width, blocks, BLOCK)
+    row, column, inside = _place(width, BLOCK)
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
     result = g * tl.sigmoid(g) * u
@@ -168,10 +168,9 @@ def _swiglu_backward_kernel(
     gate_stride: tl.tensor,
     up_stride: tl.tensor,
     width: tl.tensor,
-    blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    row, column, inside = _place(width, blocks, BLOCK)
+    row, column, inside = _place(width, BLOCK)
     gradient = tl.load(grad_out + row * grad_stride + column, mask=inside).to(tl.float32)
     g = tl.load(gate + row * gate_stride + column, mask=inside).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=inside).to(tl.float32)
@@ -188,10 +187,9 @@ def _quick_gelu_kernel(
     out: tl.tensor,
     stride: tl.tensor,
     width: tl.tensor,
-    blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    row, column, inside = _place(width, blocks, BLOCK)
+    row, column, inside = _place(width, BLOCK)
     wide = tl.load(x + row * stride + column, mask=inside).to(tl.float32)
     result = wide * tl.sigmoid(1.702 * wide)
     tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
@@ -205,10 +203,9 @@ def _quick_gelu_backward_kernel(
     grad_stride: tl.tensor,
     stride: tl.tensor,
     width: tl.tensor,
-    blocks: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    row, column, inside = _place(width, blocks, BLOCK)
+    row, column, inside = _place(width, BLOCK)
     gradient = tl.load(grad_out + row * grad_stride + column, mask=inside).to(tl.float32)
     wide = tl.load(x + row * stride + column, mask=inside).to(tl.float32)
     sigmoid = tl.sigmoid(1.702 * wide)
