@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from fastgrpo_kernels import PagedLayout, decode_attention, rms_norm, rope_and_cache, swiglu
 from torch import Tensor
 
+from fastgrpo.model.attention import varlen_attention
 from fastgrpo.model.families import FAMILIES, base_model, family_of, mrope_sections, text_model
+from fastgrpo.model.segments import Segments
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on the length so far."""
@@ -176,15 +178,20 @@ class Decoder:
         """
         angles = positions[self.rope_axes].T.float() * self.inverse_frequencies  # [T, D / 2]
         cos, sin = self._rotary(angles)
+        lengths = [chunk.end - chunk.start for chunk in chunks]
+        # Chunks with nothing of their prompt before them attend to themselves, all in one call.
+        whole = Segments.of(lengths).to(hidden.device) if not any(chunk.start for chunk in chunks) else None
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.keys[layer], cache.values[layer]
             query = rope_and_cache(query, key, value, cos, sin, keys, values, slots)
-            parts = query.split([chunk.end - chunk.start for chunk in chunks])
-            return torch.cat([_attend_chunk(*part, keys, values) for part in zip(parts, chunks, strict=True)])
+            if whole is not None:
+                rotated = keys.flatten(0, 1)[slots]
+                return varlen_attention(query, rotated, value, whole, causal=True, scale=self.shape.head_dim**-0.5)
+            parts = zip(query.split(lengths), chunks, strict=True)
+            return torch.cat([_attend_chunk(part, chunk, keys, values) for part, chunk in parts])
 
-        last = torch.tensor([chunk.end - chunk.start for chunk in chunks]).cumsum(0) - 1
-        last = last.to(hidden.device)
+        last = (torch.tensor(lengths).cumsum(0) - 1).to(hidden.device)
         for layer in range(self.shape.layers):
             # Of the last layer, only what the first new token is drawn from.
             kept = last if layer == self.shape.layers - 1 else None
