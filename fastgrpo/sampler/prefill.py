@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastgrpo_profiling import span
 from torch import Tensor
 
+from fastgrpo.model.segments import moved
 from fastgrpo.model.vision import image_features
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.decoder import Chunk, Decoder, KVCache
@@ -74,9 +75,11 @@ class Prefill:
                 pages = torch.tensor(group.pages)
                 at = torch.arange(start, end)
                 slots.append(pages[at // page_size] * page_size + at % page_size)
-                chunks.append(Chunk(start, end, pages[: -(-end // page_size)].to(hidden.device)))
+                chunks.append(Chunk(start, end, moved(pages[: -(-end // page_size)], hidden.device)))
             device = hidden.device
-            last = self.decoder.prefill(hidden, positions.to(device), torch.cat(slots).to(device), chunks, cache)
+            last = self.decoder.prefill(
+                hidden, moved(positions, device), moved(torch.cat(slots), device), chunks, cache
+            )
             ended = [i for i, piece in enumerate(pieces) if piece.end == piece.group.length]
             logits = self.decoder.head(last[ended])
             for row, i in enumerate(ended):
@@ -86,7 +89,7 @@ class Prefill:
     def _embed(self, groups: Sequence[PromptGroup]) -> list[Tensor]:
         """Per prompt, its embeddings [P, H] with the pictures' features at their placeholders."""
         prompts = [group.prompt for group in groups]
-        embeddings = [F.embedding(p.input_ids.to(self.decoder.device), self.decoder.embed) for p in prompts]
+        embeddings = [F.embedding(moved(p.input_ids, self.decoder.device), self.decoder.embed) for p in prompts]
         if all(p.pixel_values is None for p in prompts):
             return embeddings
         with span("rollout/vision"), self.autocast():
@@ -94,5 +97,5 @@ class Prefill:
         for prompt, rows, seen in zip(prompts, embeddings, features, strict=True):
             if seen is not None:
                 places = (prompt.input_ids == self.image_token).nonzero().squeeze(1)
-                rows[places.to(rows.device)] = seen.to(rows)
+                rows[moved(places, rows.device)] = seen.to(rows)
         return embeddings
