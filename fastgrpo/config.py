@@ -210,7 +210,9 @@ class GRPOConfig(TRLFields, TrainingArguments):
             self.metric_for_best_model: str = "reward"
             self.greater_is_better: bool = True
         self._drop_missing_reporters()
-        self._drop_liger()
+        if self.use_liger_kernel and (lacking := lacking_for_liger(self.use_cpu)):
+            logger.warning(f"use_liger_kernel: {lacking}; the model's own layers are used instead.")
+            self.use_liger_kernel: bool = False
         self.check_trl_fields()
         self._validate()
 
@@ -285,18 +287,6 @@ class GRPOConfig(TRLFields, TrainingArguments):
             has_tensorboard = find_spec("tensorboard") is not None and "tensorboard" not in kept
             self.report_to: list[str] = [*kept, *(["tensorboard"] if has_tensorboard else [])]
 
-    def _drop_liger(self) -> None:
-        if not self.use_liger_kernel:
-            return
-        if find_spec("liger_kernel") is None:
-            lacking = "liger-kernel is not installed"
-        elif self.use_cpu or not torch.cuda.is_available():
-            lacking = "its kernels need a CUDA device"
-        else:
-            return
-        logger.warning(f"use_liger_kernel: {lacking}; the model's own layers are used instead.")
-        self.use_liger_kernel: bool = False
-
     def _check_objects(self) -> None:
         """What transformers would say of a slip in JSON names neither the setting nor the file."""
         for name in self._VALID_DICT_FIELDS:
@@ -332,6 +322,13 @@ class GRPOConfig(TRLFields, TrainingArguments):
             )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
+
+
+def lacking_for_liger(use_cpu: bool) -> str | None:
+    """What Liger's kernels lack here; None where they run."""
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return "its kernels need a CUDA device" if use_cpu or not torch.cuda.is_available() else None
 
 
 def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fastgrpo import config as config_module
-from fastgrpo.config import GRPOConfig
+from fastgrpo.config import GRPOConfig, lacking_for_liger
 
 
 @pytest.fixture
@@ -180,32 +180,22 @@ def test_missing_reporters_leave_the_others(
 
 
 @pytest.mark.parametrize(
-    ("missing", "cuda", "use_cpu", "kept"),
+    ("missing", "cuda", "use_cpu", "lacking"),
     [
-        (["liger_kernel"], True, False, False),
-        ([], False, False, False),
-        ([], True, True, False),
-        ([], True, False, True),
+        (["liger_kernel"], True, False, "liger-kernel is not installed"),
+        ([], False, False, "its kernels need a CUDA device"),
+        ([], True, True, "its kernels need a CUDA device"),
+        ([], True, False, None),
     ],
 )
 def test_liger_needs_its_package_and_a_cuda_device(
-    make: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    missing: list[str],
-    cuda: bool,
-    use_cpu: bool,
-    kept: bool,
+    monkeypatch: pytest.MonkeyPatch, missing: list[str], cuda: bool, use_cpu: bool, lacking: str | None
 ) -> None:
-    config = make()
     without_packages(monkeypatch, *missing)
     if not missing:  # found, whether or not this machine has it
         monkeypatch.setattr(config_module, "find_spec", lambda name: object())
     monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    config.use_liger_kernel, config.use_cpu = True, use_cpu
-    config._drop_liger()
-    assert config.use_liger_kernel is kept
-    assert len(warnings_of(caplog)) == (not kept)
+    assert lacking_for_liger(use_cpu) == lacking
 
 
 def test_liger_on_a_cpu_gives_one_warning(make: Any, caplog: pytest.LogCaptureFixture) -> None:
