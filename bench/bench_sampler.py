@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from fastgrpo_profiling.roofline import measure_ceilings
-from harness import Result, in_fresh_process, paired_ratio, paired_seconds, parser, peak_bytes, print_table, spread
+from harness import Result, parser, print_table
+from timing import in_fresh_process, paired_ratio, paired_seconds, peak_bytes, spread
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration

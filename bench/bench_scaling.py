@@ -28,8 +28,9 @@ from fastgrpo_kernels import LossParams
 from fastgrpo_profiling import span
 from fastgrpo_profiling.phases import PHASES, phase_seconds
 from fastgrpo_profiling.span import SpanRecorder, record
-from harness import Result, parser, print_table, synchronize
+from harness import Result, parser, print_table
 from scaling_fit import NEGLIGIBLE, Axis, exponent, ranks_sentence, sentence
+from timing import synchronize
 
 from fastgrpo.demo.base_model import tiny_model
 from fastgrpo.sampler.engine import SamplerEngine

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from fastgrpo_kernels import LossParams
-from harness import Result, in_fresh_process, paired_ratio, paired_seconds, parser, peak_bytes, print_table, spread
+from harness import Result, parser, print_table
+from timing import in_fresh_process, paired_ratio, paired_seconds, peak_bytes, spread
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import synchronize
+from timing import synchronize
 
 # Ratios depend on the number of threads: they are committed for one.
 torch.set_num_threads(1)

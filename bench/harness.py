@@ -1,14 +1,13 @@
-"""What every runner in this folder shares: paired timings, memory of a fresh process, the table and the JSON line."""
+"""What every runner in this folder shares: its flags, its table, and the JSON line it ends with."""
 
 import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -74,77 +73,6 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def paired_seconds(
-    sides: Mapping[str, Callable[[], Any]], *, rounds: int = 5, warmup: int = 1, device: str = "cpu"
-) -> dict[str, list[float]]:
-    """Seconds of each call, the sides taking turns, so that a noisy machine disturbs all of them alike."""
-    for function in sides.values():
-        for _ in range(warmup):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, function in sides.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """Median over rounds of theirs / ours: how many times faster we are."""
-    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
-
-
-def spread(times: Sequence[float]) -> float:
-    """(slowest − fastest) / median."""
-    return (max(times) - min(times)) / statistics.median(times)
-
-
-def synchronize(device: str) -> None:
-    """Waits for the device, where there is one to wait for."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def in_fresh_process(*arguments: str) -> dict[str, Any]:
-    """Runs this script again with `arguments`; the last line it prints is its JSON answer.
-
-    glibc is told to map large blocks, so that what is freed is returned and peak memory is repeatable.
-    """
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    run = subprocess.run(
-        [sys.executable, sys.argv[0], *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    if run.returncode != 0:
-        raise RuntimeError(f"{' '.join(arguments)} failed:\n{run.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(run.stdout.strip().splitlines()[-1])
-    return answer
-
-
-def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
-    """Peak memory of one call above what was held before it: CUDA's allocator, or this process's resident set."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _resident_bytes("VmRSS")
-    function()
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {name}")
 
 
 def compute_dtype(device: str) -> torch.dtype:

@@ -75,11 +75,11 @@ class Stage:
 
 STAGES = (
     Stage("environment", "machine, versions, a large matrix product and a large copy", 16, 16, 3, 8),
-    Stage("kernels", "every op against float64, no timing", 45, 45, 5, 10),
+    Stage("kernels", "every op against float64, no timing", 45, 45, 5, 10, "ops:kernels"),
     Stage("step", "the paper's step, ours; also without checkpointing", 180, 170, 70, 40),
     Stage("sync", "weights from the policy to the sampler", 15, 15, 10, 12),
-    Stage("decode_ops", "attention, rotation and sampling of a decode step, kernel time", 30, 30, 8, 8),
-    Stage("head", "LM head and loss, forward and backward", 45, 45, 32, 12),
+    Stage("decode_ops", "attention, rotation and sampling of a decode step, kernel time", 30, 30, 8, 8, "ops:decode"),
+    Stage("head", "LM head and loss, forward and backward", 45, 45, 32, 12, "ops:head"),
     Stage("step_kernels", "which kernels an update and 16 decode steps run", 75, 70, 60, 30),
     Stage("rollout", "rollouts against HF generate, by batch size", 70, 65, 35, 15),
     Stage("update", "forward and backward against the padded batch", 60, 55, 65, 20),

@@ -8,8 +8,11 @@ import bench_sampler
 import bench_update
 import torch
 from bench_kernels import check_sides
-from harness import Result, peak_bytes, print_table
-from kernel_ops import OURS, VOCABULARY, head_op, sides_of
+from harness import Result, compute_dtype, print_table
+from sides import OURS
+from sides.head import head_op
+from sides.ops import VOCABULARY
+from timing import peak_bytes
 
 from stages import Task, costs_only
 
@@ -21,9 +24,9 @@ def run(task: Task) -> Iterator[Result]:
     scale, device = task.scale, task.device
     result = Result("memory", device)
     tokens, hidden_size, vocabulary = HEAD[scale]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    sides = [side for side in sides_of("head", device)[0] if side.name in (*OURS, "torch")]
+    dtype = compute_dtype(device)
     small = head_op(min(tokens, 1024), hidden_size, vocabulary, dtype, device)
+    sides = [side for side in small.sides() if side.name in (*OURS, "torch")]
     rows, _ = check_sides(small, sides, small.make_inputs(), {})
     result.checks |= {f"head: {name}": not row.fault for name, row in rows.items()}
     large = head_op(tokens, hidden_size, vocabulary, dtype, device)
@@ -32,7 +35,7 @@ def run(task: Task) -> Iterator[Result]:
     result.figures = {"logits_bytes": tokens * vocabulary * dtype.itemsize, "peak_bytes": found, "head": large.shape}
     for side in (side for side in sides if not rows[side.name].fault):
         with suppress(torch.OutOfMemoryError):  # plain torch's logits may fill the GPU
-            found[f"head, {side.name}"] = peak_bytes(partial(side.forward_backward, inputs), device)
+            found[f"head, {side.name}"] = peak_bytes(partial(side.run, inputs), device)
     del inputs
     yield result
     if scale != "smoke":

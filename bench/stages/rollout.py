@@ -21,7 +21,8 @@ from bench_sampler import (
 )
 from fastgrpo_profiling.roofline import measure_ceilings
 from fastgrpo_profiling.span import SpanRecorder, record
-from harness import Result, compute_dtype, paired_seconds, print_table
+from harness import Result, compute_dtype, print_table
+from timing import paired_seconds
 from torch import Tensor
 
 from fastgrpo.plain.engine import vision_inputs

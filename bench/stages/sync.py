@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from bench_sampler import build_engine, build_model
-from device_time import queued_seconds
 from fastgrpo_profiling.roofline import measure_ceilings
-from harness import Result, compute_dtype, paired_seconds, print_table, spread
+from harness import Result, compute_dtype, print_table
+from timing import paired_seconds, queued_seconds, spread
 
 from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine

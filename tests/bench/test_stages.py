@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import attention_sides
-import head_sides
-import loss_sides
 import pytest
-import rope_sides
-import sample_sides
+import sides.attention
+import sides.head
+import sides.loss
+import sides.rope
+import sides.sample
+import torch
 from harness import Result
-from kernel_ops import decode_ops
-from stages import STAGES, Task, kernels, rollout
+from sides.ops import decode_ops, odd_ops
+from stages import STAGES, Task, rollout
 
 import fastgrpo.sampler.decoder
 import fastgrpo.sampler.engine
@@ -58,29 +59,29 @@ def flipped(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, field: str 
 @pytest.mark.parametrize(
     ("stage", "op", "broken"),
     [
-        ("head", "head", (head_sides, "linear_logprob", "logprobs")),
-        ("head", "loss", (loss_sides, "grpo_loss", "loss")),
-        ("decode_ops", "attention", (attention_sides, "paged_attention")),
-        ("decode_ops", "decode_attention", (attention_sides, "decode_attention")),
-        ("decode_ops", "rope", (rope_sides, "rope_and_cache")),
-        ("decode_ops", "sample", (sample_sides, "sample", "sampling_logprobs")),
+        ("head", "head", (sides.head, "linear_logprob", "logprobs")),
+        ("head", "loss", (sides.loss, "grpo_loss", "loss")),
+        ("decode_ops", "attention", (sides.attention, "paged_attention")),
+        ("decode_ops", "decode_attention", (sides.attention, "decode_attention")),
+        ("decode_ops", "rope", (sides.rope, "rope_and_cache")),
+        ("decode_ops", "sample", (sides.sample, "sample", "sampling_logprobs")),
     ],
 )
 def test_a_wrong_op_is_not_timed(stage: str, op: str, broken: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     flipped(monkeypatch, *broken)
     result = last_of(stage)
     assert not result.passed
-    for sides in result.figures[op].values():
-        assert sides["fastgrpo"]["fault"]
-        assert "ms" not in sides["fastgrpo"]
-        assert sides["torch"]["ms"] > 0
+    for measured in result.figures[op].values():
+        assert measured["fastgrpo"]["fault"]
+        assert "ms" not in measured["fastgrpo"]
+        assert measured["torch"]["ms"] > 0
     assert [name for name, value in result.checks.items() if value is False and not name.startswith(f"{op} ")] == []
 
 
 @pytest.mark.parametrize(
     ("stage", "broken"),
     [
-        ("kernels", (attention_sides, "paged_attention")),
+        ("kernels", (sides.attention, "paged_attention")),
         ("rollout", (fastgrpo.sampler.decoder, "decode_attention")),
         ("update", (fastgrpo.update.updater, "grpo_loss", "loss")),
     ],
@@ -122,7 +123,7 @@ def test_what_a_gpu_will_run_can_be_listed_without_one() -> None:
     assert shapes["attention"]
     assert shapes["rope"]
     assert "B=64 V=151936 top_k" in shapes["sample"]
-    assert {op.name for op in kernels.shapes_of("full", "cuda")} == {"head", "loss", *DECODE_OPS}
+    assert {op.name for op in odd_ops("cuda", "full", torch.bfloat16)} == {"head", "loss", *DECODE_OPS}
     workloads = rollout.workloads_of(Task("full", "cuda", rows=(8, 64)))
     assert list(workloads) == ["B=8", "B=64"]
     for workload in workloads.values():

@@ -1,10 +1,19 @@
-"""Seconds of what the device does, without Python's: a launch takes the host ten times as long as a small kernel."""
+"""Seconds and peak bytes of calls, of several sides in turn; on a GPU also of its work alone, without Python's."""
 
+import json
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from fastgrpo_profiling.memory import MemoryProbe
+
+Calls = Mapping[str, Callable[[], Any]]
 
 CALLS = 20
 """Least number of calls in a graph."""
@@ -13,6 +22,66 @@ L2_BYTES, L2_TIMES = 50e6, 4
 """Of an H100 and an H200; inputs take turns until together they are so many times larger."""
 QUEUED_PRODUCTS, PRODUCT_WIDTH = 16, 8192
 """Some 20 ms of work, behind which the host can queue its launches."""
+
+
+def synchronize(device: str) -> None:
+    """Waits for the device, where there is one to wait for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def paired_seconds(sides: Calls, *, rounds: int = 5, warmup: int = 1, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each call, the sides taking turns, so that a noisy machine disturbs all of them alike."""
+    for function in sides.values():
+        for _ in range(warmup):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, function in sides.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def paired_ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Median over rounds of theirs / ours: how many times faster we are."""
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
+def spread(times: Sequence[float]) -> float:
+    """(slowest − fastest) / median."""
+    return (max(times) - min(times)) / statistics.median(times)
+
+
+def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
+    """Peak memory of one call above what was held before it: CUDA's allocator, or this process's resident set."""
+    synchronize(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    probe = MemoryProbe(device)
+    before = probe.now()
+    function()
+    synchronize(device)
+    return probe.peak() - before
+
+
+def in_fresh_process(*arguments: str) -> Any:
+    """Runs this script again with `arguments`; the last line it prints is its JSON answer.
+
+    glibc is told to map large blocks, so that what is freed is returned and peak memory is repeatable.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, sys.argv[0], *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(arguments)} failed:\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 class CapturedCalls:
@@ -82,15 +151,10 @@ def queued_seconds(call: Callable[[], Any], *, rounds: int, device: str) -> list
     On a CPU, where Python's part is the work's own, the call's.
     """
     call()
-    times = []
     if device != "cuda":
-        for _ in range(rounds):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times
+        return paired_seconds({"call": call}, rounds=rounds, warmup=0)["call"]
     left, right = torch.randn(2, PRODUCT_WIDTH, PRODUCT_WIDTH, device="cuda", dtype=torch.bfloat16)
-    product = torch.empty_like(left)
+    product, times = torch.empty_like(left), []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(QUEUED_PRODUCTS):
