@@ -1,5 +1,6 @@
 """Rotary embedding of queries and keys together, with its derivative."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,16 +75,16 @@ def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bo
             rotated_key,
             *query.stride()[:2],
             *key.stride()[:2],
-            HEADS=heads,
-            KV_HEADS=key.shape[1],
-            HALF=width // 2,
-            BLOCK_HEADS=triton.next_power_of_2(heads),
-            BLOCK_KV_HEADS=triton.next_power_of_2(key.shape[1]),
-            BLOCK_HALF=triton.next_power_of_2(width // 2),
             TRANSPOSED=transposed,
-            num_warps=4,
+            **_tile(heads, key.shape[1], width // 2),
         )
     return rotated_query, rotated_key
+
+
+@functools.cache
+def _tile(heads: int, kv_heads: int, half: int) -> dict[str, int]:
+    sizes = {"HEADS": heads, "KV_HEADS": kv_heads, "HALF": half}
+    return sizes | {f"BLOCK_{name}": triton.next_power_of_2(size) for name, size in sizes.items()} | {"num_warps": 4}
 
 
 def _fake(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
