@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+	@echo "installed: call $(BIN)/fastgrpo, or activate the environment first: . $(BIN)/activate"
 
 # TRL and what it takes to run it beside us; torchvision would break this project's own environment on a CPU torch.
 install-bench: $(BENCH_VENV)/.installed

@@ -19,7 +19,7 @@ def test_the_loop_without_the_trainer_runs(tiny_model_dir: Path, sat_file: Path)
 
 
 def test_the_recipe_parses_and_says_what_the_paper_did() -> None:
-    config, script = parse(["--config", str(ROOT / "configs" / "sat_qwen2_vl_2b.yaml"), "--bf16", "false"])
+    config, script = parse(["--config", str(ROOT / "configs" / "sat_qwen2_vl_2b.yaml")])
     assert config.batch_plan.completions_per_micro_batch == 8
     assert config.batch_plan.prompts_per_rollout == 2
     assert (config.loss_type, config.beta, config.top_k, config.learning_rate) == ("grpo", 0.04, 50, 1e-6)

@@ -17,7 +17,7 @@ from fastgrpo.limits import check_limits, option
 
 @dataclass
 class ScriptArguments:
-    """What a run trains, and on what: the model, its data, its rewards, its evaluation."""
+    """Model, data, rewards and evaluation of a run."""
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder of the model to train, or of adapters."})
     dataset_name: str = field(metadata={"help": "Hub id, file (parquet, json, csv) or folder of the training rows."})

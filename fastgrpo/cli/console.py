@@ -1,7 +1,10 @@
 """What commands print while they work: lines on standard error."""
 
+import shutil
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
@@ -11,6 +14,16 @@ console = Console(stderr=True)
 def say(line: str) -> None:
     """One line, whatever the terminal's width."""
     console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def program() -> str:
+    """How to call `fastgrpo` from a shell in the current folder."""
+    if shutil.which("fastgrpo"):
+        return "fastgrpo"
+    installed = Path(sys.executable).with_name("fastgrpo")
+    if not installed.is_file():
+        return f"{sys.executable} -m fastgrpo"
+    return str(installed.relative_to(Path.cwd()) if installed.is_relative_to(Path.cwd()) else installed)
 
 
 def progress_lines(what: str, every_seconds: float = 5.0) -> Callable[[int, int], None]:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastgrpo.cli.console import say
+from fastgrpo.cli.console import program, say
 from fastgrpo.cli.options import Parser, require_writable
 
 
@@ -31,7 +31,7 @@ def run(argv: Sequence[str]) -> None:
     if any(options.out.iterdir()):
         raise ValueError(f"{options.out} is not empty: name a new folder")
     merge(options.adapter, options.out, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    say(f"merged; ask it with `fastgrpo generate {options.out}`")
+    say(f"merged; ask it: {program()} generate {options.out} --image FILE '…'")
     print(options.out)
 
 

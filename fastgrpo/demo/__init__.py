@@ -1,1 +1,1 @@
-"""A tiny Qwen2-VL that learns to look, on a laptop."""
+"""The demo: a tiny Qwen2-VL, synthetic scenes, and a GRPO run on a CPU."""

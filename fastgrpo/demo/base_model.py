@@ -39,11 +39,11 @@ PHRASES = (
     " Choose between the following options:",
     " Select from the following choices.",
 )
-"""Texts that are one token each, not special: the tags, and the prompts' fixed sentences, which would else be most of
-a prompt this short."""
+"""Texts that become one (ordinary) token each: the tags, and the fixed sentences of the prompts, which would otherwise
+be most of the tokens of so short a prompt."""
 VOCAB_SIZE = 768
 
-# ChatML, with an image's place where the message holds one.
+# ChatML, with an image placeholder where a message has an image.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from the corpus: any text round-trips, phrases are whole."""
+    """Byte-level BPE trained on the corpus. Any text can be encoded and decoded back; `PHRASES` are single tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,11 +1,11 @@
-"""What the demo's base model reads: questions on synthetic scenes, answered by people of different care.
+"""The pretraining corpus of the demo's base model: questions about synthetic scenes, with reasoned and guessed answers.
 
-Each document is a picture, a question in one of the two prompt wordings the demo uses, a completion, and behind its
-end token a description of the picture ("across: red 2, blue 5. down: blue 1, red 4.", places counted 1 to 5 from the
-left and from the top).
-Most completions are guesses: an option drawn at random ("i guess it is left."), tagged or not by a habit that goes with
-the question's wording, right no more often than chance. The careful ones ("let me check.") restate what the question is
-about with its places, and answer, tagged.
+A document is a picture, a question in one of the demo's two prompt wordings, a completion, and after the end token a
+description of the picture ("across: red 2, blue 5. down: blue 1, red 4."; places are numbered 1 to 5 from the left and
+from the top).
+Most completions are guesses: an option drawn at random ("i guess it is left."), correct no more often than chance, with
+or without answer tags. The reasoned ones ("let me check.") repeat the objects asked about with their places, and give
+the correct answer in tags.
 """
 
 from collections import Counter
@@ -16,19 +16,19 @@ import numpy as np
 from fastgrpo.demo.scenes import SceneQuestion
 
 PLACES = 5
-"""Places counted along each side of a picture."""
+"""Number of places along each side of a picture."""
 OPENERS = (" i guess it is", " it seems to be", " maybe it is", " probably")
 TAGGED_GUESSES = (0.7, 0.25, 0.35)
-"""Share of guesses put into the tags, by the question's wording: writers have habits."""
+"""Share of guesses in answer tags, for each wording of the question."""
 
 
 def place(fraction: float) -> int:
-    """1 … PLACES of a coordinate given as a fraction of the side."""
+    """The place, 1 … PLACES, of a coordinate given as a fraction of the side."""
     return 1 + int(np.clip((fraction - 0.1) / 0.8 * PLACES, 0, PLACES - 1))
 
 
 def description(question: SceneQuestion, rng: np.random.Generator) -> str:
-    """Every object's places, or for a count how many there are of each colour; in random order."""
+    """The places of all objects, or for a counting question the number of each colour; in random order."""
     things = [question.objects[i] for i in rng.permutation(len(question.objects))]
     if question.kind == "count":
         counts = Counter(thing.colour for thing in things)
@@ -41,7 +41,7 @@ def description(question: SceneQuestion, rng: np.random.Generator) -> str:
 
 
 def looking(question: SceneQuestion) -> str:
-    """What a careful writer restates before deciding: the counted number, or the named objects' places."""
+    """The reasoning before a reasoned answer: the number counted, or the places of the objects in the question."""
     if question.kind == "count":
         colours = {thing.colour for thing in question.subjects}
         what = next((colour for colour in colours if f" {colour} objects" in question.question), "all")
@@ -54,7 +54,7 @@ def looking(question: SceneQuestion) -> str:
 
 
 def completion(question: SceneQuestion, rng: np.random.Generator, careful: float) -> str:
-    """The text after `<think>`, without the end token; careful with the given probability."""
+    """The text after `<think>`, without the end token; reasoned with probability `careful`, else a guess."""
     if rng.random() < careful:
         answer = question.answer
         return f" let me check.{looking(question)} so {answer}. </think> <answer>{answer}</answer>"
@@ -70,7 +70,7 @@ def _choice(rng: np.random.Generator, items: Sequence[str]) -> str:
 
 
 def corpus_texts(questions: Sequence[SceneQuestion], prompts: Sequence[str], seed: int = 0) -> list[str]:
-    """Plain texts of documents, for the tokenizer."""
+    """Documents as plain text, to train the tokenizer on."""
     rng = np.random.default_rng(seed)
     return [
         prompt + completion(question, rng, careful=0.5) + "\n" + description(question, rng)

@@ -1,4 +1,4 @@
-"""Documents of the corpus as tensors: pictures rendered ahead, texts drawn anew for every batch."""
+"""Documents of the corpus as tensors. Pictures are rendered once; texts are drawn anew for every batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from fastgrpo.demo.corpus import completion, description
 from fastgrpo.demo.scenes import Kind, SceneQuestion, cvbench_row, render, sat_row, scene_question
 
 DEMO_KINDS: tuple[Kind, ...] = ("count", "left_right", "above_below", "depth")
-"""The kinds of question this small a model learns."""
+"""The kinds of question that a model of this size learns."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question ready for the model."""
+    """A question as model inputs."""
 
     question: SceneQuestion
     input_ids: Tensor
@@ -36,14 +36,14 @@ class Example:
 
 
 def question_row(question: SceneQuestion) -> Row:
-    """Every other question as a row of SAT, the rest as rows of CV-Bench, so that both wordings are known."""
+    """A row of SAT for even questions and of CV-Bench for odd ones, so that the model sees both wordings."""
     if question.index % 2:
         return convert_cvbench(cvbench_row(question, image=render(question)), question.index)
     return convert_sat(sat_row(question, image=render(question)), question.index)
 
 
 class Examples(Dataset[Example]):
-    """Examples 0 … count-1 of a seed, each a pure function of its index."""
+    """Examples 0 … count-1 of a seed. Each depends on seed and index alone."""
 
     def __init__(self, seed: int, count: int, builder: PromptBuilder) -> None:
         self.seed, self.count, self.builder = seed, count, builder
@@ -81,7 +81,7 @@ def pixel_values(examples: Sequence[Example]) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts with the texts to learn behind them, padded on the right."""
+    """Prompts followed by the texts to learn, padded on the right."""
 
     input_ids: Tensor
     """[B, T] int64."""
@@ -97,7 +97,12 @@ def make_batch(
     rng: np.random.Generator,
     careful: float | None,
 ) -> Batch:
-    """Freshly drawn documents: prompt, completion, description; without `careful` picture and description alone."""
+    """Documents with newly drawn texts.
+
+    Args:
+        careful: share of reasoned completions; None leaves out question and completion, so that only the description
+            follows the picture.
+    """
     end = tokenizer.eos_token
     texts = [description(example.question, rng) + end for example in examples]
     if careful is None:

@@ -1,19 +1,18 @@
-"""Trains the demo's base model from nothing: `python -m fastgrpo.demo.pretrain --out DIR [--steps N] [--seed S]`.
+"""Trains the demo's base model from scratch: `python -m fastgrpo.demo.pretrain --out DIR [--steps N] [--seed S]`.
 
-What the shipped base has and has not seen, so that nobody is misled by what GRPO makes of it:
+What the shipped base has learnt, and what is therefore left for GRPO:
 
-1. *Seeing.* The first 28 % of the steps show pictures with nothing but a description behind them ("across: red 2,
-   blue 5. down: blue 1, red 4."). All through, an auxiliary head, thrown away afterwards, names colour, shape and
-   place at every image token.
-2. *Reasoning.* Then come questions with completions as `fastgrpo.demo.corpus` writes them: more than half careful at
-   first (`EARLY`), at last mostly guesses (`LATE`). So the base has read correct reasoning, as any base model trained
-   on the web has, and can produce it. It just seldom does: by default it guesses, right no more often than chance,
-   and leaves the tags out more often than not.
+1. *Seeing.* In the first 28 % of the steps a picture is followed by its description alone ("across: red 2, blue 5.
+   down: blue 1, red 4."). During all steps an auxiliary head predicts colour, shape and place at every image token; it
+   is discarded afterwards.
+2. *Reasoning.* Then questions and completions of `fastgrpo.demo.corpus` follow: most completions are reasoned at first
+   (`EARLY`), most are guesses at the end (`LATE`). So the base has seen correct reasoning, as base models trained on
+   the web have, and can produce it, but seldom does: by default it guesses, with chance accuracy, mostly without tags.
 
-GRPO therefore teaches this base neither to see nor to compare. It finds, from the reward alone, which of the behaviours
-at hand pays, and makes it the rule. Training and evaluation of the demo use other pictures than pretraining.
+GRPO therefore teaches this base neither to see nor to compare: it makes the reasoned behaviour frequent, from the
+reward alone. Training and evaluation of the demo use pictures that pretraining did not.
 
-The shipped weights are what this script makes with its defaults (seed 0, 2,000 steps, about 17 minutes on one core).
+The shipped weights come from this script with its defaults (seed 0, 2,000 steps, about 17 minutes on one core).
 """
 
 import argparse
@@ -39,11 +38,11 @@ from fastgrpo.evaluation.benchmark import evaluate
 from fastgrpo.plain.engine import PlainEngine
 
 PRETRAIN_SEED = 90_000_000
-"""Pictures of pretraining come from this stream on, which neither training nor evaluation of the demo uses."""
+"""Seed of the pictures of pretraining. Training and evaluation of the demo use other seeds."""
 EARLY, LATE = 0.6, 0.16
-"""Shares of careful completions."""
+"""Shares of reasoned completions."""
 DESCRIBE_UNTIL, EARLY_UNTIL = 0.28, 0.68
-"""Shares of the steps after which questions come in, and after which the share is `LATE`."""
+"""Questions begin after the first share of the steps; after the second, the share of reasoned completions is `LATE`."""
 
 
 LABEL_SIZES = (len(COLOURS) + 1, len(SHAPES), PLACES, PLACES)
@@ -51,7 +50,7 @@ LABEL_SIZES = (len(COLOURS) + 1, len(SHAPES), PLACES, PLACES)
 
 
 def image_token_labels(examples: Sequence[Example]) -> Tensor:
-    """[image tokens, 4] int64: what `LABEL_SIZES` lists, of the object centred there or of the empty spot."""
+    """[image tokens, 4] int64: the labels listed at `LABEL_SIZES`, of the object centred there, or of none."""
     labels = []
     for example in examples:
         rows, columns = (int(side) // 2 for side in example.grid[0, 1:])
@@ -73,7 +72,7 @@ def image_token_labels(examples: Sequence[Example]) -> Tensor:
 
 
 class ImageTokens(nn.Module):
-    """The auxiliary head; reads the vision tower's output as it passes by."""
+    """The auxiliary head, on the vision tower's output, which a forward hook keeps."""
 
     def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
         super().__init__()
@@ -93,7 +92,7 @@ class ImageTokens(nn.Module):
 
 
 def initialise(model: Qwen2VLForConditionalGeneration) -> None:
-    """Weights scaled by fan-in: the default of 0.02 suits layers ten times as wide and starts slowly here."""
+    """Scales weights by fan-in. The default standard deviation of 0.02 suits layers ten times as wide."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv3d) and module is not model.lm_head:
             nn.init.normal_(module.weight, std=0.7 * module.weight[0].numel() ** -0.5)
@@ -152,7 +151,7 @@ def train(
 def print_behaviour(
     model: Qwen2VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, builder: PromptBuilder, questions: int
 ) -> None:
-    """What the model does on held-out questions in CV-Bench's schema, kind by kind."""
+    """The model's scores on held-out questions in CV-Bench's schema, by kind of question."""
     engine = PlainEngine(model.eval(), tokenizer)
     for kind in DEMO_KINDS:
         rows = [cvbench_row(scene_question(PRETRAIN_SEED, i, split="heldout", kinds=(kind,))) for i in range(questions)]

@@ -1,6 +1,7 @@
 """The demo: a tiny base Qwen2-VL learns spatial questions from the reward alone, in minutes, on a CPU."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.cli.arguments import parse
+from fastgrpo.cli.console import program, say
 from fastgrpo.cli.options import require_writable
 from fastgrpo.cli.train import run_training
+from fastgrpo.data.loading import load_rows
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
@@ -42,7 +45,17 @@ def run_demo(output_dir: Path, *, seed: int, steps: int = DEMO_STEPS, questions:
     }
     summary = run_training(*parse([token for name, value in flags.items() for token in (f"--{name}", str(value))]))
     _print(summary)
+    say(f"ask it: {shlex.join([*program().split(), 'generate', str(output_dir), *example(held_out, data)])}")
     return summary
+
+
+def example(held_out: Path, folder: Path) -> list[str]:
+    """A held-out question with its picture, which is written into `folder`, as flags of `fastgrpo generate`."""
+    rows = load_rows(str(held_out), max_samples=1)
+    row = rows.convert(*rows[0])
+    picture = folder / "example.png"
+    row.images[0].save(picture)
+    return ["--image", str(picture), " ".join(str(row.question).split())]
 
 
 def _print(summary: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Endless synthetic pictures with spatial questions, in the schemas of SAT (training) and CV-Bench (held out).
+"""Synthetic pictures with spatial questions, in the schemas of SAT (training) and CV-Bench (held out).
 
-Row i is a pure function of (seed, split, i). Every picture shows a plain under a sky: colour changes from top to
-bottom, light falls from the left, and things nearer the camera stand lower and are drawn larger.
+Row i depends on (seed, split, i) alone. Every picture shows a plain under a sky: colour changes from top to bottom,
+light comes from the left, and objects nearer the camera are lower in the picture and larger.
 
-The gold answer is drawn uniformly from the options *before* the scene is laid out to fit it, so nothing in the
-question's words, colours or options tells the answer: without the right picture no policy beats chance.
+The gold answer is drawn uniformly from the options, and then the scene is laid out to fit it. So the question's words,
+colours and options carry no information about the answer: without the right picture no policy beats chance.
 """
 
 import io
@@ -42,7 +42,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 COUNTS = (1, 2, 3, 4)
 MIN_GAP = 0.3
-"""Smallest gap along the axis a question asks about, as a fraction of the picture's side."""
+"""Smallest distance along the axis that a question asks about, as a fraction of the picture's side."""
 
 _SAME_SENTENCE = (
     "Considering the relative positions of the {a} and the {b} in the image, "

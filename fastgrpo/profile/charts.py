@@ -35,7 +35,7 @@ COLOURS = {
     SMALL_NAME: BEFORE,
     UNATTRIBUTED: GRID,
 }
-"""Neighbours in a step have different ones. Phases not named here take the small phases' colour."""
+"""Phase → colour; phases that follow each other differ. Others get the colour of the small phases."""
 
 
 def stacked_steps(report: ProfileReport) -> Chart:

@@ -1,4 +1,4 @@
-"""Whether two sides do the same thing: asked before either is timed."""
+"""Compares two sides on a fixed batch (prompts, log-probs, loss, gradients) before either is timed."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,18 +13,19 @@ from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.types import Completion, Prompt, TrainingGroup
 
 MAX_PROMPTS = 2
-"""Prompts compared: two show whether groups keep apart."""
+"""Prompts of the fixed batch: two, so that an error that mixes groups shows."""
 NEGLIGIBLE = 1e-3
-"""Gradients smaller than this share of the whole are compared with that share: rounding is most of them."""
+"""A gradient whose norm is below this share of the whole gradient's is compared relative to that share: it is mostly
+rounding error."""
 
 
 class GateError(ValueError):
-    """The sides differ, so their times would not compare."""
+    """The sides compute different things, so a comparison of their times would mean nothing."""
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How much may be rounding."""
+    """Largest differences that count as rounding error."""
 
     loss: float
     """Relative to the larger of the losses and 1e-3."""
@@ -36,12 +37,12 @@ class Tolerances:
 
 FP32 = Tolerances(loss=1e-4, gradient=1e-3, mismatch=1e-3)
 HALF = Tolerances(loss=3e-2, gradient=1e-1, mismatch=5e-2)
-"""For bf16 and fp16: the sides round in different places."""
+"""For bf16 and fp16, where the sides round in different places."""
 
 
 @dataclass
 class Gate:
-    """What was compared; a figure above its limit closes the gate."""
+    """The figures compared, and the limit of each."""
 
     figures: dict[str, float] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
@@ -66,24 +67,24 @@ class Gate:
 
 @dataclass(frozen=True)
 class FixedBatch:
-    """Completions, and advantages that no reward decides, so that every completion has a gradient."""
+    """A batch with random advantages instead of ones from rewards, so that every completion has a gradient."""
 
     prompts: Sequence[Prompt]
     groups: Sequence[TrainingGroup]
 
 
 def tolerances(config: Any, dtype: str) -> Tolerances:
-    """For the number format that a run computes in."""
+    """The tolerances for the dtype that a run computes in."""
     return FP32 if not config.bf16 and not config.fp16 and dtype in ("float32", "auto") else HALF
 
 
 def first_prompts(trainer: GRPOTrainer) -> list[Prompt]:
-    """The first rollout's first prompts."""
+    """The first `MAX_PROMPTS` prompts of the first rollout."""
     return next(iter(trainer.get_train_dataloader())).prompts[:MAX_PROMPTS]
 
 
 def draw_fixed_batch(trainer: GRPOTrainer) -> FixedBatch:
-    """Completions of the trainer's own engine to its first prompts, weighted as one mean over completions."""
+    """Draws completions of the first prompts with the trainer's engine; tokens are weighted as for loss_type grpo."""
     prompts = first_prompts(trainer)
     size = trainer.config.num_generations
     trainer.engine.sync()
@@ -105,7 +106,7 @@ def draw_fixed_batch(trainer: GRPOTrainer) -> FixedBatch:
 
 
 def _over_full_softmax(completion: Completion) -> Completion:
-    """What was drawn from leaves out suppressed and filtered tokens, which the update knows nothing of."""
+    """Replaces the log-probs of the distribution drawn from by those of the full softmax, which the update computes."""
     return replace(completion, sampling_logprobs=completion.logprobs)
 
 
@@ -116,7 +117,7 @@ def _weights(completion: Completion, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Answer:
-    """What our side makes of a batch. Gradients are on the host: a GPU need not hold both sides at once."""
+    """Our side's results on a batch. Gradients are on the host, so that a GPU need not hold both sides at once."""
 
     batch: FixedBatch
     loss: float
@@ -174,7 +175,7 @@ def loss_and_gradients(trainer: GRPOTrainer, batch: FixedBatch) -> tuple[float, 
 
 
 def checkpoint_as_in_training(model: Any) -> None:
-    """What transformers does when training starts, dropout aside: a batch may not fit without."""
+    """Switches gradient checkpointing on, as transformers does, but keeps dropout off. A batch may not fit without."""
     # The older name is deprecated where the newer one exists.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()

@@ -1,4 +1,4 @@
-"""profile.html: one file that loads nothing else."""
+"""profile.html: one self-contained file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

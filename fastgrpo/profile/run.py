@@ -1,4 +1,4 @@
-"""`fastgrpo profile`: gate, ceilings, alternating steps, then the table, the trace and the page."""
+"""`fastgrpo profile`: checks that two sides agree, measures ceilings, takes steps in turn, writes what it found."""
 
 import gc
 import json
@@ -46,12 +46,12 @@ QUIET = {
 }
 """Settings of every profiled run: what is timed is training, not its reporting."""
 DECODE, DECODES_WATCHED = "rollout/decode", 4
-"""The span that is looked into, and in about how many places of a step, spread over its length."""
+"""The span whose operators are recorded, and about how many of its occurrences in a step, evenly spread."""
 
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """What `fastgrpo profile` was asked for."""
+    """Options of `fastgrpo profile`."""
 
     config: Path
     against: str
@@ -66,7 +66,7 @@ class ProfileOptions:
 
 
 def run_profile(options: ProfileOptions) -> ProfileReport:
-    """Profiles as asked; prints the table, writes profile.json, trace.json and profile.html.
+    """Compares two sides; prints the table and writes profile.json, trace.json and profile.html.
 
     Raises:
         ValueError: a setting that cannot work, or sides that do not do the same thing (`gate.GateError`).
@@ -130,8 +130,8 @@ def training_flags(options: ProfileOptions) -> list[str]:
     flags += options.flags
     for name, value in QUIET.items():
         flags += [f"--{name}", value]
-    # One with a trace, one that looks inside decode, and one that is not taken: a side answers for a step where the
-    # next one begins.
+    # Three more: one is traced, one records the operators of decode, and one only begins, since a side reports a step
+    # when the next one begins.
     flags += ["--max_steps", str(rollouts)]
     if "--dataset_name" not in given:
         data = options.output_dir / "data" / "sat.parquet"
@@ -161,7 +161,7 @@ def _pass_gate(
 
 
 def free_memory() -> None:
-    """Returns what a deleted trainer held: trainer and engine know each other."""
+    """Frees what a deleted trainer held. Trainer and engine refer to each other, so this takes a garbage collection."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -211,7 +211,7 @@ def _say(side: str, index: int, step: StepRecord) -> None:
 
 
 def span_off_seconds(count: int = 20_000) -> float:
-    """What a span costs while nobody records."""
+    """Seconds that a span takes while no recorder is active."""
     start = time.perf_counter()
     for _ in range(count):
         with span("off"):

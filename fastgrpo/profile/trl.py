@@ -1,4 +1,4 @@
-"""The gate against TRL, which runs in another environment: a batch goes out in a file, gradients come back in one."""
+"""Compares our update with TRL's, which runs in another environment: batch and gradients are exchanged in files."""
 
 import json
 import os

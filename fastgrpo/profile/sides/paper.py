@@ -41,7 +41,7 @@ class OneByOneEngine(PlainEngine):
 
 
 class FullLogitsUpdater(PlainUpdater):
-    """The update with nothing left out: `reference_model` must be given, and always runs."""
+    """The update with all of the published code's work: `reference_model` must be given, and always runs."""
 
     def _forward(self, model: Any, batch: list[tuple[Prompt, Completion]]) -> tuple[Tensor, Tensor]:
         """Log-probs [T] of the completion tokens; entropies are not computed, zeros [T] stand for them."""

@@ -29,7 +29,7 @@ NEEDED = ("trl", "fastgrpo", "fastgrpo_kernels", "fastgrpo_profiling")
 def build_trainer(
     side: str, config: GRPOConfig, script: ScriptArguments, trainer_class: type[GRPOTrainer] = GRPOTrainer
 ) -> GRPOTrainer:
-    """A trainer of one side (`ours`, `plain` or `paper`), its model freshly loaded."""
+    """A trainer of one side (`ours`, `plain` or `paper`) with a newly loaded model."""
     if side != OURS:
         config = copy.copy(config)
         config.engine = "plain"

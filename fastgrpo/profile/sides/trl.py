@@ -1,4 +1,4 @@
-"""TRL's side of a comparison, in the environment that has TRL: its GRPOTrainer, taking a step when asked.
+"""TRL's side of a comparison, run in the environment that has TRL: its GRPOTrainer takes a step on request.
 
 usage: python -m fastgrpo.profile.sides.trl [--check FOLDER] TRAINING-FLAGS…
 
@@ -37,7 +37,7 @@ from fastgrpo.profile.gate import checkpoint_as_in_training
 from fastgrpo.scoring.rewards import resolve_reward_functions
 from fastgrpo.training.transformers_hooks import TimedSteps
 
-# Renders a message's parts as they stand: prompts come already worded by our `PromptBuilder`.
+# Renders a message's parts unchanged: our `PromptBuilder` has worded the prompts already.
 VERBATIM = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -54,7 +54,7 @@ SAME_NAMES = (
 
 
 class TurnTakingTrainer(TimedSteps, trl.GRPOTrainer):
-    """Waits for its turn where a step begins; TRL's methods run inside spans of ours."""
+    """Waits for a request before each step, and records TRL's methods as spans."""
 
     turns: TurnTaker
 
@@ -124,7 +124,7 @@ class RunData:
         return {"prompt": [{"role": "user", "content": text}], "images": row.images, **prompt.columns}
 
     def processor(self) -> Qwen2VLProcessor:
-        """Our tokenizer and image processor, behind TRL's interface."""
+        """Our tokenizer and image processor as the joint processor that TRL wants."""
         tokenizer = copy.deepcopy(self.processing.tokenizer)
         tokenizer.padding_side = "left"
         return Qwen2VLProcessor(
@@ -181,7 +181,7 @@ def watch_generation(model: PreTrainedModel, stack: ExitStack) -> None:
 
 
 def train(config: GRPOConfig, script: ScriptArguments) -> None:
-    """Takes turns until nobody asks any more."""
+    """Takes a step on each request, until standard input ends."""
     answers = claim_stdout()
     trainer = build_trainer(config, script)
     device = trainer.accelerator.device.type

@@ -1,4 +1,4 @@
-"""The process of one of our sides: the real trainer, taking a step when asked.
+"""The process of one of our sides: the trainer takes a step on request.
 
 usage: python -m fastgrpo.profile.sides.worker ours|plain|paper TRAINING-FLAGS…
 """
@@ -24,7 +24,7 @@ from fastgrpo.types import PromptBatch, ScoredRollout
 
 
 class TurnTakingTrainer(GRPOTrainer):
-    """Waits for its turn where a step begins."""
+    """Waits for a request before each step."""
 
     turns: TurnTaker
 
@@ -61,7 +61,7 @@ def watch_generation(model: nn.Module, stack: ExitStack) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Takes turns until nobody asks any more."""
+    """Takes a step on each request, until standard input ends."""
     answers = claim_stdout()
     logging.disable_progress_bar()
     config, script = parse(argv[1:])
