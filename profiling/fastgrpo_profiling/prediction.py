@@ -2,7 +2,8 @@
 
 A phase is predicted as its matrix products at the measured product rate, its attention at the measured share of that
 rate, its elementwise work at the measured copy rate, and what starting kernels costs. How far each is from its ceiling
-was read once from an H100 (`bench/results/h100-first-step.json`) and stands in `Efficiency`.
+was read from the first run on an H100 (`bench/results/h100-first-step.json`) and from a second one on an H200, and
+stands in `Efficiency`: so this foretells other sizes, cards and counts, not the runs that it was read from.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Gpu:
 
 GPUS = {
     "h100": Gpu("H100 80GB HBM3", 776e12, 2.97e12, 83.7e9),
-    "h200": Gpu("H200", 788e12, 4.3e12, 149e9),
+    "h200": Gpu("H200", 777e12, 4.12e12, 149e9),
 }
 
 
@@ -37,14 +38,13 @@ class Efficiency:
     """Of the product rate, by flash attention of packed groups and of pictures: 220 TFLOP/s."""
     elementwise: float = 0.80
     """Of the copy rate, by kernels that read and write activations once."""
-    decode_products: float = 0.62
-    """Of the copy rate, by the four products of a decoder layer over 64 rows: 51 us a layer, 31.5 at the ceiling."""
-    decode_head: float = 0.86
-    """Of the copy rate, by the head's product over 64 rows: 181 us."""
+    decode_product_s: float = 4.9e-6
+    """That a decode layer's product takes beyond reading its weights: 51 us for four on an H100, of them 31.5 at the
+    copy rate, and 43 us on an H200, of them 22.7."""
+    decode_head: float = 0.88
+    """Of the copy rate, by the head's product over 64 rows: 181 and 128 us."""
     graph_gap_s: float = 0.46e-6
     """Between two kernels of a replayed graph."""
-    small_kernel_s: float = 2.8e-6
-    """A kernel that moves next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Counts:
     vision_backward_bytes: float
     decode_elementwise: int
     """Kernels of a decode layer beside products and attention."""
-    decode_attention_share: float
-    """Of the copy rate, by the decode attention."""
+    small_kernel_s: float
+    """What one of them takes: it moves next to nothing."""
+    decode_attention_s: float
+    """What a layer's decode attention takes beyond reading keys and values."""
     sample_s: float
     """Drawing a token for 64 rows of 151,936 logits with top-k, on an H100."""
     head_share: float
@@ -77,7 +79,8 @@ BEFORE = Counts(
     vision_forward_bytes=266e3,
     vision_backward_bytes=479e3,
     decode_elementwise=8,
-    decode_attention_share=0.34,
+    small_kernel_s=2.8e-6,
+    decode_attention_s=16e-6,
     sample_s=0.68e-3,
     head_share=0.53,
     checkpointing=True,
@@ -88,20 +91,22 @@ BEFORE = Counts(
 """The code that the first GPU run measured: eager elementwise work, eight small kernels in a decode layer."""
 
 NOW = Counts(
-    text_forward_bytes=125e3,
-    text_backward_bytes=253e3,
-    vision_forward_bytes=88e3,
-    vision_backward_bytes=160e3,
-    decode_elementwise=4,
-    decode_attention_share=0.7,
-    sample_s=0.15e-3,
-    head_share=0.82,
+    text_forward_bytes=102e3,
+    text_backward_bytes=170e3,
+    vision_forward_bytes=54e3,
+    vision_backward_bytes=100e3,
+    decode_elementwise=3,
+    small_kernel_s=1.9e-6,
+    decode_attention_s=13e-6,
+    sample_s=0.09e-3,
+    head_share=0.79,
     checkpointing=True,
     images_in_step=False,
     prefill_host_s=0.03,
     half_reference=True,
 )
-"""This code: elementwise work fused (bounds that `tests/.../test_counts.py` keeps), decode in few kernels."""
+"""This code: elementwise work fused (counted by `tests/fastgrpo/update/test_fused_layers.py`), decode in nine kernels
+a layer. Kernels of decode as an H200 took them."""
 
 HEAD_PRODUCTS = 3
 IMAGE_S = 0.025
@@ -117,10 +122,10 @@ def decode_step_seconds(gpu: Gpu, shape: ModelShape, rows: int, kv_bytes: float,
     share = Efficiency()
     kernels = shape.layers * (4 + 2 + counts.decode_elementwise) + 30
     return {
-        "products": 2 * shape.layers * shape.layer_weights / (gpu.bytes_per_s * share.decode_products),
+        "products": shape.layers * (2 * shape.layer_weights / gpu.bytes_per_s + 4 * share.decode_product_s),
         "head": 2 * shape.hidden * shape.vocab / (gpu.bytes_per_s * share.decode_head),
-        "attention": kv_bytes / (gpu.bytes_per_s * counts.decode_attention_share),
-        "elementwise": shape.layers * counts.decode_elementwise * share.small_kernel_s,
+        "attention": kv_bytes / gpu.bytes_per_s + shape.layers * counts.decode_attention_s,
+        "elementwise": shape.layers * counts.decode_elementwise * counts.small_kernel_s,
         "sampling": counts.sample_s * rows / 64,
         "gaps": kernels * share.graph_gap_s,
     }
