@@ -134,6 +134,19 @@ def require_a_good_row(rows: RowDataset, builder: PromptBuilder) -> None:
     raise ValueError(f"none of the {len(rows)} rows can be used; {first_reason}")
 
 
+def build_prompt_builder(processing: Processing, config: GRPOConfig) -> PromptBuilder:
+    """What turns rows into prompts."""
+    return PromptBuilder(
+        processing.tokenizer,
+        processing.image_processor,
+        family=processing.family,
+        mode=config.prompt_mode,
+        template=config.prompt_template,
+        max_prompt_length=config.max_prompt_length,
+        chat_template_kwargs=config.template_kwargs,
+    )
+
+
 def build_loader(rows: RowDataset, collate: PromptCollator, config: GRPOConfig, rank: int, ranks: int) -> RolloutLoader:
     """A rank's prompts, in the run's order of rows; the micro-batches are those that transformers counts.
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.prompts import PromptBuilder, PromptCollator
+from fastgrpo.data.prompts import PromptCollator
 from fastgrpo.data.row_dataset import warn_of_shared_rows
 from fastgrpo.scoring.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, score
@@ -36,6 +36,7 @@ from fastgrpo.training.run_log import RunLog
 from fastgrpo.training.setup import (
     build_engine,
     build_loader,
+    build_prompt_builder,
     build_updater,
     build_vision_cache,
     require_a_good_row,
@@ -96,15 +97,7 @@ class GRPOTrainer(TransformersHooks):
             reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         )
         self.reward_weights = resolve_reward_weights(self.config, len(self.reward_functions))
-        self.builder = PromptBuilder(
-            self.processing.tokenizer,
-            self.processing.image_processor,
-            family=self.processing.family,
-            mode=self.config.prompt_mode,
-            template=self.config.prompt_template,
-            max_prompt_length=self.config.max_prompt_length,
-            chat_template_kwargs=self.config.template_kwargs,
-        )
+        self.builder = build_prompt_builder(self.processing, self.config)
         rows = resolve_rows(train_dataset, "train_dataset", self.config, self.reward_functions)
         require_a_good_row(rows, self.builder)
         if eval_dataset is not None:

@@ -103,7 +103,7 @@ def test_adapters_alone_move(start_and_trained: tuple[dict[str, Tensor], GRPOTra
 def test_the_reference_is_the_model_without_adapters(trained: GRPOTrainer) -> None:
     assert trained.updater.reference_model is None
     steps = metrics_of(Path(trained.args.output_dir))
-    assert steps[0]["kl"] == 0.0
+    assert steps[0]["kl"] < 1e-9
     assert all(step["kl"] > 1e-6 for step in steps[1:])
 
 
@@ -111,7 +111,7 @@ def test_the_plain_engine_takes_the_same_steps(tiny_model_dir: Path, sat_file: P
     trainer = build(tiny_model_dir, sat_file, tmp_path, max_steps=2, engine="plain")
     trainer.train()
     steps = metrics_of(tmp_path)
-    assert steps[0]["kl"] == 0.0 < steps[1]["kl"]
+    assert steps[0]["kl"] < 1e-9 < steps[1]["kl"]
 
 
 def test_the_sampler_draws_from_the_merged_model(trained: GRPOTrainer) -> None:

@@ -94,7 +94,7 @@ def trained(folder: Path, **settings: Any) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("engine", ["fast", "reference"])
+@pytest.mark.parametrize("engine", ["fast", "plain"])
 @pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "lora and the head"])
 def test_the_reference_of_trained_adapters_is_their_copy(
     tiny_model_dir: Path, tmp_path: Path, engine: str, settings: dict[str, Any]

@@ -61,7 +61,7 @@ def test_the_reference_computes_as_the_policy_does(build: Any) -> None:
     trainer = build(bf16=True, beta=0.04, max_steps=1)
     trainer.train()
     (step,) = metrics_of(trainer.args.output_dir)
-    assert step["kl"] == 0.0, "nothing has moved yet"
+    assert step["kl"] < 1e-9, "nothing has moved yet"
 
 
 def test_a_rollout_feeds_several_updates(build: Any) -> None:
