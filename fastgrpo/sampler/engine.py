@@ -65,6 +65,7 @@ class SamplerEngine:
         device: torch.device | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         vision_cache: VisionCache | None = None,
+        memory_to_come: Callable[[], int] = lambda: 0,
     ) -> None:
         """
         Args:
@@ -75,6 +76,7 @@ class SamplerEngine:
             device: of weights and cache; None: where the model is now.
             autocast: the context that the vision tower runs in.
             vision_cache: where to keep what a frozen vision tower sees; the policy may share it.
+            memory_to_come: bytes of the device that will be needed after the rollout: the KV cache leaves them free.
 
         Raises:
             ValueError: a model that the decoder cannot compute.
@@ -84,6 +86,7 @@ class SamplerEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.options = options or SamplerOptions()
+        self.memory_to_come = memory_to_come
         policy = base_model(model)
         eos = policy.generation_config.eos_token_id
         self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
@@ -249,11 +252,10 @@ class SamplerEngine:
         return Limits(rows, together, prefix_pages, suffix_pages, max_new_tokens, pages)
 
     def _within_memory(self, limits: Limits) -> Limits:
-        """On a GPU, a cache of at most 0.8 of the memory that is free and will not be the optimizer's."""
+        """On a GPU, a cache of at most 0.8 of the memory that is free and will stay so."""
         if self.decoder.device.type != "cuda":
             return limits
-        # The first rollout comes before gradients and Adam's two moments, in float32, are there.
-        coming = sum(12 * p.numel() for p in self.model.parameters() if p.requires_grad and p.grad is None)
+        coming = self.memory_to_come()
         if self.prefill.vision_cache is not None:
             coming += self.prefill.vision_cache.room
         free, _ = torch.cuda.mem_get_info(self.decoder.device)

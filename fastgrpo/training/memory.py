@@ -1,10 +1,11 @@
-"""Whether a step fits the GPU without computing its layers twice: `gradient_checkpointing="auto"`."""
+"""A step's memory on a GPU: whether it fits without computing layers twice, and what the sampler must leave free."""
 
 from typing import Any
 
 import torch
 from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
 from fastgrpo_profiling.roofline import ModelShape
+from torch import nn
 from transformers.utils import logging
 
 from fastgrpo.config import GRPOConfig
@@ -66,3 +67,15 @@ def step_setting(model: Any, config: GRPOConfig) -> StepSetting:
         world_size=config.world_size,
         zero_stage=0 if plugin is None else plugin.zero_stage,
     )
+
+
+def memory_to_come(model: nn.Module, optimizer: Any) -> int:
+    """Bytes that an update still allocates: gradients, and Adam's two moments, in float32, where they are not there.
+
+    Args:
+        optimizer: None before the first step, which makes the moments.
+    """
+    moments = {} if optimizer is None else optimizer.state
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(4 * parameter.numel() for parameter in trained if parameter.grad is None)
+    return gradients + sum(8 * parameter.numel() for parameter in trained if not moments.get(parameter))

@@ -1,7 +1,7 @@
 """What users pass to the trainer, in its many forms, into what the trainer works with: model, engine and updater."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,7 @@ def build_engine(
     config: GRPOConfig,
     accelerator: Accelerator,
     vision_cache: VisionCache | None = None,
+    memory_to_come: Callable[[], int] = lambda: 0,
 ) -> Engine:
     """The paged sampler; HF `generate` for `engine="plain"`, and with a warning for models it does not know."""
     reason = unsupported(model)
@@ -200,6 +201,7 @@ def build_engine(
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             autocast=accelerator.autocast,
             vision_cache=vision_cache,
+            memory_to_come=memory_to_come,
         )
     if config.engine == "fast":
         logger.warning(

@@ -28,6 +28,7 @@ from fastgrpo.training.checkpoints import find_checkpoint, load_state
 from fastgrpo.training.completion_records import distinct_names
 from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
+from fastgrpo.training.memory import memory_to_come
 from fastgrpo.training.metrics import rollout_metrics
 from fastgrpo.training.model_card import RunFacts, write_model_card
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
@@ -128,7 +129,14 @@ class GRPOTrainer(TransformersHooks):
                 self.add_callback(ReferenceSync(self.reference_model, self.config))
         cache = build_vision_cache(self.model, self.config)
         self.updater = build_updater(self.model, self.reference_model, self.config, self.accelerator, cache)
-        self.engine = build_engine(self.model, self.processing.tokenizer, self.config, self.accelerator, cache)
+        self.engine = build_engine(
+            self.model,
+            self.processing.tokenizer,
+            self.config,
+            self.accelerator,
+            cache,
+            memory_to_come=lambda: memory_to_come(self.model, self.optimizer),
+        )
         self.reward_names = distinct_names(self.reward_functions)
         self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
         figures = LiveFigures(self.model, self.config, self.accelerator.device.type)

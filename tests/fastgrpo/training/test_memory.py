@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig
-from fastgrpo.training.memory import needs_checkpointing, step_setting
+from fastgrpo.training.memory import memory_to_come, needs_checkpointing, step_setting
 
 GB = 1e9
 
@@ -60,3 +60,18 @@ def test_the_setting_is_a_choice_or_auto(tmp_path: Path, given: Any, decides: bo
 def test_another_word_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="gradient_checkpointing='sometimes' is not valid: use true, false or auto"):
         papers_run(tmp_path, gradient_checkpointing="sometimes")
+
+
+def test_gradients_and_moments_that_are_there_do_not_come_again() -> None:
+    layer = torch.nn.Linear(10, 10, bias=False)
+    frozen = torch.nn.Linear(10, 10).requires_grad_(False)
+    model = torch.nn.Sequential(layer, frozen)
+    assert memory_to_come(model, None) == 12 * 100
+    optimizer = torch.optim.AdamW(layer.parameters())
+    assert memory_to_come(model, optimizer) == 12 * 100
+    model(torch.ones(1, 10)).sum().backward()
+    assert memory_to_come(model, optimizer) == 8 * 100
+    optimizer.step()
+    assert memory_to_come(model, optimizer) == 0
+    optimizer.zero_grad()
+    assert memory_to_come(model, optimizer) == 4 * 100
