@@ -92,15 +92,24 @@ def usable_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name!r} cannot be used here: {error}") from None
 
 
+def run_settings(model: str) -> Path | None:
+    """settings.json of the run that a folder holds, or of the run that a checkpoint-N folder lies in."""
+    folder = Path(model)
+    places = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    return next((place / "settings.json" for place in places if (place / "settings.json").is_file()), None)
+
+
 def prompts_of(options: Namespace) -> dict[str, Any]:
     """How questions are asked: as told, else as the run that trained the model asked them, else as the paper did."""
     from fastgrpo.cli.chat_models import chat_warning
 
     prompts: dict[str, Any] = {"prompt_mode": "base", "prompt_template": "paper"}
-    for folder in (Path(options.model).parent, Path(options.model)):  # a checkpoint-N lies inside its run's folder
-        if (folder / "settings.json").is_file():
-            settings = json.loads((folder / "settings.json").read_text())
-            prompts |= {name: settings[name] for name in prompts if name in settings}
+    if file := run_settings(options.model):
+        try:
+            settings = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}. Mend it, or move it away.") from error
+        prompts |= {name: settings[name] for name in prompts if name in settings}
     prompts |= {name: getattr(options, name) for name in prompts if getattr(options, name) is not None}
     template = f", template {prompts['prompt_template']}" if prompts["prompt_mode"] == "base" else ""
     say(f"questions are asked in {prompts['prompt_mode']} mode{template}")

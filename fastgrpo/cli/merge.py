@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastgrpo.cli.console import program, say
+from fastgrpo.cli.inference import run_settings
 from fastgrpo.cli.options import Parser, require_writable
 
 
@@ -50,8 +51,6 @@ def merge(adapter: str, out: Path, *, dtype: str = "auto", trust_remote_code: bo
     shutil.rmtree(aside, ignore_errors=True)  # what a killed merge left
     model.save_pretrained(aside)
     processing.save_pretrained(str(aside))
-    for folder in (Path(adapter), Path(adapter).parent):  # a checkpoint-N lies inside its run's folder
-        if (folder / "settings.json").is_file():
-            shutil.copy(folder / "settings.json", aside)  # says how the model was asked
-            break
+    if settings := run_settings(adapter):
+        shutil.copy(settings, aside)  # says how the model was asked
     publish(aside, out)

@@ -117,5 +117,13 @@ def test_eval_asks_as_the_run_that_trained_the_model_did(tmp_path: Path) -> None
         assert asked == {"prompt_mode": "instruct", "prompt_template": "answer"}
     told = prompts_of(Namespace(model=str(tmp_path), **unsaid | {"prompt_mode": "base"}))
     assert told == {"prompt_mode": "base", "prompt_template": "answer"}
+    (tmp_path / "model").mkdir()
+    assert prompts_of(Namespace(model=str(tmp_path / "model"), **unsaid))["prompt_mode"] == "base", "not its parent's"
     elsewhere = prompts_of(Namespace(model="someone/model", **unsaid))
     assert elsewhere == {"prompt_mode": "base", "prompt_template": "paper"}
+
+
+def test_settings_that_are_no_json_are_named(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"settings\.json is not JSON"):
+        prompts_of(Namespace(model=str(tmp_path), prompt_mode=None, prompt_template=None))
