@@ -18,7 +18,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nan", "reward function 'nan' returned nan for completion 3 of row "),
+        ("nan", "reward function 'nan' returned nan for completion 1 of row "),
         ("short", "reward function 'short' returned 1 rewards for 4 completions"),
         ("raising", "reward function 'raising' failed on 4 completions: KeyError: 'no such\\nkey'"),
         ("words", "reward function 'words' returned 'good' for completion 0 of row "),
