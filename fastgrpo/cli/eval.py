@@ -72,6 +72,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
     if evaluation.answered_accuracy_shuffled_images is not None:
         console.print(f"accuracy of answered, pictures shuffled: {evaluation.answered_accuracy_shuffled_images:.1%}")
     if evaluation.pass_at_k:
-        console.print(f"pass@{evaluation.pass_at_k[0]}: {evaluation.pass_at_k[1]:.1%}")
+        chance = evaluation.pass_at_k.chance
+        guessing = "" if chance is None else f" (guessing: {chance:.1%})"
+        console.print(f"pass@{evaluation.pass_at_k.k}: {evaluation.pass_at_k.value:.1%}{guessing}")
     for row in evaluation.skipped:
         console.print(f"row {row.row_id} skipped: {row.reason}", highlight=False)

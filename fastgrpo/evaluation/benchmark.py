@@ -20,7 +20,7 @@ from fastgrpo.atomic_files import write_aside
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
-from fastgrpo.evaluation.figures import Evaluation, TaskScore
+from fastgrpo.evaluation.figures import Evaluation, PassAtK, TaskScore
 from fastgrpo.scoring.answers import parse_answer
 from fastgrpo.scoring.golds import gold_text
 from fastgrpo.scoring.reflection import is_reflective
@@ -99,7 +99,7 @@ def evaluate(
         mean_length=_mean([record["length"] for record in records]),
         reflection_rate=_mean([is_reflective(record["completion"]) for record in records]),
         shuffled=_score(shuffled) if shuffled else None,
-        pass_at_k=(pass_at_k, _mean(hits)) if hits else None,
+        pass_at_k=PassAtK(pass_at_k, _mean(hits), _chance(records, pass_at_k)) if hits else None,
         records=tuple(records),
         skipped=tuple(skipped[index] for index in sorted(skipped)),
     )
@@ -151,8 +151,14 @@ def _score(records: Sequence[dict[str, Any]]) -> TaskScore:
         accuracy=_mean([record["correct"] for record in records]),
         answered_rate=len(answered) / max(len(records), 1),
         answered_accuracy=_mean([record["correct"] for record in answered]) if answered else None,
-        chance=_mean([1 / record["choices"] if record["choices"] else 0.0 for record in records]),
+        chance=_chance(records),
     )
+
+
+def _chance(records: Sequence[dict[str, Any]], tries: int = 1) -> float | None:
+    """Share of questions that even guesses get right in `tries` tries. Without options a guess is wrong."""
+    options = [record["choices"] for record in records]
+    return _mean([1 - (1 - 1 / n) ** tries if n else 0.0 for n in options]) if any(options) else None
 
 
 def _mean(values: Sequence[float]) -> float:

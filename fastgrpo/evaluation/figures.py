@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgrpo.types import SkippedRow
 
@@ -20,13 +20,24 @@ class TaskScore:
     answered_accuracy: float | None = None
     """Correct ÷ answered in the form."""
     chance: float | None = None
-    """Accuracy of guessing evenly among each question's options."""
+    """Accuracy of guessing evenly among each question's options; None where no question has options."""
 
     @classmethod
     def read(cls, content: object) -> "TaskScore":
         """From a file's mapping; what is missing or no number is None."""
         found: dict[str, Any] = {f.name: number(mapping(content).get(f.name)) for f in fields(cls)}
-        return cls(**found | {"count": integer(found["count"])})
+        # Files from before `chance` could be unknown hold a zero where no question had options.
+        return cls(**found | {"count": integer(found["count"]), "chance": found["chance"] or None})
+
+
+class PassAtK(NamedTuple):
+    """Questions that at least one of k sampled responses answers correctly in the form."""
+
+    k: int
+    value: float
+    """Their share."""
+    chance: float | None = None
+    """The share that k even guesses among each question's options would get: the mean of 1 − (1 − 1/options)^k."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,7 @@ class Evaluation:
     """Share of responses with a reflective phrase."""
     shuffled: TaskScore | None = None
     """The same questions about pictures of other questions."""
-    pass_at_k: tuple[int, float] | None = None
-    """(k, share of questions that at least one of k sampled responses answers correctly in the form)."""
+    pass_at_k: PassAtK | None = None
     skipped: tuple[SkippedRow, ...] = ()
     records: tuple[dict[str, Any], ...] = ()
     """One per question."""
@@ -73,7 +83,7 @@ class Evaluation:
             "accuracy_by_task": {task: asdict(score) for task, score in self.by_task.items()},
             "mean_length": self.mean_length,
             "reflection_rate": self.reflection_rate,
-            "pass_at_k": None if self.pass_at_k is None else dict(zip(("k", "value"), self.pass_at_k, strict=True)),
+            "pass_at_k": None if self.pass_at_k is None else self.pass_at_k._asdict(),
             "answered_accuracy_shuffled_images": self.answered_accuracy_shuffled_images,
             "shuffled": None if self.shuffled is None else asdict(self.shuffled),
         }
@@ -92,7 +102,7 @@ class Evaluation:
             mean_length=number(content.get("mean_length")),
             reflection_rate=number(content.get("reflection_rate")),
             shuffled=TaskScore.read(shuffled),
-            pass_at_k=None if k is None or value is None else (k, value),
+            pass_at_k=None if k is None or value is None else PassAtK(k, value, number(pass_at_k.get("chance"))),
             name=name,
             step=integer(content.get("step")),
             dataset=None if content.get("dataset") is None else str(content["dataset"]),

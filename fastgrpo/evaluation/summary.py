@@ -32,10 +32,13 @@ class RunSummary:
     answered_rate_after: float | None = None
     answered_accuracy_before: float | None = None
     answered_accuracy_after: float | None = None
+    answered_rate_shuffled_images: float | None = None
     answered_accuracy_shuffled_images: float | None = None
     chance: float | None = None
     pass_at_k_before: float | None = None
     """In the file `pass_at_8_before`, for k = 8."""
+    pass_at_k_chance: float | None = None
+    """Of even guessing; in the file `pass_at_8_chance`, for k = 8."""
     pass_k: int | None = None
     """The k of pass@k."""
     mean_length_before: float | None = None
@@ -54,6 +57,8 @@ class RunSummary:
     seed: int | None = None
     torch: str | None = None
     """Version."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Date, commit, hardware, versions."""
     by_task: dict[str, TaskChange] = field(default_factory=dict)
 
     @classmethod
@@ -65,12 +70,14 @@ class RunSummary:
             for when, evaluation in (("before", before), ("after", after))
         }
         last = after or before
-        pass_k, pass_at_k = (before.pass_at_k if before else None) or (None, None)
+        pass_k, pass_at_k, pass_chance = (before.pass_at_k if before else None) or (None, None, None)
         return cls(
             **compared,
+            answered_rate_shuffled_images=after.shuffled.answered_rate if after and after.shuffled else None,
             answered_accuracy_shuffled_images=after.answered_accuracy_shuffled_images if after else None,
             chance=last.total.chance if last else None,
             pass_at_k_before=pass_at_k,
+            pass_at_k_chance=pass_chance,
             pass_k=pass_k,
             num_questions=last.total.count if last else None,
             by_task=_changes(before.by_task if before else {}, after.by_task if after else {}),
@@ -81,17 +88,21 @@ class RunSummary:
     def read(cls, content: Mapping[str, Any]) -> "RunSummary":
         """From what summary.json holds; what is missing or broken is None."""
         plain: dict[str, Any] = {
-            f.name: number(content.get(f.name)) for f in fields(cls) if f.name not in ("torch", "by_task")
+            f.name: number(content.get(f.name))
+            for f in fields(cls)
+            if f.name not in ("torch", "environment", "by_task")
         }
         for key, value in content.items():
-            if (match := re.fullmatch(r"pass_at_(\d+)_before", key)) and number(value) is not None:
-                plain |= {"pass_k": int(match[1]), "pass_at_k_before": number(value)}
+            if (match := re.fullmatch(r"pass_at_(\d+)_(before|chance)", key)) and number(value) is not None:
+                plain |= {"pass_k": int(match[1]), f"pass_at_k_{match[2]}": number(value)}
         return cls(
-            **plain | {name: integer(plain[name]) for name in WHOLE},
+            **plain | {name: integer(plain[name]) for name in WHOLE} | {"chance": plain["chance"] or None},
             torch=content["torch"] if isinstance(content.get("torch"), str) else None,
+            environment={str(name): str(value) for name, value in mapping(content.get("environment")).items()},
             by_task={
                 str(task): TaskChange(
-                    **{name: number(mapping(row).get(name)) for name in ("before", "after", "chance")},
+                    **{name: number(mapping(row).get(name)) for name in ("before", "after")},
+                    chance=number(mapping(row).get("chance")) or None,
                     count=integer(mapping(row).get("count")),
                 )
                 for task, row in mapping(content.get("accuracy_by_task")).items()
@@ -102,8 +113,10 @@ class RunSummary:
         """What summary.json holds."""
         figures = asdict(self)
         figures["accuracy_by_task"] = figures.pop("by_task")
-        k, value = figures.pop("pass_k"), figures.pop("pass_at_k_before")
-        return figures if k is None else {**figures, f"pass_at_{k}_before": value}
+        k, *pass_at_k = (figures.pop(name) for name in ("pass_k", "pass_at_k_before", "pass_at_k_chance"))
+        if k is None:
+            return figures
+        return {**figures, **dict(zip((f"pass_at_{k}_before", f"pass_at_{k}_chance"), pass_at_k, strict=True))}
 
     def scores(self) -> dict[str, float | None]:
         """The held-out figures by what they are, in words."""

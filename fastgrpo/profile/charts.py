@@ -12,10 +12,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastgrpo.report.plots import BEFORE, GRID, INK, MUTED, SERIES, Chart, legend, render
 
-SMALL = 0.02
-"""Phases below this share of the longer step are drawn as one."""
-SMALL_NAME = "small phases"
-
 _BLUE, _ORANGE, _GREEN, _VIOLET, _PINK, _GOLD, _CYAN = SERIES
 COLOURS = {
     "data": _CYAN,
@@ -32,47 +28,9 @@ COLOURS = {
     "backward": _PINK,
     "optimizer": _GREEN,
     "metrics": _GOLD,
-    SMALL_NAME: BEFORE,
     UNATTRIBUTED: GRID,
 }
-"""Phase → colour; phases that follow each other differ. Others get the colour of the small phases."""
-
-
-def stacked_steps(report: ProfileReport) -> Chart:
-    """Both sides' median step, phase by phase, on one axis."""
-    longest = max(side.step_seconds.median for side in report.sides.values())
-    shown = {name: _merge_small(side.phases, longest) for name, side in report.sides.items()}
-    phases = [phase.name for phase in PHASES]
-    names = [n for n in (*phases, SMALL_NAME, UNATTRIBUTED) if any(n in one for one in shown.values())]
-
-    def draw(figure: Figure) -> str:
-        axes = figure.subplots()
-        left = np.zeros(len(shown))
-        places = [-i for i in range(len(shown))]
-        for name in names:
-            seconds = np.array([one.get(name, 0.0) for one in shown.values()])
-            hatch = "///" if name == UNATTRIBUTED else None
-            colour = COLOURS.get(name, BEFORE)
-            axes.barh(places, seconds, 0.62, left=left, color=colour, label=name, hatch=hatch, linewidth=0)
-            for place, start, width in zip(places, left, seconds, strict=True):
-                if width > 0.07 * longest and name != UNATTRIBUTED:
-                    above = (start + width / 2, place + 0.42)
-                    axes.annotate(_time(width), above, ha="center", va="center", fontsize=8.5, color=MUTED)
-            left = left + seconds
-        for place, side, end in zip(places, report.sides.values(), left, strict=True):
-            _beside(axes, _time(side.step_seconds.median), (end, place), fontsize=10, color=INK)
-        _name_rows(axes, places, list(shown))
-        axes.set_xlim(0, 1.12 * longest)
-        axes.set_ylim(places[-1] - 0.4, 0.6)
-        axes.set_xlabel("seconds")
-        legend(axes)
-        return "Median step by phase. " + " ".join(_in_words(name, one) for name, one in shown.items())
-
-    caption = (
-        "Where a step goes, both sides on one axis: the median step by phase. A colour that is much longer below than "
-        f"above is what the speed-up comes from. Hatched: no span names it. Phases under {SMALL:.0%} are drawn as one."
-    )
-    return render("stacked", (10.6, 1.5 + 0.75 * len(shown)), draw, caption)
+"""Phase → colour; phases that follow each other differ. Others, which take little time, get `BEFORE`."""
 
 
 def waterfall(side: str, events: Sequence[SpanEvent], until: float) -> Chart | None:
@@ -99,11 +57,11 @@ def waterfall(side: str, events: Sequence[SpanEvent], until: float) -> Chart | N
         return f"Time line of one step of {side}: {len(spans)} spans in {len(rows)} phases."
 
     caption = (
-        f"One step of {side} on its time line, a row for each phase. Pale bars hold others, which count by "
+        "On its time line, a row for each phase. Pale bars hold others, which count by "
         "themselves (the model's passes inside generation). Gaps across all rows are unattributed. Both sides have one "
         "scale."
     )
-    return render(f"waterfall-{side}", (5.3, 1.0 + 0.27 * len(rows)), draw, caption)
+    return render(f"waterfall-{side}", f"One step of {side}", (5.0, 1.0 + 0.27 * len(rows)), draw, caption)
 
 
 def against_ceilings(report: ProfileReport) -> Chart | None:
@@ -136,7 +94,7 @@ def against_ceilings(report: ProfileReport) -> Chart | None:
         "Model FLOPs per second against a large matrix product measured in this run. Work is counted once for both "
         "sides, so work done twice lowers the bar. Decode is bound by memory, not by arithmetic."
     )
-    return render("ceilings", (5.3, 1.0 + 0.42 * len(rows)), draw, caption)
+    return render("ceilings", "Arithmetic", (5.0, 1.0 + 0.42 * len(rows)), draw, caption)
 
 
 def memory_over_time(events: Mapping[str, Sequence[SpanEvent]]) -> Chart | None:
@@ -169,7 +127,7 @@ def memory_over_time(events: Mapping[str, Sequence[SpanEvent]]) -> Chart | None:
         "Memory held, read at the edges of spans: the process's on a CPU, the allocator's on a GPU. What rises and "
         "falls within a span does not show; the peak above does see it."
     )
-    return render("memory", (5.3, 3.0), draw, caption)
+    return render("memory", "Memory over one step", (5.0, 2.9), draw, caption)
 
 
 def step_times(seconds: Mapping[str, Sequence[float]]) -> Chart:
@@ -187,8 +145,8 @@ def step_times(seconds: Mapping[str, Sequence[float]]) -> Chart:
         legend(axes)
         return f"Step times of {', '.join(seconds)}."
 
-    caption = "Every timed step. The sides take turns, so a disturbance of the machine shows in both lines at one turn."
-    return render("steps", (5.3, 3.0), draw, caption)
+    caption = "The sides take turns, so a disturbance of the machine shows in both lines at one turn."
+    return render("steps", "Every timed step", (5.0, 2.9), draw, caption)
 
 
 def _names_around_others(spans: Sequence[SpanEvent]) -> set[str]:
@@ -205,12 +163,6 @@ def _names_around_others(spans: Sequence[SpanEvent]) -> set[str]:
     return names
 
 
-def _merge_small(phases: Mapping[str, float], longest: float) -> dict[str, float]:
-    shown = {n: s for n, s in phases.items() if s >= SMALL * longest and n != UNATTRIBUTED}
-    rest = sum(seconds for name, seconds in phases.items() if name not in shown and name != UNATTRIBUTED)
-    return {**shown, SMALL_NAME: rest, UNATTRIBUTED: phases.get(UNATTRIBUTED, 0.0)}
-
-
 def _name_rows(axes: Any, places: Sequence[float], names: Sequence[str]) -> None:
     axes.set_yticks(places, names)
     for label in axes.get_yticklabels():
@@ -223,14 +175,6 @@ def _name_rows(axes: Any, places: Sequence[float], names: Sequence[str]) -> None
 def _beside(axes: Any, text: str, end: tuple[float, float], **style: Any) -> None:
     """Writes to the right of a bar's end."""
     axes.annotate(text, end, xytext=(5, 0), textcoords="offset points", va="center", **style)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
-
-
-def _in_words(name: str, phases: Mapping[str, float]) -> str:
-    return f"{name}: " + ", ".join(f"{phase} {_time(seconds)}" for phase, seconds in phases.items()) + "."
 
 
 def _ceiling(report: ProfileReport) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
-from fastgrpo_profiling.phases import PHASES, UNATTRIBUTED, in_step_order
 from fastgrpo_profiling.report import ProfileReport
 from fastgrpo_profiling.span import SpanEvent
 
 from fastgrpo.profile import charts
+from fastgrpo.profile.median_steps import median_steps
 from fastgrpo.report.plots import PALETTE
 
 
@@ -39,19 +39,15 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    phases = in_step_order(name for side in report.sides.values() for name in side.phases)
     longest = max((event.start + event.seconds for one in events.values() for event in one), default=0.0)
-    descriptions = {phase.name: phase.description for phase in PHASES}
-    descriptions[UNATTRIBUTED] = "what no leaf span covers, a parent's own time included"
     return environment.get_template("page.html.j2").render(
         palette=PALETTE,
         report=report,
         ours=report.sides[report.ours],
         theirs=report.sides[report.theirs],
-        stacked=charts.stacked_steps(report),
+        median=median_steps(report),
         waterfalls=[chart for name, one in events.items() if (chart := charts.waterfall(name, one, longest))],
         ceilings=charts.against_ceilings(report),
         memory=charts.memory_over_time(events),
         steps=charts.step_times(step_seconds),
-        phases=[(name, descriptions[name]) for name in phases],
     )

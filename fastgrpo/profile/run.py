@@ -33,6 +33,7 @@ from fastgrpo.profile.opponents import OURS, PLAIN, TRL
 from fastgrpo.profile.page import write_page
 from fastgrpo.profile.sides import start
 from fastgrpo.profile.trl import compare_with_trl
+from fastgrpo.report.environment import environment, processor
 from fastgrpo.training.live_figures import compute_dtype, update_of
 
 console = Console(stderr=True)
@@ -228,17 +229,18 @@ def _facts(
     steps: Sequence[StepRecord],
 ) -> dict[str, str]:
     work = steps[-1].work
-    place = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} thread{'s' * (threads > 1)}"
+    processor_and_threads = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+    made_with = environment(use_cpu=device != "cuda")
     return {
         "model": Path(script.model_name_or_path).name,
-        "device": place,
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor_and_threads,
         "dtype": str(dtype).removeprefix("torch."),
         "step": f"{config.batch_plan.prompts_per_rollout} prompts × {config.num_generations}",
         "prompt": f"{round(sum(work.prompts) / len(work.prompts))} tokens" if work else "–",
         "completion limit": f"{config.max_completion_length} tokens",
         "beta": f"{config.beta:g}",
         "steps timed": str(len(steps)),
-        "torch": torch.__version__,
+        **{name: value for name, value in made_with.items() if name != "hardware"},
     }
 
 

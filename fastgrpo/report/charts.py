@@ -1,91 +1,19 @@
 """The charts of the report, each with a caption that says what to look for."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastgrpo.report.curves import time_shares
-from fastgrpo.report.plots import BEFORE, GRID, INK, MUTED, SERIES, Chart, Line, Panel, legend, panels, render
+from fastgrpo.report.plots import BEFORE, INK, SERIES, Chart, Line, Panel, legend, panels, render
 from fastgrpo.report.run import Floats, Run
 
 SMALL_SPAN = 1
 """Percent of a step's time."""
-_WIDE, _TALL = (5.3, 3.0), (5.3, 3.9)
+_WIDE, _TALL = (5.0, 2.9), (5.0, 3.7)
 """Inches: a chart in one of the page's two columns."""
-
-
-def accuracy_by_task(runs: Sequence[Run]) -> Chart | None:
-    """Before and after by question type, with the chance of each; over runs mean ± standard deviation."""
-    tasks = list(dict.fromkeys(task for run in runs for task in run.headline.by_task))
-    tasks = [] if len(tasks) == 1 else tasks
-    rows: list[tuple[str, Floats, Floats, float | None]] = []
-    for task in tasks:
-        changes = [run.headline.by_task[task] for run in runs if task in run.headline.by_task]
-        chance = next((change.chance for change in changes if change.chance is not None), None)
-        rows.append((task, _known(c.before for c in changes), _known(c.after for c in changes), chance))
-    heads = [run.headline for run in runs]
-    chance = next((head.chance for head in heads if head.chance is not None), None)
-    rows.append(("All", _known(h.accuracy_before for h in heads), _known(h.accuracy_after for h in heads), chance))
-    rows = [row for row in rows if len(row[1]) or len(row[2])]
-    if not rows:
-        return None
-
-    def draw(figure: Figure) -> str:
-        axes = figure.subplots()
-        said = [_draw_change(axes, -i, *row) for i, row in enumerate(rows)]
-        axes.set_yticks([-i for i in range(len(rows))], [row[0] for row in rows])
-        for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-            label.set_color(INK)
-            label.set_fontweight("bold" if row[0] == "All" else "normal")
-        axes.set_ylim(-len(rows) + 0.4, 0.6)
-        axes.set_xlim(-2, 102)
-        axes.grid(visible=False)
-        axes.grid(visible=True, axis="x")
-        axes.xaxis.set_major_formatter(PercentFormatter(decimals=0))
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel("accuracy on held-out questions")
-        axes.plot([], [], "o", color=BEFORE, markersize=7, label="before")
-        axes.plot([], [], "o", color=SERIES[0], markersize=7, label="after")
-        axes.plot([], [], "|", color=SERIES[1], markersize=11, markeredgewidth=2, label="chance")
-        legend(axes)
-        return "Accuracy by question type. " + " ".join(said)
-
-    spread = " Whiskers: ± one standard deviation over runs; small dots: each run." if len(runs) > 1 else ""
-    caption = (
-        "Accuracy by question type, before and after. A blue dot right of its orange mark beats guessing; "
-        f"a grey dot left of it mostly failed to answer in the form asked for.{spread}"
-    )
-    return render("tasks", (7.6, 1.1 + 0.46 * len(rows)), draw, caption)
-
-
-def _draw_change(axes: Any, y: float, task: str, before: Floats, after: Floats, chance: float | None) -> str:
-    if len(before) and len(after):
-        axes.plot([before.mean(), after.mean()], [y, y], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
-    if chance is not None:
-        axes.plot([100 * chance], [y], "|", color=SERIES[1], markersize=14, markeredgewidth=2, zorder=2)
-    # Labels of neighbours lean away from each other.
-    close = len(before) and len(after) and abs(before.mean() - after.mean()) < 5
-    lean = 8 * (1 if after.mean() >= before.mean() else -1) if close else 0
-    for values, color, shift in ((before, BEFORE, -lean), (after, SERIES[0], lean)):
-        if len(values) > 1:
-            axes.plot(values, np.full(len(values), y + 0.2), ".", color=color, markersize=4, alpha=0.7)
-            axes.errorbar(values.mean(), y, xerr=values.std(ddof=1), color=color, capsize=3, linewidth=1.5)
-        if len(values):
-            axes.plot([values.mean()], [y], "o", color=color, markersize=8, zorder=3)
-            place = {"xytext": (shift, -13), "textcoords": "offset points", "ha": "center", "va": "center"}
-            axes.annotate(f"{values.mean():.0f}", (values.mean(), y), **place, fontsize=8.5, color=MUTED)
-    told = [f"{word} {values.mean():.1f} %" for word, values in (("before", before), ("after", after)) if len(values)]
-    if chance is not None:
-        told.append(f"chance {100 * chance:.1f} %")
-    return f"{task}: {', '.join(told)}."
-
-
-def _known(fractions: Iterable[float | None]) -> Floats:
-    """The values that were measured, in percent."""
-    return np.array([100 * value for value in fractions if value is not None])
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
@@ -106,8 +34,8 @@ def reward(runs: Sequence[Run]) -> Chart | None:
     for name, color in zip(functions, [*SERIES] * len(functions), strict=False):
         lines.append(Line(name, name.removeprefix("rewards/").removesuffix("/mean"), color))
     caption = (
-        "Mean reward of a step, in total and by function. Format saturating early while accuracy stays flat is a model "
-        "that learned to answer in the form."
+        "Mean reward of a step, in total and by function. Where format rises to its limit while accuracy stays flat, "
+        "the form of an answer was learned and nothing else."
     )
     return panels(runs, "reward", _TALL, [Panel(lines, "mean reward")], caption, "Reward")
 
@@ -123,8 +51,8 @@ def response_length(runs: Sequence[Run]) -> Chart | None:
     )
     clipped = Panel([Line("completions/clipped_ratio", "cut off", SERIES[1])], "cut off", percent=True, from_zero=True)
     caption = (
-        "Response length, with the range from a step's shortest to its longest; below, the share cut off at the limit. "
-        "Growth counts as reasoning only together with reflection and accuracy, and not where it ends in the limit."
+        "Tokens of a response; the band reaches from each step's shortest to its longest, not smoothed. Below, the "
+        "share cut off at the limit. Longer is not better by itself: read it with accuracy."
     )
     return panels(runs, "length", _TALL, [length, clipped], caption, "Response length")
 
@@ -139,7 +67,7 @@ def reflection(runs: Sequence[Run]) -> Chart | None:
     )
     caption = (
         "Completions that hold a reflective phrase (\u201cwait\u201d, \u201clet me check\u201d, \u2026). "
-        "A lasting rise, with accuracy, is what the literature calls the aha moment."
+        "The literature calls a lasting rise, with accuracy, the aha moment; a mere habit of phrase looks the same."
     )
     return panels(runs, "reflection", _WIDE, [panel], caption, "Reflective phrases")
 
@@ -182,7 +110,7 @@ def health(runs: Sequence[Run]) -> list[Chart]:
     charts = [
         panels(
             runs, name, (3.1, 2.1), [Panel([Line(metric, label, color)], unit, percent=percent, from_zero=percent)],
-            f"{label.capitalize()}. {caption}", label.capitalize(),
+            caption, label.capitalize(),
         )
         for name, metric, label, unit, color, percent, caption in small
     ]  # fmt: skip
@@ -227,7 +155,7 @@ def time_spent(runs: Sequence[Run]) -> Chart | None:
         f"Where each step's time went; spans under {SMALL_SPAN} % are drawn as one. \u201cother\u201d is step time "
         "that no span covers: it should stay thin."
     )
-    return render("timeshares", _WIDE, draw, caption)
+    return render("timeshares", "Time by span", _WIDE, draw, caption)
 
 
 def _merge_small(fractions: dict[str, Floats]) -> dict[str, Floats]:

@@ -33,6 +33,20 @@ class Curve:
         return np.where(counts > 1, np.sqrt(squares / np.maximum(counts - 1, 1)), np.nan)
 
     @property
+    def least(self) -> Floats:
+        """[S], of any run; NaN where no run has the step."""
+        return self._reduced(np.fmin)
+
+    @property
+    def greatest(self) -> Floats:
+        """[S], of any run; NaN where no run has the step."""
+        return self._reduced(np.fmax)
+
+    def _reduced(self, pick: np.ufunc) -> Floats:
+        found: Floats = pick.reduce(self.values, axis=0)
+        return found
+
+    @property
     def shared(self) -> NDArray[np.bool_]:
         """[S], the steps of every run that logged the metric at all: where a mean over runs has no jumps."""
         known = np.isfinite(self.values)

@@ -74,19 +74,23 @@ _STYLE = {
 class Chart:
     """A chart ready for the page."""
 
+    title: str
     svg: Markup
     caption: str
     """What it shows and what to look for."""
 
 
-def render(name: str, size: tuple[float, float], draw: Callable[[Figure], str], caption: str) -> Chart:
-    """Draws on a figure of `size` inches. `draw` returns the alternative text."""
+def render(name: str, title: str, size: tuple[float, float], draw: Callable[[Figure], str], caption: str) -> Chart:
+    """Draws on a figure of `size` inches. `draw` returns the alternative text.
+
+    A chart is as wide as the column or the phone it stands in: at 5 inches its text is about as large as the page's.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
         alt = draw(figure)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return Chart(_inline(buffer.getvalue(), name, alt), caption)
+    return Chart(title, _inline(buffer.getvalue(), name, alt), caption)
 
 
 def _inline(svg: str, name: str, alt: str) -> Markup:
@@ -120,7 +124,7 @@ class Panel:
     lines: Sequence[Line]
     ylabel: str
     band: tuple[str, str] | None = None
-    """Metrics of the lower and upper edge of a band."""
+    """Metrics of the lower and upper edge of a band: of each step, the least and the greatest of any run."""
     percent: bool = False
     from_zero: bool = False
     cut_outliers: bool = False
@@ -150,7 +154,7 @@ def panels(
         figure.align_ylabels()
         return f"{title} against optimizer step. " + " ".join(said)
 
-    return render(name, size, draw, caption)
+    return render(name, title, size, draw, caption)
 
 
 def _draw_panel(axes: Any, runs: Sequence[Run], panel: Panel) -> list[str]:
@@ -160,8 +164,8 @@ def _draw_panel(axes: Any, runs: Sequence[Run], panel: Panel) -> list[str]:
         low, high = curve(runs, panel.band[0]), curve(runs, panel.band[1])
         if low is not None and high is not None:
             color = panel.lines[0].color
-            edges = [np.where(edge.shared, scale * edge.smooth.mean, np.nan) for edge in (low, high)]
-            axes.fill_between(low.steps, *edges, color=color, alpha=0.12, linewidth=0, label="min to max")
+            edges = (scale * low.least, scale * high.greatest)
+            axes.fill_between(low.steps, *edges, color=color, alpha=0.12, linewidth=0, label="shortest to longest")
     for line in panel.lines:
         found = curve(runs, line.metric)
         if found is not None:

@@ -194,7 +194,9 @@ def test_pass_at_k_wants_one_of_k_right_in_the_form(run: Any) -> None:
         return [tagged(gold(prompt)), gold(prompt), "no"][prompt.row_id % 3]
 
     evaluation, engine = run(script, pass_at_k=4)
-    assert evaluation.pass_at_k == (4, pytest.approx(1 / 3))
+    options = [record["choices"] for record in evaluation.records]
+    guessing = sum(1 - (1 - 1 / n) ** 4 for n in options) / len(options)
+    assert evaluation.pass_at_k == (4, pytest.approx(1 / 3), pytest.approx(guessing))
     assert evaluation.total.accuracy == 0
     sampled = [(k, params.temperature) for _, k, params in engine.asked[24:]]
     assert sampled == [(4, 1.0)] * 24
@@ -239,6 +241,18 @@ def test_progress_counts_every_question(run: Any) -> None:
     assert calls == [(done, 72) for done in (10, 20, 24, 34, 44, 48, 58, 68, 72)]
 
 
+def test_without_options_there_is_no_guessing(rows: RowDataset) -> None:
+    class WithoutOptions(Builder):
+        def build(self, row: Row) -> Prompt:
+            return super().build(replace(row, columns={"task": "t", "solution": "7"}))
+
+    engine, builder = Engine(lambda prompt, _: tagged("7")), cast(PromptBuilder, WithoutOptions(rows))
+    evaluation = evaluate(engine, builder, rows, max_new_tokens=1, pass_at_k=2)
+    assert (evaluation.total.chance, evaluation.by_task["t"].chance) == (None, None)
+    assert evaluation.pass_at_k == (2, 1.0, None)
+    assert Evaluation.read("", {"chance": 0.0, "num_questions": 3}).total.chance is None, "of an older file"
+
+
 def test_reflection_rate(run: Any) -> None:
     texts = ["Wait, let me check that again.", "It is the red one."]
     evaluation, _ = run(lambda prompt, _: texts[prompt.row_id % 2])
@@ -256,7 +270,7 @@ def test_written_files(run: Any, tmp_path: Path) -> None:
         "before", 7, "cv.parquet", 23,
     )  # fmt: skip
     assert (figures["answered_accuracy"], figures["answered_accuracy_shuffled_images"]) == (1, 1)
-    assert figures["pass_at_k"] == {"k": 2, "value": pytest.approx(12 / 23)}
+    assert figures["pass_at_k"] == {"k": 2, "value": pytest.approx(12 / 23), "chance": evaluation.pass_at_k.chance}
     assert figures["skipped"] == [{"row_id": 23, "reason": "a bad row"}]
     assert set(figures["accuracy_by_task"]["Count"]) == {
         "count", "accuracy", "answered_rate", "answered_accuracy", "chance",

@@ -115,7 +115,9 @@ def evaluation(name: str, step: int, figures: dict[str, Any], draws: np.random.G
             for task, row in figures["accuracy_by_task"].items()
         },
         "mean_length": figures[f"mean_length_{name}"], "reflection_rate": 0.4 if after else 0.05,
-        "pass_at_k": None if after else {"k": 8, "value": figures["pass_at_8_before"]},
+        "pass_at_k": None if after else {
+            "k": 8, "value": figures["pass_at_8_before"], "chance": figures["pass_at_8_chance"],
+        },
         "answered_accuracy_shuffled_images": figures["answered_accuracy_shuffled_images"] if after else None,
     }  # fmt: skip
 
@@ -143,6 +145,7 @@ def fake_figures(seed: int, **changed: Any) -> dict[str, Any]:
         "answered_rate_before": 0.52, "answered_rate_after": 0.98,
         "answered_accuracy_before": 0.4615, "answered_accuracy_after": round(0.6068 + shift, 4),
         "answered_accuracy_shuffled_images": round(0.4712 + shift / 2, 4), "chance": 0.4375, "pass_at_8_before": 0.8721,
+        "pass_at_8_chance": 0.9724,
         "accuracy_by_task": {
             task: {
                 "before": before, "after": round(after + float(0.02 * draws.normal()), 4),
@@ -153,7 +156,11 @@ def fake_figures(seed: int, **changed: Any) -> dict[str, Any]:
             )
         },
         "mean_length_before": 96.4, "mean_length_after": 251.8, "wall_s": 3421.0 + 40 * seed,
-        "tokens_per_s": 6120.5 + 55 * seed, "seed": seed, **changed,
+        "tokens_per_s": 6120.5 + 55 * seed, "seed": seed,
+        "environment": {
+            "date": "2026-11-26 03:50 UTC", "commit": "abc1234", "hardware": "EPYC, 2 threads", "python": "3.11.7",
+            "torch": "2.13.0",
+        }, **changed,
     }  # fmt: skip
 
 

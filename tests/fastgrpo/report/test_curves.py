@@ -1,11 +1,12 @@
 """Curves over several runs: alignment, mean and spread, time shares."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastgrpo.report.charts import time_spent
+from fastgrpo.report.charts import response_length, time_spent
 from fastgrpo.report.curves import curve, enclosing_spans, rolling_mean, time_shares
 from fastgrpo.report.run import Metrics, Run
 
@@ -30,6 +31,29 @@ def test_a_run_without_the_metric_does_not_count() -> None:
     assert found is not None
     np.testing.assert_allclose(found.mean, [1, 2])
     assert found.shared.all()
+
+
+def test_the_band_of_lengths_is_what_was_logged() -> None:
+    spiky = [5.0, 90.0, 4.0] * 20
+    logged = run(list(range(1, 61)), completions__max_length=spiky)
+    found = curve([logged, run([1, 2, 3], completions__max_length=[7, 8, np.nan])], "completions/max_length")
+    assert found is not None
+    np.testing.assert_allclose(found.greatest, [7, 90, 4, *spiky[3:]])
+    np.testing.assert_allclose(found.least, [5, 8, 4, *spiky[3:]])
+    lengths = {"completions__mean_length": [10.0] * 60, "completions__min_length": [2.0] * 60}
+    chart = response_length([run(list(range(1, 61)), completions__max_length=spiky, **lengths)])
+    assert chart is not None
+    # It reaches each step's longest: twenty peaks of one height.
+    heights = [float(y) for y in re.findall(r"L [\d.]+ (-?[\d.]+)", band_of(chart.svg))]
+    top = min(heights)
+    assert sum(height == pytest.approx(top, abs=0.01) for height in heights) == 20
+
+
+def band_of(svg: str) -> str:
+    """The path of the first filled area."""
+    found = re.search(r'id="[^"]*FillBetween[^"]*".*?<path [^>]*d="([^"]*)"', svg, re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 5])

@@ -25,7 +25,7 @@ def write_run(folder: Path) -> None:
             "num_questions": 10,
             "mean_length": [12.5, 30.0][place],
             "reflection_rate": [0.0, 0.1][place],
-            "pass_at_k": [{"k": 8, "value": 0.75}, None][place],
+            "pass_at_k": [{"k": 8, "value": 0.75, "chance": 0.9}, None][place],
             "accuracy_by_task": {
                 task: {"accuracy": values[place], "chance": values[2], "count": values[3]}
                 for task, values in tasks.items()
@@ -41,6 +41,7 @@ def test_figures_of_a_summary(tmp_path: Path) -> None:
     assert summary == found.to_json()
     assert RunSummary.read(summary) == found
     assert "<html" in (tmp_path / "report.html").read_text()
+    assert {"date", "commit", "hardware", "python", "torch", "transformers"} <= summary.pop("environment").keys()
     del summary["torch"]
     assert summary == {
         "accuracy_before": 0.2,
@@ -51,7 +52,9 @@ def test_figures_of_a_summary(tmp_path: Path) -> None:
         "answered_rate_after": 0.9,
         "answered_accuracy_shuffled_images": 0.45,
         "chance": 0.35,
+        "answered_rate_shuffled_images": None,
         "pass_at_8_before": 0.75,
+        "pass_at_8_chance": 0.9,
         "accuracy_by_task": {
             "Count": {"before": 0.1, "after": 0.5, "chance": 0.25, "count": 6},
             "Depth": {"before": 0.4, "after": 0.9, "chance": 0.5, "count": 4},

@@ -21,7 +21,7 @@ def text_of(page: Path) -> str:
 
 def table_of(page: str, name: str) -> dict[str, list[str]]:
     """Rows of the table with that id by their first cell, tags stripped."""
-    body = page[page.index(f'<table id="{name}">') :]
+    body = page[page.index(f'<table id="{name}"') :]
     rows = re.findall(r"<tr>(.*?)</tr>", body[: body.index("</table>")], re.DOTALL)
     cells = [[re.sub(r"<[^>]*>", "", cell).strip() for cell in re.findall(r"<t[dh].*?</t[dh]>", row)] for row in rows]
     return {row[0]: row[1:] for row in cells}
@@ -79,6 +79,13 @@ def test_headline_figures_equal_the_files(fake_run: FakeRun) -> None:
     assert "<dt>tokens / s</dt><dd>6,120</dd>" in page
     assert "<dt>steps</dt><dd>60</dd>" in page
     assert "pass@8 before training" in page
+    assert "Guessing gets 97.2 %." in page
+    assert "95 % intervals 29.6 to 33.2 → " in page
+    assert "n = 2,638." in page
+    assert "<dt>hardware</dt><dd>EPYC, 2 threads</dd>" in page
+    assert "<dt>date</dt><dd>2026-11-26 03:50 UTC</dd>" in page
+    assert "<dt>commit</dt><dd>abc1234</dd>" in page
+    assert "<dt>versions</dt><dd>python 3.11.7, torch 2.13.0</dd>" in page
 
 
 def test_task_table_equals_the_files(fake_run: FakeRun) -> None:
@@ -123,8 +130,8 @@ def test_is_self_contained_and_well_formed(fake_run: FakeRun) -> None:
 def test_each_chart_has_alternative_text(fake_run: FakeRun) -> None:
     page = text_of(write_report([fake_run()]))
     labels = re.findall(r'<svg [^>]*role="img" aria-label="([^"]*)"', page)
-    assert len(labels) == page.count("<figure") == 11
-    assert any("Count: before 54.7 %" in label for label in labels)
+    assert len(labels) == page.count("<figure") == page.count("<figure>\n  <h3>") == 10
+    assert any(label.startswith("Response length against optimizer step. mean: 9") for label in labels)
 
 
 def test_model_text_is_escaped(fake_run: FakeRun) -> None:
@@ -150,6 +157,39 @@ def test_model_text_is_escaped(fake_run: FakeRun) -> None:
     assert all(load.startswith(("#", "data:")) for load in parser.loads)
 
 
+def test_gauges_have_intervals_and_the_number_of_questions(fake_run: FakeRun) -> None:
+    page = text_of(write_report([fake_run()]))
+    rows = page.split('<div class="taskname">')[1:]
+    assert [row.split("</div>")[0] for row in rows] == [
+        *(f"{task} <span>n = 650</span>" for task in ("Count", "Relation", "Depth", "Distance")),
+        "All questions <span>n = 2,638</span>",
+    ]
+    low, width = map(float, re.findall(r'<u class="before" style="left:([\d.]+)%;width:([\d.]+)%">', rows[-1])[0])
+    assert (low, low + width) == (pytest.approx(29.6, abs=0.05), pytest.approx(33.2, abs=0.05))
+
+
+def test_nothing_is_guessed_where_questions_have_no_options(fake_run: FakeRun) -> None:
+    folder = fake_run(chance=0.0)
+    for file in (folder / "summary.json", folder / "evals/before.json", folder / "evals/after.json"):
+        record = json.loads(file.read_text())
+        for row in record["accuracy_by_task"].values():
+            row["chance"] = 0.0
+        file.write_text(json.dumps(record))
+    page = text_of(write_report([folder]))
+    assert "chance –" in page
+    assert '<i class="chance"' not in page
+    assert {row[1] for name, row in table_of(page, "tasks").items() if name != "Question type"} == {"–"}
+
+
+def test_different_questions_are_not_called_the_same(fake_run: FakeRun) -> None:
+    same = text_of(write_report([fake_run("same", steps=20)]))
+    assert "The same questions, early and late" in same
+    assert "different questions" not in same
+    different = text_of(write_report([fake_run("different", steps=20, repeat_rows=False)]))
+    assert "The same questions, early and late" not in different
+    assert "They are different questions" in different
+
+
 def test_several_runs_mean_and_std(fake_run: FakeRun, tmp_path: Path) -> None:
     after = [0.50, 0.56, 0.62]
     runs = [fake_run(f"seed{i}", seed=i, accuracy_after=value, steps=20) for i, value in enumerate(after)]
@@ -169,8 +209,8 @@ def test_says_in_which_settings_runs_differ(fake_run: FakeRun, tmp_path: Path) -
     (runs[1] / "settings.json").write_text(json.dumps({**settings, "reward_funcs": ["format"]}))
     page = text_of(write_report(runs, tmp_path / "both.html"))
     assert "differ in more than their seed" in page
-    assert "<td>reward_funcs</td><td>[&#34;accuracy&#34;, &#34;format&#34;]</td><td>[&#34;format&#34;]</td>" in page
-    assert "<td>output_dir</td><td>" not in page.split("</aside>")[0]
+    told = ["[&#34;accuracy&#34;, &#34;format&#34;]", "[&#34;format&#34;]"]
+    assert table_of(page, "differences") == {"Setting": ["seed0", "seed1"], "reward_funcs": told}
 
 
 def test_access_tokens_stay_out(fake_run: FakeRun) -> None:
@@ -235,7 +275,7 @@ def test_a_run_killed_half_way(fake_run: FakeRun) -> None:
     assert "evals/after.json is not there" in page
     assert "completions/completions_00020.parquet could not be read" in page
     assert str(folder) not in page.split("</aside>")[0]
-    assert "Not known yet." in page
+    assert "Not known yet" in page
     assert "31.4 %" in page
 
 
