@@ -1,7 +1,7 @@
 """The records in `bench/results`, and figures in them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,59 @@ class Results:
         fitting = [one for one in self.files if one.record["bench"] == bench and one.record["device"].startswith("cpu")]
         return _newest([one for one in fitting if ratio is None or one.ratio(ratio) is not None])
 
-    def newest_on_gpu(self) -> ResultFile | None:
-        """The last suite of full scale."""
-        suites = (one for one in self.files if one.record["bench"] == "suite")
-        return _newest([one for one in suites if one.record.get("scale") == "full"])
+    def first_step(self) -> ResultFile | None:
+        """The paper's step as first written, on a GPU."""
+        return _newest([one for one in self.files if one.record["bench"] == "first_step"])
+
+    def cards(self) -> "list[Card]":
+        """Each kind of GPU that a suite of full scale ran on, the one of the newest suite first."""
+        suites = [one for one in self.files if one.record["bench"] == "suite" and one.record.get("scale") == "full"]
+        by_card: dict[str, list[ResultFile]] = {}
+        for suite in sorted(suites, key=_date, reverse=True):
+            by_card.setdefault(suite.record["device"], []).append(suite)
+        return [Card(name, tuple(files)) for name, files in by_card.items()]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of GPU, with the suites that ran on it."""
+
+    name: str
+    files: tuple[ResultFile, ...]
+    """The newest first."""
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """Figures and ratios by stage, each from the newest suite in which it passed."""
+        found: dict[str, Any] = {}
+        for suite in reversed(self.files):
+            found |= passed_stages(suite)
+        return found
+
+    @property
+    def used(self) -> list[ResultFile]:
+        """The suites that a figure of `stages` is from."""
+        newer: set[str] = set()
+        used = []
+        for suite in self.files:
+            passed = set(passed_stages(suite))
+            used += [suite] if passed - newer else []
+            newer |= passed
+        return used
 
 
 def _newest(files: list[ResultFile]) -> ResultFile | None:
-    return max(files, key=lambda one: one.record.get("date", ""), default=None)
+    return max(files, key=_date, default=None)
+
+
+def _date(one: ResultFile) -> str:
+    return str(one.record.get("date", ""))
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    head, *body = ("".join(f"| {cell} " if cell else "| " for cell in line) + "|\n" for line in (columns, *rows))
+    return head + "|---" * len(columns) + "|\n" + "".join(body)
 
 
 def formatted(form: str, figures: Mapping[str, Any], *path: str | None) -> str:
@@ -56,8 +101,8 @@ def formatted(form: str, figures: Mapping[str, Any], *path: str | None) -> str:
     return form.format(found)
 
 
-def passed_stages(suite: ResultFile | None) -> dict[str, Any]:
+def passed_stages(suite: ResultFile) -> dict[str, Any]:
     """A suite's figures and ratios by stage, of the stages that passed."""
-    stages = suite.record["stages"] if suite else {}
+    stages = suite.record["stages"]
     passed = {name: stage for name, stage in stages.items() if stage["status"] == "passed"}
     return {name: {**stage["figures"], "ratios": stage["ratios"]} for name, stage in passed.items()}

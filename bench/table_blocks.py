@@ -1,17 +1,13 @@
 """The READMEs' tables, each made from the newest results."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from result_files import NOT_YET, Results, formatted, passed_stages
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    head, *body = ("".join(f"| {cell} " if cell else "| " for cell in line) + "|\n" for line in (columns, *rows))
-    return head + "|---" * len(columns) + "|\n" + "".join(body)
+import gpu_tables
+from result_files import NOT_YET, ResultFile, Results, markdown
 
 
 def demo(results: Results) -> str:
@@ -38,7 +34,7 @@ def demo(results: Results) -> str:
         [form, percent("answered_rate_before"), percent("answered_rate_after", spread=False)],
         [among, percent("answered_accuracy_before"), f"**{percent('answered_accuracy_after')}**"],
         ["… with the pictures shuffled between questions", "", percent("answered_accuracy_shuffled_images")],
-        ["pass@8, sampled", percent("pass_at_8_before"), ""],
+        [f"pass@8, sampled (guessing: {100 * _guessing(runs[0], tries=8):.1f} %)", percent("pass_at_8_before"), ""],
         ["counting · left, right, above, below · nearer, farther", by_task("before"), by_task("after")],
         ["responses with a reflective phrase", *reflective],
         ["response length, tokens", mean("mean_length_before"), mean("mean_length_after")],
@@ -54,6 +50,12 @@ def demo(results: Results) -> str:
     )
 
 
+def _guessing(run: dict[str, Any], *, tries: int) -> float:
+    """Share of questions that so many even guesses get right; questions of a type have equally many options here."""
+    tasks = run["accuracy_by_task"].values()
+    return sum(t["count"] * (1 - (1 - t["chance"]) ** tries) for t in tasks) / sum(t["count"] for t in tasks)
+
+
 @dataclass(frozen=True)
 class Ratio:
     """A row: ours against theirs."""
@@ -65,9 +67,14 @@ class Ratio:
     memory: str = ""
     against: str = ""
     """Empty in rows that go on from the one above; such rows link no record either."""
+    figures: tuple[str, ...] = ()
+    """Where the record's figures hold what is told of the row: its size and its spread."""
+    spreads: tuple[str, str] = ("", "")
+    """The names there of (slowest − fastest) ÷ median of ours and of theirs; a dot is a step down."""
     is_bold: bool = False
 
 
+PACKED = ("packed_spread", "naive_spread")
 CPU_ROWS = (
     Ratio(
         "whole step, 336-px picture, G = 8, exactly 64 new tokens, beta 0.04",
@@ -83,106 +90,114 @@ CPU_ROWS = (
         "tokens_per_s_vs_hf",
         "peak_memory_vs_hf",
         "HF `generate`",
+        ("64 tokens",),
+        ("spread.ours", "spread.hf"),
         is_bold=True,
     ),
-    Ratio("… 256 new tokens", "bench_sampler", "tokens_per_s_vs_hf, 256 tokens"),
-    Ratio("… 50 M parameters, 448 px", "bench_sampler", "tokens_per_s_vs_hf, 50M model, 448 px"),
+    Ratio(
+        "… 256 new tokens",
+        "bench_sampler",
+        "tokens_per_s_vs_hf, 256 tokens",
+        figures=("256 tokens",),
+        spreads=("spread.ours", "spread.hf"),
+    ),
+    Ratio(
+        "… 448 px",
+        "bench_sampler",
+        "tokens_per_s_vs_hf, 50M model, 448 px",
+        figures=("50M model, 448 px",),
+        spreads=("spread.ours", "spread.hf"),
+    ),
     Ratio(
         "update, forward + backward, 214-token prompt, G = 8, ragged 1…64 tokens",
         "bench_update",
         "time_vs_naive_ragged",
         "memory_vs_naive_ragged",
         "padded batch",
+        ("ragged",),
+        PACKED,
         is_bold=True,
     ),
-    Ratio("… all completions of 64 tokens", "bench_update", "time_vs_naive_full", "memory_vs_naive_full"),
-    Ratio("… all of 256", "bench_update", "time_vs_naive_C=256", "memory_vs_naive_C=256"),
+    Ratio(
+        "… all completions of 64 tokens",
+        "bench_update",
+        "time_vs_naive_full",
+        "memory_vs_naive_full",
+        figures=("full",),
+        spreads=PACKED,
+    ),
+    Ratio(
+        "… all of 256",
+        "bench_update",
+        "time_vs_naive_C=256",
+        "memory_vs_naive_C=256",
+        figures=("C=256",),
+        spreads=PACKED,
+    ),
     Ratio(
         "LM head's log-probs, V = 151,936, forward + backward",
         "bench_kernels",
         "time_vs_torch",
         "memory_vs_torch",
         "plain torch",
+        ("head", "T=2048 H=256 V=151936 float32"),
+        ("fastgrpo.spread", "torch.spread"),
     ),
 )
 
 
 def cpu(results: Results) -> str:
     """Ours against others on a CPU."""
-    return markdown(["what", "against", "times faster", "memory"], [_ratio_cells(row, results) for row in CPU_ROWS])
+    columns = ["what", "against", "parameters", "threads", "times faster", "spread", "memory"]
+    told = (
+        "\nSpread: of the factor, least … greatest of the turns; where these were not kept, of the times on each side, "
+        "ours : theirs, as (slowest − fastest) ÷ median.\n"
+    )
+    return markdown(columns, [_ratio_cells(row, results) for row in CPU_ROWS]) + told
 
 
 def _ratio_cells(row: Ratio, results: Results) -> list[str]:
     found = results.newest(row.bench, ratio=row.time)
     if found is None:
-        return [row.what, row.against, NOT_YET, ""]
+        return [row.what, row.against, "", "", NOT_YET, "", ""]
     link = f" ([record](bench/results/{found.name}))" if row.against else ""
     memory = found.ratio(row.memory)
     share = "" if memory is None else f"1/{memory:.1f}" if memory < 10 else f"1/{memory:.0f}"
     time = f"{found.ratio(row.time):.2f}"
-    return [row.what + link, row.against, f"**{time}**" if row.is_bold else time, share]
+    bold = f"**{time}**" if row.is_bold else time
+    return [row.what + link, row.against, _parameters(row, found), _threads(found), bold, _spread(row, found), share]
 
 
-def gpu(results: Results) -> str:
-    """The numbers to reach on an H200 beside those measured."""
-    suite = results.newest_on_gpu()
-    stages = passed_stages(suite)
-    decode = "decode_ms_per_step"
-    rows = [
-        ["the paper's step, 8 prompts × 8 × 700 tokens", "≤ 2.2 s"],
-        ["… against plain transformers and torch", "–"],
-        ["… against TRL 1.16", "–"],
-        ["decode step, prompts of 700 and 324 new tokens, B = 64", "≤ 1.6 ms"],
-        ["… B = 256", "≤ 2.3 ms"],
-        ["LM head, forward + backward, 16,384 tokens", "≤ 36 ms"],
-        ["… peak memory at 32,768 tokens", "≤ 9.96 GB"],
-        ["weight sync", "≤ 5 ms"],
-    ]
-    measured = [
-        formatted("{:.2f} s", stages, "step", "step_seconds", "median"),
-        formatted("{:.1f} times faster", stages, "step_plain", "ratios", "step_time_vs_plain"),
-        formatted("{:.1f} times faster", stages, "step_trl", "ratios", "step_time_vs_trl"),
-        formatted("{:.2f} ms", stages, "rollout", "B=64", decode),
-        formatted("{:.2f} ms", stages, "rollout", "B=256", decode),
-        formatted("{:.1f} ms", stages, "head", "head", None, "fastgrpo", "ms"),
-        gigabytes(stages, "fastgrpo"),
-        formatted("{:.1f} ms", stages, "sync", "ms"),
-    ]
-    where = suite.record["device"] if suite else "one H200"
-    table = markdown(
-        [f"Qwen2-VL-2B's shape, bf16, {where}", "to reach", "measured"],
-        [[*row, figure] for row, figure in zip(rows, measured, strict=True)],
-    )
-    if suite is None:
-        never = "CUDA graphs and torch's variable-length attention are written and were never run"
-        return f"{table}\n**Nothing has been measured on a GPU yet**: {never}.\n"
-    return f"{table}\n[Record](bench/results/{suite.name}): commit {suite.record['commit']}.\n"
+def _parameters(row: Ratio, found: ResultFile) -> str:
+    figures = found.record["figures"]
+    count = _at(figures, *row.figures, "parameters") or _at(figures, "parameters")
+    return f"{count / 1e6:.1f} M" if count else "–"
 
 
-def gigabytes(stages: dict[str, Any], side: str) -> str:
-    """The head's peak memory."""
-    peaks = {name: peak / 1e9 for name, peak in stages.get("memory", {}).get("peak_bytes", {}).items()}
-    return formatted("{:.2f} GB", peaks, f"head, {side}")
+def _threads(found: ResultFile) -> str:
+    match = re.search(r"(\d+) threads?$", found.record["device"])
+    return match[1] if match else "–"
+
+
+def _spread(row: Ratio, found: ResultFile) -> str:
+    figures = found.record["figures"]
+    speedup = _at(figures, "speedup")
+    if speedup and not row.figures:
+        return f"{speedup['low']:.2f} … {speedup['high']:.2f}"
+    both = [_at(figures, *row.figures, *name.split(".")) for name in row.spreads]
+    return "–" if None in both else " : ".join(f"{100 * one:.0f} %" for one in both)
+
+
+def _at(figures: Any, *path: str) -> Any:
+    """What lies at the end of a path; None where it breaks off."""
+    for name in path:
+        figures = figures.get(name) if isinstance(figures, dict) else None
+    return figures
 
 
 def kernels(results: Results) -> str:
     """The ops, on a GPU and on a CPU."""
-    stages = passed_stages(results.newest_on_gpu())
-    ops = [("head", "loss", "grpo_loss"), ("decode_ops", "decode_attention", "decode_attention")]
-    ops += [("decode_ops", "rope", "rope_and_cache"), ("decode_ops", "sample", "sample")]
-    head = (stages, "head", "head", None, "fastgrpo")
-    rows = [
-        ["one H200: head, forward + backward, T = 16,384, H = 1536", "≤ 36 ms", formatted("{:.1f} ms", *head, "ms")],
-        ["… forward alone", "floor 9.7 ms", formatted("{:.1f} ms", *head, "forward_ms")],
-        ["… peak at 32,768 tokens, logits kept", "≤ 9.96 GB", gigabytes(stages, "fastgrpo")],
-        ["… recomputed", "≤ 1.07 GB", gigabytes(stages, "fastgrpo_recompute")],
-        *(
-            [f"… `{name}`", "–", formatted("{:.3f} ms", stages, stage, op, None, "fastgrpo", "ms")]
-            for stage, op, name in ops
-        ),
-        *_cpu_kernels(results),
-    ]
-    return markdown(["what", "reach", "measured"], rows)
+    return markdown(["what", "reach", "measured"], [*gpu_tables.kernel_rows(results), *_cpu_kernels(results)])
 
 
 CPU_OPS = {
@@ -243,7 +258,8 @@ def scaling(results: Results) -> str:
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "demo": demo,
     "cpu": cpu,
-    "gpu": gpu,
+    "gpu-state": gpu_tables.state,
+    "gpu": gpu_tables.speed,
     "kernels": kernels,
     "scaling": scaling,
 }

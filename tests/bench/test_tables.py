@@ -25,14 +25,16 @@ def run(root: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     return tables.main()
 
 
-def write_suite(root: Path, name: str, date: str, milliseconds: float, status: str = "passed") -> None:
+def write_suite(
+    root: Path, name: str, date: str, milliseconds: float, status: str = "passed", device: str = "NVIDIA H200"
+) -> None:
     stages = {
         "step": {"status": "passed", "figures": STEP, "ratios": {}},
         "sync": {"status": status, "figures": {"ms": milliseconds}, "ratios": {}},
     }
     record = {
         "bench": "suite",
-        "device": "NVIDIA H200",
+        "device": device,
         "scale": "full",
         "date": date,
         "commit": "abc",
@@ -84,8 +86,61 @@ def test_a_row_takes_the_newest_record_that_holds_its_figure(root, monkeypatch):
     (root / "results" / "baseline.json").write_text('{"ratios": {}}')
     run(root, monkeypatch)
     text = (root / "README.md").read_text()
-    assert "beta 0.04 ([record](bench/results/step-2026-11-20.json)) | TRL 1.16 | **4.50** | |" in text
-    assert "| rollout, the same sizes | HF `generate` | not measured yet | |" in text
+    assert "beta 0.04 ([record](bench/results/step-2026-11-20.json)) | TRL 1.16 | – | – | **4.50** | – | |" in text
+    assert "| rollout, the same sizes | HF `generate` | | | not measured yet | | |" in text
+
+
+def test_a_ratio_stands_with_its_size_threads_and_spread(root, monkeypatch):
+    (root / "README.md").write_text("<!-- bench:cpu -->\n<!-- /bench -->\n")
+    step = {"parameters": 3_540_736, "speedup": {"median": 4.3, "low": 4.081, "high": 4.697}}
+    update = {"parameters": 3_667_328, "ragged": {"packed_spread": 0.126, "naive_spread": 0.085}}
+    for bench, ratios, figures in (
+        ("bench_step", {"step_time_vs_trl": 4.3}, step),
+        ("bench_update", {"time_vs_naive_ragged": 5.4}, update),
+    ):
+        record = {"bench": bench, "device": "cpu: AMD EPYC, 2 threads", "ratios": ratios, "figures": figures}
+        (root / "results" / f"{bench}.json").write_text(json.dumps(record))
+    run(root, monkeypatch)
+    text = (root / "README.md").read_text()
+    assert "| TRL 1.16 | 3.5 M | 2 | **4.30** | 4.08 … 4.70 | |" in text
+    assert "| padded batch | 3.7 M | 2 | **5.40** | 13 % : 8 % | |" in text
+
+
+def test_each_card_has_a_column_of_its_newest_figures(root, monkeypatch):
+    write_suite(root, "h200.json", "2026-11-20T10:00:00", 9.0)
+    write_suite(root, "h100-a.json", "2026-11-21T10:00:00", 4.0, device="NVIDIA H100 80GB HBM3")
+    write_suite(root, "h100-b.json", "2026-11-22T10:00:00", 3.0, status="failed", device="NVIDIA H100 80GB HBM3")
+    run(root, monkeypatch)
+    text = (root / "README.md").read_text()
+    assert "| to reach on an H200 | one NVIDIA H100 80GB HBM3 | one NVIDIA H200 |" in text
+    assert "| weight sync | ≤ 5 ms | 4.0 ms | 9.0 ms |" in text
+    assert "NVIDIA H100 80GB HBM3: [record of 2026-11-22](bench/results/h100-b.json), commit abc, [record" in text
+    kernels = (root / "kernels" / "README.md").read_text()
+    assert "| one NVIDIA H100 80GB HBM3: head, forward + backward" in kernels
+
+
+def test_the_first_lines_say_what_a_gpu_did(root, monkeypatch):
+    (root / "README.md").write_text("<!-- bench:gpu-state -->\n<!-- /bench -->\n")
+    run(root, monkeypatch)
+    assert "**Nothing has been measured on a GPU yet.**" in (root / "README.md").read_text()
+    first = {
+        "bench": "first_step",
+        "device": "NVIDIA H100 80GB HBM3",
+        "date": "2026-11-26",
+        "commit": "d53",
+        "figures": {"step_s": [6.866, 7.1, 6.891]},
+    }
+    (root / "results" / "h100-first-step.json").write_text(json.dumps(first))
+    run(root, monkeypatch)
+    text = (root / "README.md").read_text()
+    assert "took 6.9 s on one NVIDIA H100 80GB HBM3 as first written" in text
+    assert "no figure is in yet" in text
+    write_suite(root, "h100.json", "2026-11-27T10:00:00", 4.0, device="NVIDIA H100 80GB HBM3")
+    run(root, monkeypatch)
+    text = (root / "README.md").read_text()
+    assert "takes 2.1 s on one NVIDIA H100 80GB HBM3 ([record of 2026-11-27](bench/results/h100.json)" in text
+    assert "it took 6.9 s" in text
+    assert "no figure is in yet" not in text
 
 
 def test_an_unknown_table_is_told(root, monkeypatch):
