@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgrpo.evaluation.summary import RunSummary
-from fastgrpo.report.formats import PERCENT, count, duration
+from fastgrpo.report.formats import NBSP, PERCENT, count, duration
 from fastgrpo.report.intervals import Proportion
 from fastgrpo.report.run import Run
 from fastgrpo.report.verdict import Answered
@@ -74,7 +74,7 @@ def _interval_text(*proportions: Proportion | None) -> str:
         return ""
     sizes = dict.fromkeys(f"{one.n:,}" for one in known)
     intervals = " → ".join(one.interval_text for one in known)
-    return f"95{PERCENT} interval{'s' * (len(known) > 1)} {intervals}; n = {' → '.join(sizes)}."
+    return f"95{PERCENT} interval{'s' * (len(known) > 1)} {intervals}; n{NBSP}={NBSP}{f'{NBSP}→{NBSP}'.join(sizes)}."
 
 
 def pass_name(runs: Sequence[Run]) -> str:

@@ -179,6 +179,9 @@ def _draw_panel(axes: Any, runs: Sequence[Run], panel: Panel) -> list[str]:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
     if panel.percent:
         axes.yaxis.set_major_formatter("{x:g}%")
+    else:
+        # In digits alone a learning rate takes half of a small chart.
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
     if panel.from_zero:
         top = 1.04 * axes.get_ylim()[1]
         axes.set_ylim(0, max(top, 1.0) if panel.percent else top)
