@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgrpo.api import GRPOTrainer
+    from fastgrpo.report.trainer import GRPOTrainer
     from fastgrpo.config import GRPOConfig
 
 __version__ = "0.1.0"
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "__version__"]
 
-_MODULES = {"GRPOConfig": "fastgrpo.config", "GRPOTrainer": "fastgrpo.api"}
+_MODULES = {"GRPOConfig": "fastgrpo.config", "GRPOTrainer": "fastgrpo.report.trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,6 @@ ORDER = [
     "fastgrpo.training",
     "fastgrpo.evaluation",
     "fastgrpo.report",
-    "fastgrpo.api",
     "fastgrpo",
     "fastgrpo.cli",
     "fastgrpo.demo",
