@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgrpo.report.trainer import GRPOTrainer
     from fastgrpo.config import GRPOConfig
+    from fastgrpo.report.trainer import GRPOTrainer
 
 __version__ = "0.1.0"
 
