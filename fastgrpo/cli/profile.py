@@ -1,6 +1,8 @@
 """`fastgrpo profile`: where each millisecond of a training step goes, beside another implementation."""
 
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from fastgrpo.cli.options import Parser, at_least
@@ -21,7 +23,12 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--warmup", type=at_least(0), default=1, help="steps of each side before them")
     parser.add_argument("--scale", action="store_true", help="again with half the completions: how each phase grows")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/profile"))
-    parser.add_argument("--trl_python", type=Path, default=Path(".venv-bench/bin/python"))
+    parser.add_argument(
+        "--trl_python",
+        type=Path,
+        default=trl_python(),
+        help="the Python that has TRL (%(default)s)",
+    )
     options, flags = parser.parse_known_args(argv)
 
     from fastgrpo.cli.quiet import quieten
@@ -29,3 +36,8 @@ def run(argv: Sequence[str]) -> None:
 
     quieten()
     run_profile(ProfileOptions(**vars(options), flags=flags))
+
+
+def trl_python() -> Path:
+    """This Python where TRL is installed beside fastgrpo, else that of `make install-bench`."""
+    return Path(sys.executable) if find_spec("trl") else Path(".venv-bench/bin/python")

@@ -198,8 +198,8 @@ def test_the_paper_draws_one_completion_at_a_time_and_keeps_a_frozen_model(
     own = ["--output_dir", str(tmp_path), "--max_steps", "1", "--beta", "0"]
     trainer = build_trainer(PAPER, *parse([*flags, *own]))
     calls = []
-    generate = trainer.engine._generate
-    trainer.engine._generate = lambda prompts, params: calls.append(len(prompts)) or generate(prompts, params)
+    generate = trainer.model.generate
+    trainer.model.generate = lambda **given: calls.append(len(given["input_ids"])) or generate(**given)
     assert trainer.config.beta == 0
     assert trainer.updater.reference_model is not trainer.model
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

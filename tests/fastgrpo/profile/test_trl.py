@@ -1,11 +1,14 @@
 """`fastgrpo profile --against trl`, where TRL's own environment has been made (`make install-bench`)."""
 
 import json
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from fastgrpo.cli.main import main
+from fastgrpo.profile.sides.start import require_trl
 
 TRL_PYTHON = Path(__file__).parents[3] / ".venv-bench" / "bin" / "python"
 
@@ -26,3 +29,11 @@ def test_trl_does_the_same_step(tiny_model_dir, sat_file, tmp_path):
     assert record["sides"]["trl"]["tokens"] > 0
     for phase in ("vision", "prefill", "decode", "reference", "forward", "backward", "optimizer"):
         assert record["sides"]["trl"]["phases"][phase] > 0, phase
+
+
+@pytest.mark.skipif(find_spec("trl") is not None, reason="TRL is installed beside fastgrpo")
+def test_an_environment_without_trl_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--trl_python .* lacks trl: install it there, or name another"):
+        require_trl(Path(sys.executable))
+    with pytest.raises(ValueError, match="is missing: run `make install-bench`"):
+        require_trl(tmp_path / "python")
