@@ -70,7 +70,7 @@ class ScriptArguments:
 
 
 def changed(settings: Any, names: Iterable[str]) -> list[str]:
-    """Those of a record's fields that are not as by default."""
+    """The names among `names` whose value is not the field's default."""
     known = {field.name: field for field in fields(settings)}
     return [name for name in names if getattr(settings, name) != _default(known[name])]
 
@@ -87,12 +87,12 @@ class _Parser(HfArgumentParser):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML itself would forget the first."""
+    """Refuses a key that is given twice; YAML would keep the last one only."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -112,7 +112,7 @@ def load_held_out(script: ScriptArguments, seed: int) -> RowDataset | None:
 
 
 def _require_modules(model: PreTrainedModel, script: ScriptArguments) -> None:
-    """peft passes over the names it does not find, so long as it finds one."""
+    """Checks that the model has every module that is named: peft ignores unknown names as long as it finds one."""
     known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     for flag in ("lora_target_modules", "lora_modules_to_save"):
         for name in getattr(script, flag) or ():

@@ -19,7 +19,7 @@ from fastgrpo.update.updater import PackedUpdater
 
 
 def banner(trainer: GRPOTrainer, script: ScriptArguments) -> list[str]:
-    """The lines: model, device, how rollouts and updates are computed, how questions are asked, what may be amiss."""
+    """Lines on the model, the device, how rollouts and updates are computed and how questions are asked; warnings."""
     config = trainer.config
     prompts = config.batch_plan.prompts_per_rollout * trainer.accelerator.num_processes
     drawn = f"{prompts} prompts × {config.num_generations} completions of at most {config.max_completion_length} tokens"

@@ -1,4 +1,4 @@
-"""`fastgrpo generate`: ask a model, with or without pictures, once or again and again."""
+"""`fastgrpo generate`: asks a model one question, or many from standard input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTERACTIVE = "a question a line; /image FILE… changes the pictures, an empty 
 
 
 def run(argv: Sequence[str]) -> None:
-    """Asks as the flags say, and prints the answers."""
+    """Asks the questions and prints the answers."""
     parser = Parser(prog="fastgrpo generate", description=f"A model's answers. Without a question: {INTERACTIVE}.")
     add_model_options(parser)
     parser.add_argument("question", nargs="?", help="asked in the wording of --prompt_mode")

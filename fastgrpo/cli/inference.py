@@ -1,4 +1,4 @@
-"""A trained model made ready to answer: what `fastgrpo eval` and `fastgrpo generate` share."""
+"""Loads a trained model for use: what `fastgrpo eval` and `fastgrpo generate` share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inference:
-    """What answers questions."""
+    """One model's engine and prompt builder."""
 
     engine: Engine
     builder: PromptBuilder
 
 
 def add_model_options(parser: Parser) -> None:
-    """The model, and how it is asked."""
+    """Adds the options of the model, its prompts and its device."""
     parser.add_argument("model", help="hub id or folder, of a model or of adapters")
     parser.add_argument("--prompt_mode", choices=("base", "instruct"), help="as in the model's training, else base")
     parser.add_argument("--prompt_template", choices=("paper", "answer"), help="as in its training, else paper")
@@ -100,7 +100,7 @@ def run_settings(model: str) -> Path | None:
 
 
 def prompts_of(options: Namespace) -> dict[str, Any]:
-    """How questions are asked: as told, else as the run that trained the model asked them, else as the paper did."""
+    """Prompt mode and template: from the options, else of the run that trained the model, else the paper's."""
     from fastgrpo.cli.chat_models import chat_warning
 
     prompts: dict[str, Any] = {"prompt_mode": "base", "prompt_template": "paper"}

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _in_one_line(error: Exception) -> str | None:
-    """What to tell of a mistake, or of a machine's limits; None for what is a fault of this program."""
+    """The message for a user's mistake or an exhausted machine; None for an error of this program."""
     line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -1,4 +1,4 @@
-"""Options of commands: parsed with mistakes as ValueErrors."""
+"""The parser of the smaller commands, and the types of their options."""
 
 import math
 import os

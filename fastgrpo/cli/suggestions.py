@@ -24,11 +24,11 @@ SAID_FOR = {
     "steps": "max_steps",
     "wd": "weight_decay",
 }
-"""Names from other programs that no likeness of letters would find → ours."""
+"""Common names of a setting → ours, where the letters differ too much to be matched."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` stands for: by habit, by its words, or by its letters; None where none is near.
+    """The known name that `name` stands for: by `SAID_FOR`, by its words, or by its letters; None where none is near.
 
     Names may begin with dashes and join their words with dashes; so does the answer, where a known name does.
     """

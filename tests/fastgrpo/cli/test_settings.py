@@ -61,7 +61,7 @@ def test_yaml_config(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "is not YAML" in refused("--config", file)
     assert "No such file" in refused("--config", tmp_path / "none.yaml")
     file.write_text("beta: 0.1\nseed: 1\nbeta: 0.2\n")
-    assert "beta stands twice" in refused("--config", file)
+    assert "beta is given twice" in refused("--config", file)
     file.write_text("num_generations: 1\n")
     assert "num_generations=1" in refused("--config", file, without=["--num_generations"])
 
