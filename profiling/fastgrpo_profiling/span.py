@@ -20,6 +20,8 @@ try:
     import nvtx
 except ImportError:
     nvtx = None
+if not torch.cuda.is_available():
+    nvtx = None  # its ranges mean something only to a profiler attached to a CUDA process
 
 
 @dataclass
@@ -191,7 +193,7 @@ class _Span:
         self.listeners = listeners
 
     def __enter__(self) -> None:
-        if _NVTX:
+        if nvtx is not None:
             nvtx.push_range(self.name)
         for listener in self.listeners:
             listener.enter(self.name)
@@ -203,19 +205,17 @@ class _Span:
             for listener in self.listeners:
                 listener.exit()
         finally:
-            if _NVTX:
+            if nvtx is not None:
                 nvtx.pop_range()
 
 
 _OFF = _Off()
-# NVTX ranges mean something only to a profiler attached to a CUDA process.
-_NVTX = nvtx is not None and torch.cuda.is_available()
 _listeners: tuple[SpanListener, ...] = ()
 
 
 def span(name: str) -> AbstractContextManager[None]:
     """A span named by its path (`"rollout/decode"`), closed and counted even when its body raises."""
-    return _Span(name, _listeners) if _listeners or _NVTX else _OFF
+    return _Span(name, _listeners) if _listeners or nvtx is not None else _OFF
 
 
 @contextmanager

@@ -18,8 +18,13 @@ def make_checkpoint(folder: Path, *files: str) -> Path:
 def synced(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The paths synced to disk, in order."""
     paths: list[Path] = []
-    sync = atomic_files._sync
-    monkeypatch.setattr(atomic_files, "_sync", lambda path: (paths.append(path), sync(path)))
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        paths.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
     return paths
 
 
@@ -59,9 +64,8 @@ def test_publish_syncs_every_file_before_the_rename(tmp_path: Path, synced: list
     publish(aside, tmp_path / "checkpoint-2")
     assert not aside.exists()
     assert (tmp_path / "checkpoint-2" / "global_step2" / "shard.pt").read_text() == "shard.pt"
-    assert {path.name for path in synced[:-1]} == {
-        "checkpoint-2", "global_step2", "shard.pt", "model.safetensors", "optimizer.pt",
-    }  # fmt: skip
+    inside = ("global_step2", "global_step2/shard.pt", "model.safetensors", "optimizer.pt")
+    assert set(synced[:-1]) == {aside, *(aside / name for name in inside)}
     assert synced[-1] == tmp_path
 
 

@@ -115,7 +115,6 @@ class FakeNvtx:
 def nvtx(monkeypatch):
     fake = FakeNvtx()
     monkeypatch.setattr(MODULE, "nvtx", fake)
-    monkeypatch.setattr(MODULE, "_NVTX", True)
     return fake
 
 

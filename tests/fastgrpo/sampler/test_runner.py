@@ -52,11 +52,8 @@ class DeviceOnly(TorchDispatchMode):
 
 @pytest.mark.parametrize("params", SETTINGS)
 @pytest.mark.parametrize("rows", [1, 8])
-def test_the_step_stays_on_a_cuda_device(
-    qwen2_vl: Any, params: SampleParams, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_step_stays_on_a_cuda_device(qwen2_vl: Any, params: SampleParams, rows: int) -> None:
     """The CUDA branch, on CUDA tensors without data."""
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     shape = DecoderShape.of(qwen2_vl.model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         runner = make_runner(Decoder(shape, torch.bfloat16, "cuda"), params)
@@ -82,9 +79,8 @@ class OpsPerLayer(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_layer_of_the_step_launches_nine_kernels(qwen2_vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_of_the_step_launches_nine_kernels(qwen2_vl: Any) -> None:
     """Eight ops, of which attention is two kernels. Found as the difference that one more layer makes."""
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     counts = []
     for layers in (1, 2):
         shape = replace(DecoderShape.of(qwen2_vl.model), layers=layers)
@@ -103,8 +99,7 @@ def test_a_layer_of_the_step_launches_nine_kernels(qwen2_vl: Any, monkeypatch: p
     }
 
 
-def test_the_watch_notices_what_it_is_there_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
+def test_the_watch_notices_what_it_is_there_for() -> None:
     with FakeTensorMode():
         x = torch.zeros(3, device="cuda")
         on_host, scalar = torch.zeros(3), torch.zeros(())
