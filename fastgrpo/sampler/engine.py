@@ -52,6 +52,14 @@ class SamplerOptions:
             raise ValueError(f"page_size={self.page_size} is not valid: use a power of two.")
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has free, with those that torch holds in reserve; None on other devices."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 class SamplerEngine:
     """`Engine` with a paged KV cache, prompts shared by their group, and its own copy of the policy's text weights."""
 
@@ -253,12 +261,11 @@ class SamplerEngine:
 
     def _within_memory(self, limits: Limits) -> Limits:
         """On a GPU, a cache of at most 0.8 of the memory that is free and will stay so."""
-        if self.decoder.device.type != "cuda":
+        free = free_memory(self.decoder.device)
+        if free is None:
             return limits
         coming = self.memory_to_come()
         if self.prefill.vision_cache is not None:
             coming += self.prefill.vision_cache.room
-        free, _ = torch.cuda.mem_get_info(self.decoder.device)
-        unused = torch.cuda.memory_reserved(self.decoder.device) - torch.cuda.memory_allocated(self.decoder.device)
         page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)
-        return replace(limits, pages=min(limits.pages, int(0.8 * max(0, free + unused - coming)) // page))
+        return replace(limits, pages=min(limits.pages, int(0.8 * max(0, free - coming)) // page))

@@ -11,8 +11,7 @@ from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.sampler.decoder import KVCache
-from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
-from fastgrpo.sampler.runner import Limits
+from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions, free_memory
 from fastgrpo.sampler.sequence import completion_seed
 from fastgrpo.types import Completion, Prompt, SamplingParams
 
@@ -22,6 +21,10 @@ DRAWN = SamplingParams(24, temperature=1.3, seed=11)
 
 def generate(engine: SamplerEngine, prompts: list[Prompt], params: SamplingParams, group: int = 2) -> dict[int, Any]:
     return {prompt.row_id: completions for prompt, completions in engine.generate(prompts, group, params, step=3)}
+
+
+def page_bytes(engine: SamplerEngine) -> int:
+    return KVCache.page_bytes(engine.decoder.shape, engine.options.page_size, engine.decoder.dtype)
 
 
 def assert_equal(ours: Completion, theirs: Completion) -> None:
@@ -260,31 +263,38 @@ def test_a_prompt_that_cannot_fit_names_the_setting(qwen2: Any) -> None:
 def test_a_prompt_that_memory_has_no_room_for_names_no_setting_that_was_left_alone(
     qwen2: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, pages = qwen2.engine(), 3
-    monkeypatch.setattr(engine, "_within_memory", lambda limits: replace(limits, pages=min(limits.pages, pages)))
+    engine = qwen2.engine()
+    free = 4 * page_bytes(engine)
+    monkeypatch.setattr("fastgrpo.sampler.engine.free_memory", lambda _: free)
     with pytest.raises(
         ValueError, match=r"memory for a KV cache of 48 tokens: row 3 .* Lower max_completion"
     ) as raised:
         generate(engine, list(qwen2.prompts.values()), DRAWN)
     assert "max_cache_tokens" not in str(raised.value)
     assert len(generate(engine, [qwen2.prompts["5 tokens"]], DRAWN)) == 1
-    pages = 10**6
+    free = 2**30
     assert len(generate(engine, list(qwen2.prompts.values()), DRAWN)) == 4, "memory has become free"
 
 
 def test_the_cache_leaves_memory_to_what_is_still_to_come(qwen2_vl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What training says will come, and features of pictures; on a pretended GPU."""
+    """What training says will come, and features of pictures."""
     cache = VisionCache(vision_tower(qwen2_vl.model), 2**20)
     options = {"vision_cache": cache, "memory_to_come": lambda: 5_000_000}
     engine = SamplerEngine(qwen2_vl.model, qwen2_vl.processing.tokenizer, **options)
-    engine.decoder.device = torch.device("cuda")
+    engine.sync()
+    free = 5_000_000 + cache.room + 25 * page_bytes(engine)
+    monkeypatch.setattr("fastgrpo.sampler.engine.free_memory", lambda _: free)
+    generate(engine, list(qwen2_vl.prompts.values()), DRAWN)
+    assert engine.runner.limits.pages == 20
+    assert engine.served.pages > 20
+
+
+def test_free_memory_counts_what_torch_holds_in_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**24, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 3000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
-    page = KVCache.page_bytes(engine.decoder.shape, 16, torch.float32)
-    limits = Limits(8, 3, 4, 3, 33, pages=10**6)
-    assert engine._within_memory(limits).pages == int(0.8 * (2**24 + 2000 - 5_000_000 - cache.room)) // page
-    assert engine._within_memory(replace(limits, pages=5)).pages == 5
+    assert free_memory(torch.device("cuda")) == 2**24 + 2000
+    assert free_memory(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
