@@ -1,1 +1,1 @@
-"""The model, as sampler and update both need it: loading, families, the vision tower, ZeRO-3."""
+"""What sampler and update share about the model: loading, families, the vision tower, ZeRO-3."""

@@ -1,4 +1,4 @@
-"""Folders of adapters, as training with `use_peft` leaves them: which model they belong to."""
+"""Finds the model that a folder of adapters (saved with `use_peft`) belongs to."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 
 def adapter_base(name_or_path: str) -> str | None:
-    """The model that the adapters in a folder or hub repository were trained on; None where there are no adapters.
+    """The base model of the adapters in a folder or hub repository; None if it holds no adapters.
 
     Raises:
         ValueError: an adapter_config.json that is no JSON or names no base.
@@ -28,7 +28,7 @@ def adapter_base(name_or_path: str) -> str | None:
 
 
 def processing_source(name_or_path: str) -> str:
-    """Where a model's tokenizer and image processor are: with the adapters, if both were saved there, else their base.
+    """Where to load a model's tokenizer and image processor: beside the adapters if both are there, else the base.
 
     Args:
         name_or_path: a folder or hub id, of a model or of adapters.
@@ -43,8 +43,8 @@ def processing_source(name_or_path: str) -> str:
 def _file_on_hub(name: str) -> Path | None:
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return None  # a whole model, downloaded before: the hub need not be asked
+            return None  # a whole model, already downloaded: no need to ask the hub
         file = find_adapter_config_file(name)
     except (OSError, ValueError):
-        return None  # whoever loads the model says what is wrong with its name
+        return None  # loading the model reports what is wrong with the name
     return None if file is None else Path(file)

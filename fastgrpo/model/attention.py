@@ -3,9 +3,9 @@
 Every backend is a pair of functions over flat tokens, one signature for all:
 forward(q, k, v, segments, causal, scale) → out, lse; backward(grad_out, q, k, v, out, lse, segments, causal, scale) →
 dq, dk, dv. q [Tq, H, D], k and v [Tk, Hkv, D] with H a multiple of Hkv, lse [H, Tq]. The backward takes the output and
-log-sum-exp of the *whole* softmax, of which these keys may be a part: P = exp(q k scale − lse), and the row sum of
-dO · O stands for the whole, too. So attentions over parts of the keys merge exactly, which autograd through a backend's
-log-sum-exp would not give.
+log-sum-exp of the *whole* softmax, even if these keys are only part of it: P = exp(q k scale − lse), and the row sum
+of dO · O is the whole one too. So attentions over parts of the keys merge exactly; autograd through a backend's
+log-sum-exp would be wrong.
 """
 
 import functools
@@ -55,7 +55,7 @@ class Backward(Protocol):
 
 
 class Backend(NamedTuple):
-    """A way to compute attention."""
+    """An implementation of attention."""
 
     name: str
     forward: Forward
@@ -149,7 +149,7 @@ def named_backend(name: str) -> Backend:
 
 
 class _Tile(NamedTuple):
-    """Consecutive segments, padded on the right to the longest: a causal query never sees a padded key."""
+    """Consecutive segments, right-padded to the longest, so that a causal query never sees padding."""
 
     q: slice
     k: slice
@@ -162,7 +162,7 @@ class _Tile(NamedTuple):
         return pad_sequence(flat.split(self.lengths), batch_first=True).transpose(1, 2)
 
     def flatten(self, padded: Tensor) -> Tensor:
-        """The other way round."""
+        """[n, H, L, D] back to [tokens, H, D]."""
         rows = padded.transpose(1, 2)
         if min(self.lengths) == max(self.lengths):
             return rows.flatten(0, 1)
@@ -209,9 +209,9 @@ def _tiled_backward(
     causal: bool,
     scale: float,
 ) -> Gradients:
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # keys that no query sees get 0
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)  # stays 0 for keys that no query sees
     for tile in _tiles(segments, causal):
-        # Padding is 0 in all of these, so padded rows have P = 1, but nothing to spread: dO = O = 0.
+        # All of these are padded with 0. Padded rows have P = 1 but add nothing, since dO = O = 0.
         tile_grad, tile_q, tile_out = (tile.pad(tensor[tile.q]) for tensor in (grad_out, q, out))
         tile_lse = tile.pad(lse[:, tile.q].T[..., None])[..., 0]
         gradients = dense(
@@ -291,7 +291,7 @@ def _per_query_head(kv: Tensor, q: Tensor) -> Tensor:
 def _varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """torch's flash attention. Its public `torch.nn.attention.varlen` hides the backward, hence the operators."""
+    """torch's flash attention, by its operators, since the public `torch.nn.attention.varlen` hides the backward."""
     out: Tensor
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, causal, False, scale=scale
@@ -310,7 +310,7 @@ def _varlen_backward(
     causal: bool,
     scale: float,
 ) -> Gradients:
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # for dropout, which is off
     unused = torch.empty(0, device=q.device)
     bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     gradients: Gradients = torch.ops.aten._flash_attention_backward(
@@ -322,7 +322,7 @@ def _varlen_backward(
 def _flash_attn_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """flash-attn 2.8's own functions. Written from its interface and never run yet, so only taken when forced."""
+    """flash-attn 2.8's own functions. Written against its interface and never run, so only used when forced."""
     interface = importlib.import_module("flash_attn.flash_attn_interface")
     bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     out: Tensor

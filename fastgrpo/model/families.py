@@ -1,4 +1,4 @@
-"""Model families: what differs from one to the next, one record each, and where things are in any model."""
+"""Model families, one record each, and access to the parts of any model."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """What the project knows of a family of models. Of a family not in `FAMILIES` text trains, pictures do not."""
+    """What differs between families of models. A family not in `FAMILIES` trains on text only."""
 
     name: str
     model_types: tuple[str, ...]
     """`config.model_type` of its models."""
     image_token: str | None = None
-    """Placeholder of one merged patch in a prompt's text; None: we do not know how to place its pictures, if any."""
+    """Placeholder of one merged patch in a prompt's text; None: pictures are not supported."""
     image_markers: tuple[str, str] = ("", "")
-    """What stands before and behind a picture's placeholders."""
+    """Tokens before and after a picture's placeholders."""
     mrope_sections: tuple[int, int, int] | None = None
-    """Where `rope_parameters` names no `mrope_section`, the one that transformers assumes; None for 1-D positions."""
+    """transformers' default if `rope_parameters` has no `mrope_section`; None for 1-D positions."""
     has_packed_decoder: bool = False
-    """Whether the sampler's own decoder computes its text layers."""
+    """Whether the sampler's own decoder supports its text layers."""
     cached_tower: str | None = None
-    """`vision_config.model_type` of a tower whose one output is its merger's, a row for each image token: what stands
-    in front of the merger can be cached."""
+    """`vision_config.model_type` of a tower whose only output is its merger's, one row per image token, so that the
+    merger's input can be cached."""
 
     @property
     def image_place(self) -> str:
-        """A whole picture in a prompt's text, its placeholder not yet repeated; "" where we cannot place pictures."""
+        """A picture in a prompt's text, its placeholder not yet repeated; "" if pictures are not supported."""
         return "" if self.image_token is None else self.image_token.join(self.image_markers)
 
 
@@ -53,14 +53,14 @@ QWEN3_5 = replace(QWEN3_VL, name="Qwen3.5", model_types=("qwen3_5", "qwen3_5_moe
 FAMILIES = (QWEN2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
 
 VISION_TOWERS = ("visual", "vision_tower", "vision_model")
-"""Names under which models keep their vision tower."""
+"""Attribute names of vision towers."""
 
 PICTURE_TOKENS = ("image_token_id", "image_token_index", "video_token_id")
-"""Names under which configs keep the ids of placeholders."""
+"""Config names of placeholder ids."""
 
 
 def family_of(config: Any) -> Family:
-    """The family of a model with this transformers config; one without pictures, called by its type, if unknown."""
+    """The family of a model with this transformers config; if unknown, a text-only one named by its type."""
     kind = config.model_type
     return next((family for family in FAMILIES if kind in family.model_types), Family(kind, (kind,)))
 
@@ -90,15 +90,15 @@ def is_multimodal(model: Any) -> bool:
 
 
 def mrope_sections(model: Any) -> tuple[int, ...] | None:
-    """Frequencies that rotate by each of the axes time, height, width; None for a model with 1-D positions."""
+    """How many frequencies rotate by time, height and width; None for a model with 1-D positions."""
     config = base_model(model).config
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return tuple(rope.get("mrope_section") or ()) or family_of(config).mrope_sections
 
 
 def placeholder_ids(model: Any) -> list[int]:
-    """Tokens that stand for pictures or videos: sampled, they have nothing behind them and break the next forward
-    pass."""
+    """Placeholder tokens of pictures and videos. They must not be sampled: without features, they break the next
+    forward pass."""
     config = base_model(model).config
     ids = (getattr(config, name, None) for name in PICTURE_TOKENS)
     return sorted({token for token in ids if isinstance(token, int)})

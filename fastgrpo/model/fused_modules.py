@@ -1,11 +1,10 @@
-"""Norms, activations and MLPs of transformers' models in one kernel each, for a while.
+"""Replaces norms, activations and MLPs of transformers' models by one kernel each, within a context.
 
-Which modules: by their class, in tables. A class that is not in one stays as it is, such as a norm that multiplies by
-1 + weight (Gemma), and so does a module that already has a `forward` of its own.
+Modules are chosen by class, in tables. Classes in no table stay as they are, such as a norm that multiplies by
+1 + weight (Gemma); so do modules whose instance already has its own `forward`.
 
-Under autocast in bfloat16 the norms take and give bfloat16, with their statistics in float32 inside: in layers that
-are fused as a whole the residual stream is then of bfloat16, as it is in the sampler. Under fp16, whose range it might
-leave, it stays in float32.
+Under bfloat16 autocast the norms take and return bfloat16 and compute statistics in float32. In fully fused layers the
+residual stream is then bfloat16, as in the sampler. Under fp16 it stays float32, since it might overflow.
 """
 
 import functools
@@ -41,25 +40,25 @@ QUICK_GELUS = ("QuickGELUActivation",)
 
 
 def class_of(module: Any) -> str:
-    """The name of its class if that is transformers' or torch's, else "": others may mean other things by it."""
+    """The name of its class if defined by transformers or torch, else "": the name alone would not be enough."""
     kind = type(module)
     return kind.__name__ if kind.__module__.split(".")[0] in ("transformers", "torch") else ""
 
 
 def stream_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """Of the residual stream: bfloat16 under autocast in it, else as it is."""
+    """Dtype of the residual stream: bfloat16 under bfloat16 autocast, else `dtype`."""
     is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.bfloat16 if is_on and torch.get_autocast_dtype(device_type) == torch.bfloat16 else dtype
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Around operations that are handed the dtype they shall compute in."""
+    """Turns autocast off, for operations that compute in the dtype of their inputs."""
     is_there = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if is_there else nullcontext()
 
 
 def is_known(module: Any, classes: Sequence[str]) -> bool:
-    """Whether it is of one of these classes, with its class's `forward`."""
+    """Whether it is of one of these classes and its `forward` is not replaced."""
     return class_of(module) in classes and "forward" not in vars(module)
 
 
@@ -72,10 +71,10 @@ def is_norm(module: Any) -> bool:
 
 @contextmanager
 def fused_modules(*roots: Any) -> Iterator[None]:
-    """Meanwhile the modules below these that are known compute in one kernel what takes many; None is passed over.
+    """Within this context, known modules below these roots run fused kernels; None is skipped.
 
-    Hooks run as before: `__call__` stays. A norm may then be called with a residual, or None in its place, behind its
-    input, and returns (y, input + residual).
+    `__call__` stays, so hooks run as before. A norm also accepts a residual (or None) as its second argument; it then
+    returns (y, input + residual).
     """
     modules = {module for root in roots if root is not None for module in root.modules()}
     fused = [(module, forward) for module in modules if (forward := _fused_forward(module)) is not None]
@@ -87,7 +86,7 @@ def fused_modules(*roots: Any) -> Iterator[None]:
 
 
 def log_fused(modules: Sequence[Any]) -> None:
-    """Their classes, once for each combination."""
+    """Logs their classes, once per combination."""
     if modules:
         _log(tuple(sorted({type(module).__name__ for module in modules})))
 
@@ -117,7 +116,7 @@ def _layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Any = NO_RESIDUAL) -> A
 
 
 def _normed(norm: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Any) -> Any:
-    """y, or (y, x + residual) where something stands in the residual's place, None for none."""
+    """y, or (y, x + residual) if a residual argument was passed, even None."""
     given = isinstance(residual, Tensor)
     wider = torch.promote_types(x.dtype, residual.dtype) if given and residual.dtype != x.dtype else x.dtype
     dtype = stream_dtype(wider, x.device.type)

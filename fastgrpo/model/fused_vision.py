@@ -1,4 +1,4 @@
-"""Qwen-like vision towers with fused blocks, and one variable-length attention for all pictures, for a while."""
+"""Fuses blocks of Qwen-like vision towers, with one variable-length attention for all pictures, within a context."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -31,16 +31,16 @@ ATTENTIONS = ("VisionAttention", "Qwen2_5_VLVisionAttention")
 
 
 def takes_host_grids(tower: Any) -> bool:
-    """Whether, fused, it takes its grids [pictures, 3] from the host; it then reads nothing from the device."""
+    """Whether the fused tower takes its grids [pictures, 3] from the host; it then reads nothing from the device."""
     return class_of(tower) in TOWERS
 
 
 @contextmanager
 def fused_vision(*towers: Any, backend: str = "auto") -> Iterator[None]:
-    """Meanwhile these vision towers (None is passed over) run fused kernels; others do as far as they are known.
+    """Within this context, these vision towers (None is skipped) run fused kernels where their classes are known.
 
     Args:
-        backend: of their attention, one of `config.ATTN_BACKENDS`.
+        backend: of the attention, one of `config.ATTN_BACKENDS`.
     """
     known = [tower for tower in dict.fromkeys(towers) if takes_host_grids(tower)]  # two models may be one
     blocks = [block for tower in known for block in tower.blocks]
@@ -58,12 +58,12 @@ def fused_vision(*towers: Any, backend: str = "auto") -> Iterator[None]:
 
 
 def picture_segments(lengths: Sequence[int]) -> Segments:
-    """Pictures, or windows, of so many patches each, equal neighbours together in a tile."""
+    """Segments of pictures or windows with these patch counts; equal neighbours share a tile."""
     return Segments.of(lengths, tiles=[len(list(equal)) for _, equal in groupby(lengths)])
 
 
 def _tower(tower: Any, own: Any, pixel_values: Tensor, grid_thw: Tensor, **arguments: Any) -> Any:
-    """Hands the tower what it would work out from its grids on the device, a read from it in each block."""
+    """Passes the tower what it would compute from grids on the device, reading back in every block."""
     grids = grid_thw.cpu()
     device = pixel_values.device
     segments = [picture_segments([h * w for t, h, w in grids.tolist() for _ in range(t)])]
@@ -88,7 +88,7 @@ def _attention(
     segments: tuple[Segments, ...],
     **arguments: Any,
 ) -> Any:
-    """`segments`: the one whose starts `cu_seqlens` is, and others."""
+    """`segments`: candidates; the one with starts `cu_seqlens` is used."""
     chosen = next(part for part in segments if part.cu_q is cu_seqlens)
     q, k, v = attention.qkv(hidden_states).view(len(hidden_states), 3, attention.num_heads, -1).unbind(1)
     q, k = apply_rotary(q, k, *position_embeddings)
@@ -99,7 +99,7 @@ def _attention(
 
 @functools.cache
 def _fused(kind: type) -> type:
-    """A block of this class, with sums and norms in one kernel."""
+    """A subclass of this block class that adds the residual and normalises in one kernel."""
     return type(f"Fused{kind.__name__}", (kind,), {"forward": _block})
 
 

@@ -1,8 +1,7 @@
 """Half-precision copies of linear layers' weights under autocast, made once for many passes.
 
-Autocast itself casts float32 weights in each pass, those that are frozen at each use, and the gradients of each pass
-back: as many bytes as the weights have, many times over. Here a copy is a leaf of its own, whose gradient is added to
-the weight's in one kernel.
+Autocast casts float32 weights in every pass (frozen ones at every use) and casts the gradients back, which moves all
+weights many times. Here a copy is its own leaf, and its gradient is added to the weight's in one kernel.
 """
 
 from collections.abc import Iterator
@@ -19,14 +18,14 @@ from fastgrpo.model.replaced_forward import replaced_forward
 
 @contextmanager
 def half_weights(*models: Any, trained: bool) -> Iterator[None]:
-    """Meanwhile the linear layers of these models read copies of their float32 weights, where autocast is on.
+    """Within this context, linear layers of these models use copies of their float32 weights under autocast.
 
-    Weights must not change meanwhile. Leave it before gradients are read on another thread or clipped.
+    Weights must not change inside. Leave it before gradients are read on another thread or clipped.
 
     Args:
         models: forward *and* backward passes must lie inside.
-        trained: whether parameters that take a gradient are copied, too: not where something hooks into their
-            gradients, which then come behind autograd's back (DDP, DeepSpeed).
+        trained: whether to copy trainable parameters too. Not with gradient hooks on them (DDP, DeepSpeed): their
+            gradients are added outside of autograd, so the hooks would not run.
     """
     with ExitStack() as stack:
         for module in {module for model in models for module in model.modules()}:
@@ -45,7 +44,7 @@ def _can_be_copied(parameter: Tensor, trained: bool) -> bool:
 
 
 class _Copies:
-    """Of a layer's weight and bias, made when they are first needed."""
+    """Copies of a layer's weight and bias, made at first use."""
 
     def __init__(self) -> None:
         self.made: tuple[Tensor, Tensor | None] | None = None

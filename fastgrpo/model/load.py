@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Processing:
-    """What turns text and pictures into a model's inputs."""
+    """Turns text and pictures into a model's inputs."""
 
     tokenizer: Any
     """A `PreTrainedTokenizerBase`."""
@@ -113,7 +113,7 @@ def _load_image_processor(name_or_path: str, family: Family, trust_remote_code: 
 
 
 def _processors_template(name_or_path: str) -> Any | None:
-    """The chat template that a checkpoint keeps for its processor, which wins over the tokenizer's; or None."""
+    """The chat template of a checkpoint's processor, which takes precedence over the tokenizer's; or None."""
     try:
         return ProcessorMixin.get_processor_dict(name_or_path)[0].get("chat_template")
     except OSError:
@@ -121,11 +121,11 @@ def _processors_template(name_or_path: str) -> Any | None:
 
 
 def checked_processing(tokenizer: Any, image_processor: Any, config: PretrainedConfig, source: str) -> Processing:
-    """Tokenizer and image processor, if they can be this model's; a text model's image processor is left out.
+    """Checks that tokenizer and image processor fit the model; drops the image processor of a text model.
 
     Args:
         config: the model's.
-        source: what messages call the place they come from.
+        source: where they come from, for messages.
 
     Raises:
         ValueError: an empty vocabulary, an image processor of another kind than the model's family needs, or another
@@ -152,12 +152,12 @@ def checked_processing(tokenizer: Any, image_processor: Any, config: PretrainedC
 
 def _require_vocabulary(tokenizer: Any, source: str) -> None:
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        # What transformers returns, without a word, for a folder that holds no tokenizer files.
+        # transformers returns this silently for a folder without tokenizer files.
         raise ValueError(f"{source} has no usable tokenizer: its vocabulary is empty")
 
 
 def processing_from(given: Any, config: PretrainedConfig) -> Processing:
-    """Tokenizer and image processor of what users pass as `processing_class`: a processor or a tokenizer.
+    """Tokenizer and image processor from a user's `processing_class`: a processor or a tokenizer.
 
     Raises:
         ValueError: neither, or not this model's (`checked_processing`).
@@ -280,7 +280,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Parameters of linear and convolution layers alone, which autocast would cast at every use.
+    """Casts only the parameters of linear and convolution layers, which autocast would cast at every use.
 
     A head that shares its weight with the embedding keeps it: embeddings are not cast by autocast.
     """
@@ -307,7 +307,7 @@ def _whole_weights() -> Iterator[None]:
 
 
 def load_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A checkpoint's config, from a folder or hub id; of adapters their base's.
+    """A checkpoint's config, from a folder or hub id; for adapters, their base's.
 
     Raises:
         ValueError: no such checkpoint.
@@ -334,7 +334,7 @@ def _takes_images(config: PretrainedConfig) -> bool:
 
 
 def _merge(name: str, value: Any, arguments: dict[str, Any], default: Any) -> Any:
-    """The setting's value from its own argument or from `model_init_kwargs`, taken out of the latter."""
+    """Takes a setting from its own argument or out of `model_init_kwargs`."""
     if name not in arguments:
         return default if value is None else value
     if value is not None and value != arguments[name]:

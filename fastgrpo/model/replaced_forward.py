@@ -24,9 +24,9 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
 
 @contextmanager
 def replaced_class(module: Any, kind: type) -> Iterator[None]:
-    """Meanwhile `module` is a `kind`, a subclass of its class that differs in methods alone.
+    """Within this context, `module` has class `kind`, a subclass of its own that only overrides methods.
 
-    For what wraps the `forward` of a class: transformers does, to checkpoint layers.
+    Needed where the class's `forward` is wrapped, as transformers does to checkpoint layers.
     """
     own = module.__class__
     module.__class__ = kind

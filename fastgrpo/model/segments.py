@@ -1,4 +1,4 @@
-"""Where sequences start that lie one behind the other: the layout of a variable-length attention."""
+"""Start offsets of concatenated sequences: the layout of a variable-length attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segments:
-    """One variable-length attention: sequence i of the queries sees sequence i of the keys."""
+    """One variable-length attention: query sequence i attends to key sequence i."""
 
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
@@ -19,13 +19,13 @@ class Segments:
     cu_k: Tensor
     """[n + 1] int32, likewise for the keys."""
     tiles: tuple[int, ...]
-    """How many consecutive sequences a backend without variable lengths pads together; they add up to n."""
+    """Counts of consecutive sequences that a backend without variable lengths pads together; their sum is n."""
 
     @classmethod
     def of(
         cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, tiles: Sequence[int] | None = None
     ) -> "Segments":
-        """Keys of the same lengths as the queries, and no padding, unless stated."""
+        """By default, keys have the queries' lengths and every sequence is its own tile."""
         k_lengths = q_lengths if k_lengths is None else k_lengths
         tiles = [1] * len(q_lengths) if tiles is None else tiles
         assert sum(tiles) == len(q_lengths) == len(k_lengths)
@@ -37,7 +37,7 @@ class Segments:
 
     @property
     def max_q(self) -> int:
-        """The longest query sequence; 2 at least: flash attention takes 1 for a decode step, with no empty ones."""
+        """The longest query sequence, at least 2: flash attention takes 1 for a decode step without empty sequences."""
         return max((2, *self.q_lengths))
 
     @property
@@ -52,7 +52,7 @@ def offsets(lengths: Sequence[int]) -> Tensor:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`, without waiting for it."""
+    """Copies to `device` without waiting for it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # from other memory a copy waits
+        tensor = tensor.pin_memory()  # a copy from pageable memory would wait
     return tensor.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ def vision_tower(model: Any) -> Any | None:
 
 
 def is_partitioned(tower: Any) -> bool:
-    """Whether ZeRO-3 has partitioned the weights, which all ranks must then gather together."""
+    """Whether ZeRO-3 has partitioned the weights, so that all ranks must gather them together."""
     return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
 
 

@@ -105,7 +105,7 @@ class VisionCache:
             self.bytes -= oldest.nbytes
 
     def _covers(self, tower: Any) -> bool:
-        """Whether `tower` computes what is cached; empties the cache if the weights of its own tower have changed."""
+        """Whether the cache is valid for `tower`; empties it if the weights of the cache's own tower have changed."""
         parameters = _tower_parameters(self.tower)
         if any(p.requires_grad or hasattr(p, "ds_id") for p in parameters.values()):
             return False
@@ -138,7 +138,7 @@ def _run_some(
 
 
 def _grouped(tower: Any, patches: Tensor) -> Tensor:
-    """[patches, dim] → [image tokens, merge² · dim]: stands in for the merger, one row per row of its output.
+    """[patches, dim] → [image tokens, merge² · dim]: replaces the merger, with one row per row of its output.
 
     Qwen2.5-VL's tower reorders its merger's output into the image's order; it reorders these rows in the same way.
     """

@@ -8,7 +8,7 @@ from torch import nn
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO-3 holds any of them in pieces."""
+    """Whether ZeRO-3 has partitioned any of them."""
     return any(hasattr(p, "ds_id") for p in parameters)
 
 
@@ -17,7 +17,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return nullcontext()
-    import deepspeed  # loaded already, by whoever partitioned them
+    import deepspeed  # already imported by the code that partitioned them
 
     context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(partitioned)
     return context

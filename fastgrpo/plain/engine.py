@@ -36,8 +36,8 @@ def rollout_seed(seed: int, step: int, rank: int) -> int:
 class PlainEngine:
     """`Engine` over HF `generate`: a left-padded batch that holds every prompt G times.
 
-    HF draws a batch from one random stream, so a completion depends on the batch it is in: the stream is seeded by
-    (run seed, step, rank, first prompt) instead of by completion, which keeps runs and resumed runs equal.
+    HF draws a batch from one random stream, so a completion depends on its batch. The stream is seeded by (run seed,
+    step, rank, first prompt), so that repeated and resumed runs are equal.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PlainEngine:
         max_batch: int = 64,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """`max_batch` bounds the completions of a `generate` call, `autocast` is the context it runs in."""
+        """`max_batch`: most completions of a `generate` call; `autocast`: the context it runs in."""
         self.model = model
         self.tokenizer = tokenizer
         self.rank = rank
@@ -68,7 +68,7 @@ class PlainEngine:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         for start in range(0, len(prompts), per_call):
             chunk = prompts[start : start + per_call]
-            # Never around a `yield`: whoever takes the groups may draw random numbers of their own in between.
+            # Never around a `yield`: the caller may draw random numbers between groups.
             with span("rollout/generate"), torch.random.fork_rng(devices=devices):
                 torch.manual_seed(rollout_seed(params.seed, step, self.rank) + start)
                 completions = self._generate([p for p in chunk for _ in range(num_generations)], params)
@@ -79,7 +79,7 @@ class PlainEngine:
                 )
 
     def sync(self) -> None:
-        """Nothing to take over: it draws from the policy itself."""
+        """Does nothing: this engine samples from the policy itself."""
 
     @torch.no_grad()
     def _generate(self, prompts: list[Prompt], params: SamplingParams) -> list[tuple[Any, ...]]:
@@ -118,7 +118,7 @@ class PlainEngine:
         ]
 
     def _generation_config(self, params: SamplingParams) -> GenerationConfig:
-        # Every filter is off here and stated in `_processors`, so that both log-probs can be read around them.
+        # All filters are off here; `_processors` applies them, so that log-probs are recorded before and after.
         sampled = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(
             **(sampled if params.temperature > 0 else {"do_sample": False}),

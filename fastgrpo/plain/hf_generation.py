@@ -1,4 +1,4 @@
-"""What HF `generate` lacks for rollouts: exact log-probs of what was drawn, and no settings but ours."""
+"""What HF `generate` lacks for rollouts: exact log-probs of the drawn tokens, and no settings but ours."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLog
 
 @contextmanager
 def own_defaults_off(model: nn.Module) -> Iterator[None]:
-    """Hides the model's own generation settings, with which HF fills every field that ours leave open."""
+    """Hides the model's own generation settings, from which HF would fill every field that ours leave unset."""
     holders = [m for m in model.modules() if isinstance(vars(m).get("generation_config"), GenerationConfig)]
     own = [module.generation_config for module in holders]
     for module in holders:
@@ -23,7 +23,7 @@ def own_defaults_off(model: nn.Module) -> Iterator[None]:
 
 
 class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """HF's, blind to the padding before a prompt: the padding token often is the end token."""
+    """HF's repetition penalty, ignoring the padding before a prompt: the padding token often is the end token."""
 
     def __init__(self, penalty: float, prompt_mask: Tensor) -> None:
         super().__init__(float(penalty))
@@ -36,7 +36,7 @@ class RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Notes the log-prob of every drawn token under the scores that pass by, one [B, V] matrix in memory at a time.
+    """Records the log-prob of every drawn token under the scores it is given; keeps one [B, V] matrix at a time.
 
     A processor sees step t's scores before the token is drawn, so the token is looked up when step t + 1 calls.
     """

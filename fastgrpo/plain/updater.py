@@ -45,7 +45,7 @@ class PlainUpdater:
         self.temperature = temperature
         self.reference_model = reference_model
         self.accumulation = GradientAccumulation(accelerator)
-        # Ranks wait for each other's gradients of the vision tower, pictures or not.
+        # Ranks wait for each other's vision gradients, even in batches without pictures.
         self._dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class PlainUpdater:
         return update_result(outputs, self._device)
 
     def _micro_batches(self, groups: Sequence[TrainingGroup]) -> list[list[tuple[Prompt, Completion]]]:
-        """The same number on every rank, empty ones behind: a collective inside a micro-batch waits for all of them."""
+        """The same number on every rank, padded with empty ones: collectives in a micro-batch wait for all ranks."""
         flat = [(group.prompt, completion) for group in groups for completion in group.completions]
         batches = [flat[i : i + self.micro_batch_size] for i in range(0, len(flat), self.micro_batch_size)]
         return batches + [[]] * (self.accumulation.most(len(batches), self._device) - len(batches))
@@ -136,7 +136,7 @@ class PlainUpdater:
 
 
 def _loss_inputs(groups: Sequence[TrainingGroup], chosen: slice, device: torch.device) -> dict[str, Any]:
-    """The arguments of `grpo_loss` for a slice of the flattened groups' completions."""
+    """Arguments of `grpo_loss` for a slice of the groups' flattened completions."""
     weights = [w for group in groups for w in group.token_weights][chosen]
     masks = [m for group in groups for m in group.masks][chosen]
     advantages = _joined([group.advantages for group in groups])[chosen]

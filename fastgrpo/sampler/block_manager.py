@@ -1,11 +1,11 @@
-"""Which pages of the KV cache are taken, and by how many sequences."""
+"""Allocates pages of the KV cache, with reference counts."""
 
 from collections import deque
 from collections.abc import Sequence
 
 
 class BlockManager:
-    """Pages with reference counts. A prompt's pages have one reference for each sequence that reads them."""
+    """Reference-counted pages. A prompt's pages have one reference for each sequence that reads them."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
@@ -19,7 +19,7 @@ class BlockManager:
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds."""
+        """Number of free pages."""
         return len(self._free)
 
     @property
@@ -27,9 +27,9 @@ class BlockManager:
         return self.num_pages - self.free
 
     def allocate(self, count: int, references: int = 1, *, last: bool = False) -> list[int]:
-        """Takes `count` free pages, to be released `references` times. The caller has seen that there are as many.
+        """Allocates `count` pages, to be released `references` times. The caller checks that so many are free.
 
-        Pages come in ascending order, the first or the `last` that are free, as long as none was released.
+        Until a page is released, pages come in ascending order, from the start or (`last`) the end of the free ones.
         """
         assert references > 0
         assert count <= self.free, f"{count} pages wanted, {self.free} are free"
@@ -41,7 +41,7 @@ class BlockManager:
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
-        """Gives up one reference to each page; a page without any is free again."""
+        """Drops one reference to each page; pages without references become free."""
         for page in pages:
             assert self.references[page] > 0, f"page {page} is released but nobody holds it"
             self.references[page] -= 1

@@ -1,4 +1,4 @@
-"""The decode step captured in CUDA graphs, one for each batch bucket."""
+"""Captures the decode step in CUDA graphs, one per batch bucket."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 class StepGraphs:
-    """Captures a bucket's step when it is first asked for; all graphs share one memory pool.
+    """Captures a bucket's step at its first use; all graphs share one memory pool.
 
-    A rollout most often starts with its largest bucket, whose memory the smaller ones then live in. Weights and buffers
-    keep their addresses: only new buffers are captured anew.
+    A rollout usually starts with its largest bucket, so smaller ones reuse its memory. Weights and buffers keep their
+    addresses, so only new buffers need a new capture.
     """
 
     def __init__(self, finished: Tensor) -> None:
-        """Rows that are `finished` [R] change nothing in a step but the spare last column of what is drawn."""
+        """`finished` [R] bool: in a step such rows only write the spare last column of the drawn tokens."""
         self.finished = finished
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
 
     def replay(self, rows: int, step: Callable[[int], None]) -> None:
         """One step of the first `rows` rows; `step(rows)` works on static buffers."""
-        # `step` is not kept: it belongs to the owner of these graphs, whose buffers a cycle would keep alive.
+        # `step` is not stored: a reference cycle with the owner of these graphs would keep its buffers alive.
         with torch.cuda.device(self.finished.device):
             if rows not in self.graphs:
                 self.graphs[rows] = self._capture(rows, step)
@@ -31,7 +31,7 @@ class StepGraphs:
 
     def _capture(self, rows: int, step: Callable[[int], None]) -> torch.cuda.CUDAGraph:
         was_finished = self.finished.clone()
-        # The steps before the capture, in which libraries are set up and kernels compiled, then move nobody.
+        # The warm-up steps below initialise libraries and compile kernels; they must not advance any row.
         self.finished.fill_(True)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -42,7 +42,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        # Other threads (a data loader's, say) may allocate meanwhile.
+        # thread_local: other threads, such as a data loader's, may allocate during the capture.
         with unrecorded(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             step(rows)
         self.finished.copy_(was_finished)

@@ -41,7 +41,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, model: Any) -> "DecoderShape":
-        """The shape of a transformers model that `unsupported` finds nothing wrong with."""
+        """The shape of a transformers model for which `unsupported` returns None."""
         config = text_model(model).config
         head, embed = base_model(model).lm_head, text_model(model).embed_tokens
         adapted = any(hasattr(module, "active_adapters") for module in (head, embed))
@@ -83,13 +83,13 @@ class KVCache(NamedTuple):
     """Paged keys and values of all layers."""
 
     keys: list[Tensor]
-    """Of each layer, [pages, page_size, Hkv, D]."""
+    """Per layer, [pages, page_size, Hkv, D]."""
     values: list[Tensor]
-    """The same."""
+    """Same shapes."""
 
     @classmethod
     def empty(cls, shape: DecoderShape, pages: int, page_size: int, dtype: torch.dtype, device: Any) -> "KVCache":
-        """A cache without anything in it."""
+        """An uninitialised cache."""
         size = (pages, page_size, shape.kv_heads, shape.head_dim)
         return cls(*([torch.empty(size, dtype=dtype, device=device) for _ in range(shape.layers)] for _ in range(2)))
 
@@ -100,7 +100,7 @@ class KVCache(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens `start` … `end` of one prompt, which follow each other in a prefill pass."""
+    """Tokens `start` … `end` of one prompt, contiguous in a prefill pass."""
 
     start: int
     end: int
@@ -109,7 +109,7 @@ class Chunk(NamedTuple):
 
 
 class Decoder:
-    """Embedding, layers and head over packed weights; no autograd, no modules, no state beside the weights."""
+    """Embedding, layers and head over packed weights; no autograd, no modules, no state but the weights."""
 
     def __init__(self, shape: DecoderShape, dtype: torch.dtype, device: Any) -> None:
         """Allocates the weights without filling them."""
@@ -174,12 +174,12 @@ class Decoder:
             hidden: [T, H], token embeddings with the pictures' features in place; overwritten.
             positions: [3, T] int64.
             slots: [T] int64.
-            chunks: one after the other along T; what comes before a chunk's start is in the cache already.
+            chunks: consecutive along T; the tokens before a chunk's start are in the cache already.
         """
         angles = positions[self.rope_axes].T.float() * self.inverse_frequencies  # [T, D / 2]
         cos, sin = self._rotary(angles)
         lengths = [chunk.end - chunk.start for chunk in chunks]
-        # Chunks with nothing of their prompt before them attend to themselves, all in one call.
+        # If every chunk starts its prompt, each attends to itself only: one call for all of them.
         whole = Segments.of(lengths).to(hidden.device) if not any(chunk.start for chunk in chunks) else None
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class Decoder:
 
         last = (torch.tensor(lengths).cumsum(0) - 1).to(hidden.device)
         for layer in range(self.shape.layers):
-            # Of the last layer, only what the first new token is drawn from.
+            # The last layer only computes the hidden states that the first new tokens are drawn from.
             kept = last if layer == self.shape.layers - 1 else None
             hidden = self._layer(layer, hidden, attend, kept)
         return hidden
@@ -202,7 +202,7 @@ class Decoder:
         """Logits [N, V] of last hidden states [N, H]."""
         hidden = self._norm(hidden, self.final_norm)
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            # In half precision a logit of 32 would be off by 0.06, and its log-prob with it.
+            # Float32: in half precision a logit of 32, and so its log-prob, is off by 0.06.
             return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
         return F.linear(hidden, self.head_weight)
 
@@ -211,8 +211,8 @@ class Decoder:
     ) -> Tensor:
         """[T, H] → [T, H], or the rows `kept` of it; adds to `hidden` in place.
 
-        In decode on a GPU nine kernels: two norms, four matrix products, attention and its merge, the activation.
-        Measured before on an H100, for 64 rows of the 2B model: 15 kernels, 96 us.
+        Decoding on a GPU takes nine kernels: two norms, four matrix products, attention and its merge, the activation.
+        An earlier version took 15 kernels and 96 us, measured on an H100 for 64 rows of the 2B model.
         """
         shape, weights = self.shape, self.layers[index]
         packed = F.linear(self._norm(hidden, weights.input_norm), weights.qkv, weights.qkv_bias).unflatten(
@@ -224,7 +224,7 @@ class Decoder:
             hidden, attended = hidden[kept], attended[kept]
         hidden.addmm_(attended, weights.out.T)
         gate, up = F.linear(self._norm(hidden, weights.post_norm), weights.gate_up).chunk(2, dim=-1)
-        # Off the GPU torch's own are faster than the reference.
+        # On CPU torch's own functions are faster than the reference.
         active = swiglu(gate, up) if hidden.is_cuda else F.silu(gate).mul_(up)
         return hidden.addmm_(active, weights.down.T)
 
@@ -282,5 +282,5 @@ def unsupported(model: Any) -> str | None:
 
 
 def _is_plain_lora(layer: Any) -> bool:
-    """Whether a layer of peft's adds W + scaling · B A and nothing else."""
+    """Whether a peft layer computes W + scaling · B A and nothing else."""
     return hasattr(layer, "lora_A") and not layer.lora_variant and not any(layer.lora_bias.values())

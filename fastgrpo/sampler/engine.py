@@ -1,4 +1,4 @@
-"""`SamplerEngine`: draws completions from weights of its own, many times faster than HF `generate`."""
+"""`SamplerEngine`: samples completions with its own copy of the weights, many times faster than HF `generate`."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -28,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SamplerOptions:
-    """How the sampler uses a machine. None of it changes what is drawn, beyond floating-point order."""
+    """How the sampler uses the machine. Affects what is drawn only through floating-point order."""
 
     max_rows: int = 256
-    """Completions that run at a time."""
+    """Most completions that run at a time."""
     max_cache_tokens: int | None = None
     """Size of the KV cache; None: what `max_rows` completions of a call may need, on a GPU within its free memory."""
     page_size: int = 16
     """Tokens of a cache page: a power of two."""
     prefill_tokens: int = 8192
-    """Most tokens of a prefill pass; longer prompts are cut."""
+    """Most tokens of a prefill pass; longer prompts are split over several passes."""
     steps_per_check: int | None = None
-    """Decode steps between two looks at who has ended; None: 16 on a GPU, 1 elsewhere, where looking costs nothing."""
+    """Decode steps between checks for finished rows; None: 16 on a GPU, 1 elsewhere, where a check costs nothing."""
     cuda_graphs: bool = True
     """Replay captured decode steps on a GPU."""
 
@@ -81,10 +81,10 @@ class SamplerEngine:
             tokenizer: for the end token and the completions' texts.
             options: how to use the machine.
             dtype: of weights and cache; None: the model's.
-            device: of weights and cache; None: where the model is now.
+            device: of weights and cache; None: the model's.
             autocast: the context that the vision tower runs in.
-            vision_cache: where to keep what a frozen vision tower sees; the policy may share it.
-            memory_to_come: bytes of the device that will be needed after the rollout: the KV cache leaves them free.
+            vision_cache: caches a frozen vision tower's features; the policy may share it.
+            memory_to_come: bytes of device memory needed after the rollout; the KV cache leaves them free.
 
         Raises:
             ValueError: a model that the decoder cannot compute.
@@ -106,18 +106,18 @@ class SamplerEngine:
         )
         self.runner: Runner | None = None
         self.served: Limits | None = None
-        """What the runner was asked to be, before memory cut its cache."""
+        """The sizes requested of the runner, before its cache was cut to fit memory."""
         self._is_synced = False
         self._is_busy = False
         self._aborted: set[int] = set()
 
     def sync(self) -> None:
-        """Takes over the policy's weights. Under ZeRO-3 all ranks must call it together."""
+        """Copies the policy's weights. Under ZeRO-3 all ranks must call it together."""
         with span("rollout/sync"):
             sync_weights(self.decoder, self.model)
             tower = vision_tower(self.model)
             if tower is not None and is_partitioned(tower):
-                # Gathering takes all ranks at once, but they see pictures at different times: they get a copy each.
+                # Gathering needs all ranks at once, but ranks encode pictures at different times: each gets a copy.
                 if self.prefill.tower is tower:
                     self.prefill.tower = empty_copy(tower, self.decoder.dtype, self.decoder.device)
                 sync_tower(self.prefill.tower, tower)
@@ -127,7 +127,7 @@ class SamplerEngine:
     def generate(
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
     ) -> Iterator[Rollout]:
-        """See `Engine.generate`; a group comes as soon as its last completion has ended.
+        """See `Engine.generate`; a group is yielded as soon as its last completion has ended.
 
         Raises:
             ValueError: a prompt with its completion does not fit the cache.
@@ -153,7 +153,7 @@ class SamplerEngine:
             for group in groups:
                 scheduler.add(group)
         except ValueError:
-            self.runner = None  # the next call looks anew at how much memory is free
+            self.runner = None  # the next call checks again how much memory is free
             raise
         self._is_busy = True
         try:
@@ -167,16 +167,16 @@ class SamplerEngine:
             self._aborted.clear()
 
     def abort(self, row_id: int) -> None:
-        """Ends a prompt's completions at the next look at the decode; call it between two groups.
+        """Ends a prompt's completions at the next check for finished rows; call it between two groups.
 
-        They come with what was drawn of them, nothing if they had not begun, and with finish reason "abort". When no
-        call is under way, there is nothing to end.
+        They are returned with the tokens drawn so far (none if they had not started) and finish reason "abort". Does
+        nothing outside of a `generate` call.
         """
         if self._is_busy:
             self._aborted.add(row_id)
 
     def _admit(self, scheduler: Scheduler, runner: Runner) -> None:
-        """Lets in who fits; where nobody does, closes ranks once that makes a step cheaper."""
+        """Admits sequences that fit; otherwise drops finished rows once a smaller step pays for the move."""
         admitted = scheduler.admit()
         if admitted:
             new = [g for g in dict.fromkeys(s.group for s in admitted) if g.first_logits is None]
@@ -192,7 +192,7 @@ class SamplerEngine:
             runner.run(min(self.options.steps_per_check or default, runner.limits.max_new_tokens))
 
     def _finish(self, scheduler: Scheduler, runner: Runner) -> Iterator[Rollout]:
-        """Takes out the sequences that have ended; yields the groups that are complete."""
+        """Removes sequences that have ended; yields the groups that are complete."""
         with span("rollout/check"):
             ended = [*self._take_aborted(scheduler, runner), *runner.ended()]
             texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
@@ -216,7 +216,7 @@ class SamplerEngine:
             yield Rollout(group.prompt, tuple(group.completions[i] for i in range(len(group.sequences))))
 
     def _take_aborted(self, scheduler: Scheduler, runner: Runner) -> list[Ended]:
-        """Stops the rows of aborted prompts; returns those of their sequences that have none yet."""
+        """Stops the rows of aborted prompts; returns their sequences that have no row yet."""
         aborted = [s for s in (*scheduler.running, *scheduler.waiting) if s.group.prompt.row_id in self._aborted]
         runner.stop([s.row for s in aborted if s.row is not None])
         none = torch.zeros(0)
@@ -228,13 +228,13 @@ class SamplerEngine:
         return "length" if len(tokens) == max_new_tokens else "abort"
 
     def _runner_for(self, groups: list[PromptGroup], params: SamplingParams) -> Runner:
-        """The runner of the last call where its buffers and settings serve, otherwise a new one."""
+        """The last call's runner if its settings match and its buffers are large enough, else a new one."""
         sampling = SampleParams(params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty)
         needed = self._limits(groups, params.max_new_tokens)
         serves = self.served is not None and self.served.cover(needed)
         if self.runner is not None and self.runner.params == sampling and serves:
             return self.runner
-        self.runner = None  # its memory goes before the next one's is taken
+        self.runner = None  # free its memory before allocating the next one's
         self.served = needed
         self.runner = Runner(
             self.decoder,
@@ -250,7 +250,7 @@ class SamplerEngine:
     def _limits(self, groups: list[PromptGroup], max_new_tokens: int) -> Limits:
         size = self.options.page_size
         rows = min(self.options.max_rows, sum(len(group.sequences) for group in groups))
-        # To the next power of two, so that the next call's prompts, a little longer, find room as well.
+        # Rounded up to a power of two, so that slightly longer prompts of the next call fit as well.
         prefix_pages = 1 << (-(-max(group.length for group in groups) // size) - 1).bit_length()
         suffix_pages = -(-(max_new_tokens - 1) // size)
         together = min(rows, len(groups))
@@ -260,7 +260,7 @@ class SamplerEngine:
         return Limits(rows, together, prefix_pages, suffix_pages, max_new_tokens, pages)
 
     def _within_memory(self, limits: Limits) -> Limits:
-        """On a GPU, a cache of at most 0.8 of the memory that is free and will stay so."""
+        """On a GPU, limits the cache to 0.8 of the memory that is free and is not needed after the rollout."""
         free = free_memory(self.decoder.device)
         if free is None:
             return limits

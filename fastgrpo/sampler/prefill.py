@@ -1,4 +1,4 @@
-"""Prompts into the KV cache, once for all completions of a group, a bounded number of tokens at a time."""
+"""Prefills prompts into the KV cache: once per group, a bounded number of tokens at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 def plan_passes(groups: Sequence[PromptGroup], max_tokens: int) -> Iterator[list[Piece]]:
-    """Passes of at most `max_tokens` tokens each; a prompt that does not fit what is left of one is cut in pieces."""
+    """Passes of at most `max_tokens` tokens; a prompt that exceeds what is left of a pass is split over passes."""
     pieces: list[Piece] = []
     room = max_tokens
     for group in groups:
@@ -54,7 +54,7 @@ class Prefill:
         autocast: Callable[[], AbstractContextManager[Any]],
         vision_cache: VisionCache | None,
     ) -> None:
-        """`image_token`: a picture's placeholder; `max_tokens` bounds a pass; the tower runs in `autocast`."""
+        """`image_token`: a picture's placeholder; `max_tokens`: of a pass; `autocast`: context of the tower."""
         self.decoder = decoder
         self.tower = tower
         self.image_token = image_token
@@ -64,7 +64,7 @@ class Prefill:
 
     def run(self, groups: Sequence[PromptGroup], cache: KVCache, page_size: int) -> None:
         """Fills the pages of the groups' prompts and sets their `first_logits`."""
-        embedded: dict[int, Tensor] = {}  # [P, H] of each prompt that has begun and not ended
+        embedded: dict[int, Tensor] = {}  # [P, H] of each prompt that is partly prefilled
         for pieces in plan_passes(groups, self.max_tokens):
             new = [piece.group for piece in pieces if piece.start == 0]
             embedded |= {id(group): rows for group, rows in zip(new, self._embed(new), strict=True)}

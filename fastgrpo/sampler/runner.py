@@ -1,7 +1,7 @@
-"""Decode over static buffers: one step draws a token for every row and moves every row on by one.
+"""Decodes over static buffers: one step draws one token for every row.
 
-The step reads and writes tensors that were allocated before and never looks at a value, so that on CUDA it is captured
-in a graph and replayed many times between two looks of the host. Elsewhere the same function runs eagerly.
+The step works on preallocated tensors and reads no value on the host, so on CUDA it is captured in a graph and replayed
+many times between two checks by the host. Elsewhere the same function runs eagerly.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ class Limits:
     """Sizes of the buffers."""
 
     rows: int
-    """R: sequences that run at a time."""
+    """R: most sequences that run at a time."""
     groups: int
     """P: prompts they belong to."""
     prefix_pages: int
@@ -37,14 +37,14 @@ class Limits:
     """Pages of the whole cache."""
 
     def cover(self, other: "Limits") -> bool:
-        """Whether buffers of these sizes serve where `other` is needed."""
+        """Whether buffers of these sizes are large enough for `other`."""
         exact = self.max_new_tokens == other.max_new_tokens
         return exact and all(getattr(self, f.name) >= getattr(other, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
 class RowState:
-    """What the decode step knows of each row. Rows without a sequence count as finished."""
+    """The decode step's state per row. Rows without a sequence count as finished."""
 
     tokens: Tensor
     """[R] int64: the last token drawn."""
@@ -67,11 +67,11 @@ class RowState:
     sampling_logprobs: Tensor
     """[R, C + 1] float32"""
     seen: Tensor | None
-    """[R, V] bool: tokens that the repetition penalty is for; None without one."""
+    """[R, V] bool: tokens that the repetition penalty applies to; None without one."""
 
     @classmethod
     def empty(cls, limits: Limits, seen: int, device: torch.device) -> "RowState":
-        """Rows without sequences; `seen` is the vocabulary's size, or 0 where nothing needs to be noted."""
+        """Rows without sequences; `seen` is the vocabulary's size, or 0 without a repetition penalty."""
         rows, columns = limits.rows, limits.max_new_tokens + 1
 
         def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -98,7 +98,7 @@ class RowState:
         return RowState(**views)
 
     def permute(self, rows: Tensor) -> None:
-        """Moves rows [n] to the first n places; what the host writes anew is left out."""
+        """Moves `rows` [n] to the first n places, except for the fields that the host rewrites."""
         for buffer in (
             self.tokens,
             self.counters,
@@ -113,7 +113,7 @@ class RowState:
 
 
 class Ended(NamedTuple):
-    """A sequence that drew its last token; on the host."""
+    """A sequence that has ended, its tensors on the host."""
 
     sequence: Sequence
     tokens: Tensor
@@ -155,13 +155,13 @@ class Runner:
             self.suppressed.index_fill_(0, torch.tensor(list(suppressed), device=device), True)
         self.graphs = StepGraphs(self.state.finished) if cuda_graphs else None
         self.rows: list[Sequence] = []
-        """Which sequence each row holds, ended ones included until the next `arrange`."""
+        """The sequence in each row; ended ones stay until the next `arrange`."""
 
     # The step
 
     @torch.inference_mode()
     def run(self, steps: int) -> None:
-        """Draws `steps` more tokens for every row; a row that ends on the way stands still."""
+        """Draws `steps` more tokens for every row; a row that ends in between draws no more."""
         count = len(self.rows) if self.graphs is None else self.bucket(len(self.rows))
         for _ in range(steps):
             if self.graphs is None:
@@ -170,10 +170,10 @@ class Runner:
                 self.graphs.replay(count, self.step)
 
     def step(self, rows: int) -> None:
-        """One token for each of the first `rows` rows. No value is read on the host, no shape depends on one."""
+        """Draws one token for each of the first `rows` rows. Reads no value on the host; no shape depends on one."""
         state = self.state.part(0, rows)
         active = state.finished.logical_not()
-        # Tokens of its own that a row has in the cache; finished rows may be past the end of their table.
+        # Each row's own tokens in the cache. Clamped, since finished rows may be past the end of their table.
         cached = (state.counters - 1).clamp_(0, max(0, self.limits.max_new_tokens - 2))
         pages = state.suffix_tables.gather(1, (cached // self.page_size).unsqueeze(1)).squeeze(1)
         slots = torch.where(active, pages * self.page_size + cached % self.page_size, -1)
@@ -189,7 +189,7 @@ class Runner:
         self._draw(logits, state, active)
 
     def _draw(self, logits: Tensor, state: RowState, active: Tensor) -> None:
-        """Draws from logits [B, V], notes tokens and log-probs, and who has ended."""
+        """Draws from logits [B, V]; stores tokens, log-probs and which rows have ended."""
         with span("rollout/sample"):  # in a replayed graph, part of `rollout/decode`
             output = sample(
                 logits,
@@ -214,19 +214,19 @@ class Runner:
     # Between steps
 
     def bucket(self, rows: int) -> int:
-        """How many rows a step is run for: the next power of two, where steps are captured in graphs."""
+        """Rows that a step runs for; with CUDA graphs, the next power of two."""
         if self.graphs is None:
             return rows
         return min(1 << (rows - 1).bit_length(), self.limits.rows) if rows else 0
 
     def is_sparse(self, running: int) -> bool:
-        """Whether so many rows of those in use have ended that a step without them is worth the move."""
+        """Whether enough rows have ended that dropping them pays for moving the others."""
         if self.graphs is None:
             return 8 * running <= 7 * len(self.rows)
         return self.bucket(running) < self.bucket(len(self.rows))
 
     def arrange(self, running: list[Sequence]) -> None:
-        """Gives the sequences rows in their order, those of a prompt side by side; new ones must come last.
+        """Assigns rows to the sequences, in order; a prompt's must be adjacent, new ones must come last.
 
         New sequences draw their first token from their group's `first_logits`.
         """
@@ -243,7 +243,7 @@ class Runner:
             self._draw_first(len(old))
 
     def _write_tables(self, running: list[Sequence], previous: int) -> None:
-        """What the host knows of each row; rows that were in use before and no more become idle."""
+        """Writes the per-row fields that the host sets; rows no longer in use become idle."""
         count, groups = len(running), list(dict.fromkeys(sequence.group for sequence in running))
         state, place = self.state, {id(group): i for i, group in enumerate(groups)}
         idle = state.part(count, max(count, previous))
@@ -281,12 +281,12 @@ class Runner:
         self._draw(torch.cat(logits), state, state.finished.logical_not())
 
     def stop(self, rows: list[int]) -> None:
-        """These rows count as ended, with the tokens they have."""
+        """Ends these rows with the tokens they have."""
         if rows:
             self.state.finished[self._to_device(rows, torch.int64)] = True
 
     def ended(self) -> list["Ended"]:
-        """Looks which rows have ended since the last look. Waits for the device."""
+        """The sequences that have ended since the last call. Waits for the device."""
         state = self.state.part(0, len(self.rows))
         lengths = torch.where(state.finished, state.counters, 0).tolist()
         rows = [row for row, length in enumerate(lengths) if length and self.rows[row].row is not None]

@@ -1,8 +1,8 @@
-"""Which sequences run: first come, first served, as far as rows and cache pages go.
+"""Decides which sequences run: first come, first served, within the limits of rows and cache pages.
 
-A sequence is admitted with pages for the longest completion it may become. So whatever runs can always finish: there is
-no preemption, and no sequence is ever computed twice. The price is rows: pages wait unused behind completions that end
-early. A group is admitted in part where all of it does not fit.
+A sequence is admitted with pages for the longest possible completion. So every running sequence can finish: there is no
+preemption, and nothing is computed twice. The price: pages reserved for completions that end early stay unused, so
+fewer rows run. If a group does not fit whole, part of it is admitted.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from fastgrpo.sampler.sequence import PromptGroup, Sequence
 
 
 class Scheduler:
-    """Admits waiting sequences and takes back the pages of those that end."""
+    """Admits waiting sequences and releases the pages of those that end."""
 
     def __init__(
         self,
@@ -25,17 +25,17 @@ class Scheduler:
     ) -> None:
         """At most `max_rows` sequences of at most `max_groups` prompts run at a time.
 
-        `short_of_memory`: the cache is as small as it is for want of memory, not because a setting says so.
+        `short_of_memory`: the cache's size was limited by free memory, not by a setting.
         """
         self.blocks = blocks
         self.short_of_memory = short_of_memory
         self.max_rows = max_rows
         self.max_groups = max_groups
-        # The last token drawn is never read back, so it needs no place.
+        # The last token drawn is never attended to, so it needs no slot.
         self.suffix_pages = blocks.pages_for(max_new_tokens - 1)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In order of admission, hence the sequences of a prompt side by side."""
+        """In order of admission, so a prompt's sequences are adjacent."""
 
     def add(self, group: PromptGroup) -> None:
         """Puts a group's sequences at the end of the queue.
@@ -68,7 +68,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def admit(self) -> list[Sequence]:
-        """Moves to `running` what now fits, with pages; the queue's order is kept."""
+        """Moves sequences that now fit to `running`, in the queue's order, and allocates their pages."""
         admitted: list[Sequence] = []
         groups = {id(sequence.group) for sequence in self.running}
         while self.waiting and self._fits(self.waiting[0].group, groups):
@@ -77,7 +77,7 @@ class Scheduler:
             if not group.pages:
                 count = self.blocks.pages_for(group.length)
                 group.pages = self.blocks.allocate(count, references=group.unfinished, last=True)
-            # From the other end: sequences side by side get pages side by side, which a CPU reads in place.
+            # From the other end: adjacent sequences get adjacent pages, which a CPU reads without copying.
             sequence.pages = self.blocks.allocate(self.suffix_pages)
             groups.add(id(group))
             self.running.append(sequence)
@@ -85,7 +85,7 @@ class Scheduler:
         return admitted
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes back a sequence's pages; it has ended or is aborted, running or still waiting."""
+        """Removes a running or waiting sequence that has ended or was aborted, and releases its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:

@@ -1,4 +1,4 @@
-"""What the sampler knows of a prompt under way and of each of its completions."""
+"""The sampler's state of a prompt and of each of its completions."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ def completion_seed(seed: int, step: int, row_id: int, index: int) -> int:
 
 @dataclass(eq=False)
 class Sequence:
-    """One completion on its way."""
+    """One completion being sampled."""
 
     group: "PromptGroup"
     index: int
     """0..G-1 within its group."""
     seed: int
     pages: list[int] = field(default_factory=list)
-    """Cache pages of its own tokens, enough for the longest completion; empty before admission and after the end."""
+    """Cache pages of its own tokens, enough for the longest completion; empty unless it runs."""
     row: int | None = None
     """Its row in the decode buffers, once it has one."""
 
@@ -35,13 +35,13 @@ class PromptGroup:
     prompt: Prompt
     sequences: list[Sequence] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    """Cache pages of the prompt, one reference to them for each unfinished sequence; empty before admission."""
+    """Cache pages of the prompt, with one reference per unfinished sequence; empty before admission."""
     first_logits: Tensor | None = None
-    """[1, V] logits of the first new token, of which every completion draws; None before the prefill."""
+    """[1, V] logits from which every completion draws its first token; None before the prefill."""
     unfinished: int = 0
     """Sequences that have neither ended nor been aborted."""
     completions: dict[int, Completion] = field(default_factory=dict)
-    """Those of the sequences that ended, by index."""
+    """Completions that have ended, by index."""
 
     @classmethod
     def of(cls, prompt: Prompt, size: int, *, seed: int, step: int) -> "PromptGroup":

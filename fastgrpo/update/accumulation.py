@@ -1,4 +1,4 @@
-"""Many micro-batches, one optimizer step: what DDP and DeepSpeed want around them, whatever the policy."""
+"""Gradient accumulation: many micro-batches, one optimizer step, on one process, DDP or DeepSpeed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +15,7 @@ from fastgrpo.update.sums import combine, sampling_mismatch
 
 
 class GradientAccumulation:
-    """Adds gradients up over micro-batches, and has processes exchange them in the last one alone.
+    """Accumulates gradients over micro-batches; processes exchange them in the last one only.
 
     Methods take the model as the trainer wraps it: plain, in DDP, or a DeepSpeed engine.
     """
@@ -27,8 +27,8 @@ class GradientAccumulation:
             accelerator.scaler = GradScaler.like(accelerator.scaler, accelerator.device)
 
     def most(self, count: int, device: torch.device) -> int:
-        """The largest `count` of any process: so many micro-batches must each of them run, since those that a
-        collective is in wait for all. Every process must call it."""
+        """The largest `count` of any process. Each must run that many micro-batches, since collectives inside them
+        wait for all processes. Every process must call it."""
         if self.ranks == 1:
             return count
         counts = torch.tensor(count, device=device)
@@ -36,7 +36,7 @@ class GradientAccumulation:
         return int(counts)
 
     def micro_batch(self, model: Any, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Goes around a micro-batch's forward and backward pass."""
+        """Context of a micro-batch's forward and backward pass."""
         if is_deepspeed(model):
             model.set_gradient_accumulation_boundary(is_last)
         elif self.accelerator is not None and not is_last:
@@ -45,8 +45,8 @@ class GradientAccumulation:
         return nullcontext()
 
     def backward(self, model: Any, loss: Tensor) -> None:
-        """The gradients of a micro-batch's share of the loss of all processes."""
-        if not loss.requires_grad:  # text alone on a model of which only the vision tower trains
+        """Adds the gradients of a micro-batch; `loss` is its share of the loss over all processes."""
+        if not loss.requires_grad:  # a batch of text only, and only the vision tower trains
             return
         if self.accelerator is None:
             loss.backward()
@@ -58,17 +58,17 @@ class GradientAccumulation:
             self.accelerator.backward(loss * self.ranks)
 
     def step(self, model: Any) -> None:
-        """Behind the last micro-batch: DeepSpeed steps here, and the caller's `optimizer.step()` then does nothing."""
+        """Call after the last micro-batch: DeepSpeed steps here; the caller's `optimizer.step()` then does nothing."""
         if is_deepspeed(model):
             model.step()
 
 
 class GradScaler(torch.amp.GradScaler):
-    """For fp16: torch's own takes a step without any gradient for a mistake; here it moves nothing, as elsewhere."""
+    """For fp16: torch's own raises if no parameter has a gradient; this one then skips the update."""
 
     @classmethod
     def like(cls, scaler: torch.amp.GradScaler, device: torch.device) -> "GradScaler":
-        """With the settings of `scaler`, ready for a first step that has no gradients."""
+        """A scaler with the settings of `scaler`, initialised even if the first step has no gradients."""
         own = cls(device.type, enabled=scaler.is_enabled())
         if scaler.is_enabled():
             own.load_state_dict(scaler.state_dict())
@@ -78,7 +78,7 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        # By device: whether a gradient was not finite. Without gradients none was.
+        # Per device, whether a gradient was not finite. Without gradients, none was.
         return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16) or {found_inf.device: found_inf}
 
 
@@ -89,7 +89,7 @@ def is_deepspeed(model: Any) -> bool:
 
 @contextmanager
 def frozen_reference(model: Any, reference_model: Any | None) -> Iterator[Any]:
-    """The reference of the KL term: `reference_model`, or the model itself, meanwhile with its adapters off (peft)."""
+    """The reference of the KL term: `reference_model`, or else the model itself with its adapters off (peft)."""
     if reference_model is not None:
         yield reference_model
         return
@@ -98,7 +98,7 @@ def frozen_reference(model: Any, reference_model: Any | None) -> Iterator[Any]:
 
 
 def update_result(outputs: Sequence[tuple[LossOutput, SamplingMismatch]], device: torch.device) -> UpdateResult:
-    """What all micro-batches add up to; without any, what no completions at all give."""
+    """Combines the micro-batches' results; without any, the result of no completions."""
     if not outputs:
         none = torch.zeros(0, device=device)
         lengths = torch.zeros(1, dtype=torch.int64, device=device)

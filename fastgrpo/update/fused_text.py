@@ -1,4 +1,4 @@
-"""Decoder layers of language models with fused kernels around their shared-prefix attention, for a while."""
+"""Replaces decoder layers of language models by fused kernels and shared-prefix attention, within a context."""
 
 import functools
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ LAYERS = (
 """x + self_attn(input_layernorm(x)), then x + mlp(post_attention_layernorm(x))."""
 
 ATTENTIONS = ("Qwen2Attention", "Qwen2VLAttention", "Qwen2_5_VLAttention", "LlamaAttention", "MistralAttention")
-"""o_proj of the attention of q_proj, k_proj, v_proj, with queries and keys rotated and nothing else."""
+"""o_proj(attention(q_proj, k_proj, v_proj)) with rotary embeddings and nothing else."""
 
 
 @contextmanager
 def fused_text(*models: Any) -> Iterator[None]:
-    """Meanwhile the layers of these language models (wrapped or not) run fused kernels, as far as they are known.
+    """Within this context, layers of known classes in these language models (wrapped or not) run fused kernels.
 
-    Go around forward *and* backward passes: gradient checkpointing runs the forward again.
+    Enclose forward *and* backward passes: gradient checkpointing runs the forward again.
     """
     texts = list(dict.fromkeys(text_model(model) for model in models))  # two models may be one
     layers = [layer for text in texts for layer in text.layers if class_of(layer) in LAYERS]
@@ -67,7 +67,7 @@ def _attention(
     shared_prefix: SharedPrefix,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """[1, T, H] → [1, T, H]; positions and masks are in the layout and in the rotary embedding."""
+    """[1, T, H] → [1, T, H]; the layout replaces masks, and `position_embeddings` positions."""
     heads = (hidden_states.shape[1], -1, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (project(hidden_states).view(heads) for project in projections)
@@ -81,7 +81,7 @@ def _attention(
 
 @functools.cache
 def _fused(kind: type) -> type:
-    """A layer of this class, with sums and norms in one kernel."""
+    """A subclass of this layer class that adds the residual and normalises in one kernel."""
     return type(f"Fused{kind.__name__}", (kind,), {"forward": _layer})
 
 

@@ -1,4 +1,4 @@
-"""The reference model of the KL term: a copy of the policy, frozen or, when asked, drawn after it (TR-DPO)."""
+"""The reference model of the KL term: a copy of the policy, frozen or (`sync_ref_model`) following it (TR-DPO)."""
 
 import copy
 import re
@@ -16,14 +16,14 @@ from fastgrpo.model.load import cast_matrices, cast_parameters, load_weights
 from fastgrpo.model.zero import gathered
 
 FOLDER = "reference"
-"""In a checkpoint, where the reference moves."""
+"""Folder in a checkpoint, written if the reference is updated."""
 
 
 def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
-    """A copy of the policy as it starts; none with beta 0, or when the policy without its adapters is just that.
+    """A copy of the initial policy; None with beta 0, or if the policy with its adapters off equals it.
 
-    A copy of a model with trained adapters shares its frozen weights; under DeepSpeed, which may partition them, it has
-    its own.
+    A copy of a model with trained adapters shares its frozen weights, but not under DeepSpeed, which may partition
+    them.
 
     Raises:
         ValueError: `sync_ref_model` or `ref_model_on_cpu` with adapters, whose reference has no weights of its own.
@@ -47,7 +47,7 @@ def copy_reference(model: Any, config: GRPOConfig) -> PreTrainedModel | None:
 
 
 def _adapters_change_nothing(model: Any) -> bool:
-    """Whether a peft model is its base model still: each LoRA's B is zero, and what trains beside them is untouched."""
+    """Whether a peft model still equals its base: every LoRA's B is zero, other trained parameters are unchanged."""
     parameters = dict(model.named_parameters(remove_duplicate=False))  # tied ones under each of their names
     for name, parameter in parameters.items():
         if "lora_B" in name or "lora_embedding_B" in name:
@@ -62,11 +62,11 @@ def _adapters_change_nothing(model: Any) -> bool:
 
 
 def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator: Accelerator) -> PreTrainedModel:
-    """Placed, autocast and, under DeepSpeed, cast as the policy is: their log-probs are compared.
+    """Gives the reference the policy's device, autocast and (DeepSpeed) dtype, so that log-probs are comparable.
 
-    Under autocast its matrices are cast for good, to what autocast would cast them to at every use: the same log-probs
-    from half the memory. A reference that moves stays in float32, since it is mixed there. With `ref_model_on_cpu` it
-    stays on the host, in its own dtype.
+    Under autocast its matrices are cast once, to the dtype autocast would use: the same log-probs in half the memory. A
+    reference that is updated stays in float32, since it is mixed there. With `ref_model_on_cpu` it stays on the host,
+    in its own dtype.
     """
     if config.ref_model_on_cpu:
         return reference.to("cpu")
@@ -74,7 +74,8 @@ def place_reference(reference: PreTrainedModel, config: GRPOConfig, accelerator:
         half = torch.bfloat16 if config.bf16 else torch.float16
         if accelerator.state.deepspeed_plugin is not None:
             cast_parameters(reference, half)
-        elif not config.sync_ref_model and not hasattr(reference, "disable_adapter"):  # which shares the policy's
+        elif not config.sync_ref_model and not hasattr(reference, "disable_adapter"):
+            # With adapters, the reference shares the policy's weights.
             cast_matrices(reference, half)
     placed: PreTrainedModel = accelerator.prepare_model(reference, evaluation_mode=True)
     return placed
@@ -87,7 +88,7 @@ def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
     Mixed in float32. Under ZeRO-3 all ranks must call it together.
     """
     for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
-        if not new.requires_grad:  # equal, and features kept of a frozen vision tower stay good
+        if not new.requires_grad:  # equal already; not writing keeps cached vision features valid
             continue
         with gathered([new]):
             old.copy_(torch.lerp(old.float(), new.to(old.device, torch.float32), alpha))
@@ -106,11 +107,11 @@ class ReferenceSync(TrainerCallback):
 
 
 def save_reference(reference: PreTrainedModel, checkpoint: Path) -> None:
-    """Writes a reference that moves: without it a resumed run would be another."""
+    """Saves a reference that is updated, so that a resumed run is the same run."""
     unwrap(reference).save_pretrained(checkpoint / FOLDER)
 
 
 def load_reference(reference: PreTrainedModel, checkpoint: Path) -> None:
-    """What `save_reference` wrote; where there is none, the reference had not moved."""
+    """Loads what `save_reference` wrote, if anything: a frozen reference is not saved."""
     if (checkpoint / FOLDER).is_dir():
         load_weights(unwrap(reference), checkpoint / FOLDER)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgrpo.config import LOSS_TYPES
 
 _SURROGATES: dict[str, Surrogate] = {"cispo": "cispo", "sapo": "sapo"}
-"""Those that are not the clipped one."""
+"""Loss types whose surrogate is not the clipped one."""
 
 
 class ObjectiveConfig(Protocol):
@@ -47,12 +47,12 @@ def sequence_weights(
     over completions of their token sums. As in TRL 1.16; every normaliser is at least 1.
 
     Args:
-        token_counts: [S] int64, this rank's completions: tokens that count (0 for a fully masked one).
+        token_counts: [S] int64, counted tokens of each completion on this rank (0 if fully masked).
         max_completion_length: used by dr_grpo.
         total_sequences: completions of the logical batch, over all ranks, fully masked ones included.
-        total_tokens: tokens that count in the logical batch, over all ranks. (Where one rollout feeds several
-            optimizer steps, TRL puts the rollout's tokens over the number of steps.)
-        micro_batch_size: bnpo's micro-batches are so many consecutive completions, whatever is packed later.
+        total_tokens: counted tokens of the logical batch, over all ranks. (If one rollout feeds several optimizer
+            steps, TRL divides the rollout's tokens by the number of steps.)
+        micro_batch_size: consecutive completions in one of bnpo's micro-batches, however they are packed later.
         total_micro_batches: their number over all ranks.
 
     Raises:
@@ -75,7 +75,7 @@ def sequence_weights(
 
 
 def loss_params(config: ObjectiveConfig) -> LossParams:
-    """The loss a config asks for.
+    """The loss parameters of a config.
 
     Raises:
         ValueError: an unknown `loss_type` or `importance_sampling_level`, or a number out of range.

@@ -1,8 +1,8 @@
-"""A transformers model on a packed batch: log-probs of its completion tokens, logits never kept.
+"""Runs a transformers model on a packed batch: log-probs of its completion tokens, without storing logits.
 
-Everything happens inside one call of the (wrapped) model, so that the hooks of DDP and DeepSpeed, ZeRO 3 among them,
-see an ordinary forward pass: transformers embeds tokens and pictures and runs the decoder; the attention is replaced
-through the layout keyword (`shared_prefix`), and the head, for the length of the call, by the fused log-prob.
+Everything happens inside one call of the (wrapped) model, so the hooks of DDP and DeepSpeed (ZeRO-3 too) see an
+ordinary forward pass. transformers embeds tokens and pictures and runs the decoder; the attention is replaced through
+the layout keyword (`shared_prefix`), and during the call the fused log-prob replaces the head.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,11 +24,11 @@ from fastgrpo.update.packing import PackedBatch
 from fastgrpo.update.shared_prefix import SharedPrefix, require_support
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of text configs that change logits behind the head."""
+"""Settings of text configs that change the head's logits."""
 
 
 def require_packed_support(model: Any) -> None:
-    """Raises a ValueError that says why a model cannot be trained on packed groups; others can."""
+    """Raises a ValueError that says why a model cannot be trained on packed groups, if so."""
     config = model.config.get_text_config()
     require_support(model)
     for name in LOGIT_CHANGES:
@@ -58,8 +58,8 @@ def packed_logprobs(
         model: a transformers model, or one wrapped in peft, DDP or a DeepSpeed engine.
         batch: on the model's device.
         attn_backend: one of `config.ATTN_BACKENDS`.
-        logprob_bytes: scratch of the head, `linear_logprob`'s byte budget; None: by what is free.
-        vision_cache: features of pictures, where the tower is frozen.
+        logprob_bytes: scratch of the head, `linear_logprob`'s byte budget; None: by free memory.
+        vision_cache: features of pictures, if the tower is frozen.
     """
     pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": _grids(model, batch)}
     options = {"temperature": temperature, "entropy": entropy}
@@ -67,7 +67,7 @@ def packed_logprobs(
         found = model(
             input_ids=batch.input_ids[None],
             attention_mask=None,
-            # Always stated: what transformers would work out may be left from the last `generate`.
+            # Always passed: transformers might otherwise reuse values of the last `generate`.
             position_ids=batch.position_ids[:, None] if mrope_sections(model) else batch.position_ids[:1],
             **(pictures if batch.pixel_values is not None else {}),
             use_cache=False,
@@ -79,12 +79,12 @@ def packed_logprobs(
 def _logprob_head(
     model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int | None
 ) -> AbstractContextManager[None]:
-    """Meanwhile the model's head answers [1, T, H] with log-probs and entropies [2, N] in the place of logits."""
+    """Within this context, the model's head maps [1, T, H] to log-probs and entropies [2, N] instead of logits."""
     head = model.get_output_embeddings()
     own_forward = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
-        # Without gradients it is part of the reference's pass, or of that for the old log-probs.
+        # Without gradients it belongs to the pass of the reference, or of the old log-probs.
         with span("update/head") if torch.is_grad_enabled() else nullcontext():
             if type(head) is nn.Linear and head.bias is None:
                 output = linear_logprob(
@@ -99,7 +99,7 @@ def _logprob_head(
 
 
 def _grids(model: Any, batch: PackedBatch) -> Tensor | None:
-    """On the host, where they are read, for a tower that needs them nowhere else."""
+    """Keeps the grids on the host for a tower that reads them only there."""
     grids = batch.image_grid_thw
     if grids is None or takes_host_grids(vision_tower(unwrap(model))):
         return grids
@@ -107,14 +107,14 @@ def _grids(model: Any, batch: PackedBatch) -> Tensor | None:
 
 
 def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) -> AbstractContextManager[None]:
-    """Meanwhile the model's vision tower takes from the cache what is there."""
+    """Within this context, the model's vision tower uses cached features."""
     if cache is None or batch.pixel_values is None:
         return nullcontext()
     return cache.serving(vision_tower(unwrap(model)), batch.image_digests)
 
 
 def dummy_image_prompt(model: Any) -> Prompt:
-    """The smallest prompt with a picture, one black patch group: it takes gradients through the vision tower.
+    """The smallest prompt with a picture (one black merged patch), to send gradients through the vision tower.
 
     Raises:
         ValueError: a vision tower that is not of the Qwen2-VL kind.

@@ -1,7 +1,7 @@
-"""Rollout groups to padding-free micro-batches: a prompt once, its completions behind it, under a token budget.
+"""Packs rollout groups into padding-free micro-batches under a token budget, each prompt once.
 
-A packed batch is one row of tokens: every prompt first, then every completion, group by group. The completions of a
-group continue the same prompt (`SharedPrefixLayout` says which), so nothing of a prompt is stored or computed twice.
+A packed batch is one row of tokens: all prompts first, then all completions, group by group. Completions of a group
+share one prompt (`SharedPrefixLayout` says which), so a prompt is stored and computed once.
 """
 
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ from fastgrpo.model.segments import Segments, moved, offsets
 from fastgrpo.types import Prompt, TrainingGroup
 
 ONE_TOKEN = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
-"""The least prompt there is, for a forward pass that nothing is read from."""
+"""The shortest prompt, for a forward pass whose output is not used."""
 
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """Which token of a packed batch sees which: three variable-length attentions over its [T] tokens."""
+    """Which token of a packed batch attends to which: three variable-length attentions over its [T] tokens."""
 
     prompt_tokens: int
-    """The first so many tokens are prompts, the others completions."""
+    """Number of prompt tokens; they come first, completions follow."""
     prompts: Segments
-    """Causal, prompts on themselves."""
+    """Causal: each prompt to itself."""
     completions: Segments
-    """Causal, completions on themselves."""
+    """Causal: each completion to itself."""
     across: Segments
-    """All completions of a group on their prompt; 0 queries for a prompt without completions."""
+    """All completions of a group to their prompt; 0 queries for a prompt without completions."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class PackedBatch:
     """A micro-batch of T input tokens, N completion tokens to predict and S completions."""
 
     input_ids: Tensor
-    """[T] int64. A completion's last token predicts nothing and is left out."""
+    """[T] int64, without each completion's last token, which predicts nothing."""
     position_ids: Tensor
     """[3, T] int64, M-RoPE; every completion restarts at max(prompt) + 1 on all axes."""
     pixel_values: Tensor | None
-    """[patches, patch_dim], each prompt's pictures once; None without pictures."""
+    """[patches, patch_dim], pictures of each prompt once; None without pictures."""
     image_grid_thw: Tensor | None
     """[images, 3] int64, on the host."""
     image_digests: tuple[bytes, ...]
-    """Of each image, `Prompt.image_digests`; of fewer where a prompt has none."""
+    """`Prompt.image_digests` of all prompts; fewer than images if a prompt has none."""
     layout: SharedPrefixLayout
     rows: Tensor
-    """[N] int64, the input token whose hidden state predicts each completion token; first tokens share a row."""
+    """[N] int64, the input token whose hidden state predicts each completion token; a group's first tokens share it."""
     targets: Tensor
     """[N] int64."""
     weights: Tensor
@@ -65,7 +65,7 @@ class PackedBatch:
     old_logprobs: Tensor | None
     """[N] float32, or None."""
     owners: tuple[tuple[int, int], ...]
-    """Of each completion: index of its group in what was packed, and its index in the group."""
+    """Per completion: the index of its group among the packed ones, and its index in the group."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """A copy whose tensors, but for the grids, are on `device`."""
@@ -77,7 +77,7 @@ class PackedBatch:
 
 
 class _Piece(NamedTuple):
-    """A group, or a part of one that alone exceeds the budget."""
+    """A group, or part of a group that exceeds the budget."""
 
     group: int
     completions: tuple[int, ...]
@@ -87,7 +87,7 @@ class _Piece(NamedTuple):
 def contributes(group: TrainingGroup, index: int, beta: float) -> bool:
     """Whether a completion can have a gradient: some token counts, and with beta 0 the advantage is not 0.
 
-    Exact, for every surrogate: each is proportional to the advantage, and masked-out tokens are in no term at all.
+    Exact for every surrogate: each is proportional to the advantage, and masked-out tokens enter no term.
     """
     if not bool(group.masks[index].any()):
         return False
@@ -101,19 +101,19 @@ def pack(
     skip_beta: float | None = None,
     dummy_image: Prompt | None = None,
 ) -> list[PackedBatch]:
-    """Groups to micro-batches of at most `token_budget` input tokens, first fit by decreasing size.
+    """Packs groups into micro-batches of at most `token_budget` input tokens, first fit by decreasing size.
 
-    A group stays whole unless it alone exceeds the budget: then it is cut between completions and its prompt comes
-    again with each part. A prompt with a single completion is never cut, however long. Deterministic, and what an
-    optimizer step adds up to does not depend on the budget.
+    A group that exceeds the budget alone is split between completions, and its prompt is repeated in each part. A
+    prompt with one completion is never split, however long. Deterministic; the sum over an optimizer step does not
+    depend on the budget.
 
     Args:
-        groups: their tensors are read on the host; on a GPU that waits for it.
+        groups: their tensors are read on the host; with tensors on a GPU this waits for it.
         token_budget: input tokens of a micro-batch, prompts counted once.
         skip_beta: with the objective's beta, leaves out completions that cannot contribute to the gradient (see
             `contributes`) and prompts that keep none; None keeps all.
-        dummy_image: a prompt that joins every micro-batch without pictures, and that nothing reads: where ranks wait
-            for each other's gradients, all of them must run the vision tower.
+        dummy_image: a prompt added to every micro-batch without pictures, its output unused: if ranks wait for each
+            other's gradients, all must run the vision tower.
 
     Raises:
         ValueError: `token_budget` is not positive.
@@ -138,7 +138,7 @@ def pack(
 
 
 def idle_batch(dummy_image: Prompt | None) -> PackedBatch:
-    """A micro-batch of weight zero, for a rank that has fewer of them than others."""
+    """A micro-batch of weight zero, for a rank that has fewer than others."""
     one = torch.zeros(1)
     batch = _collate([], [], dummy_image or ONE_TOKEN)
     token = torch.zeros(1, dtype=torch.int64)

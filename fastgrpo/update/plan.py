@@ -11,7 +11,7 @@ from fastgrpo.update.objective import sequence_weights
 
 
 def token_masks(groups: Sequence[ScoredRollout], config: GRPOConfig) -> list[Tensor]:
-    """Per completion, [C] bool: the tokens that count. The end token does; truncated completions may not."""
+    """Per completion, [C] bool: counted tokens, the end token included; truncated completions may be masked out."""
 
     def mask(completion: Completion) -> Tensor:
         left_out = config.mask_truncated_completions and completion.finish_reason != "stop"

@@ -1,7 +1,7 @@
 """Attention over packed groups that share their prompts, plugged into transformers' models for the update.
 
-A prompt's tokens see themselves; a completion's see themselves and their prompt. The latter two are computed apart and
-merged by log-sum-exp, so a prompt's keys and values exist once however many completions read them.
+A prompt attends to itself; a completion to itself and to its prompt. These two are computed separately and merged by
+log-sum-exp, so a prompt's keys and values exist once, however many completions read them.
 """
 
 import math
@@ -20,15 +20,15 @@ from fastgrpo.model.attention import Backend, pick_attention
 from fastgrpo.update.packing import SharedPrefixLayout
 
 NAME = "fastgrpo_shared_prefix"
-"""Under which the attention is registered."""
+"""The name under which the attention is registered."""
 
 UNKNOWN_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""Of transformers' attention functions: what changes the attention, and is not computed here."""
+"""Arguments of transformers' attention functions that change the attention and are not supported here."""
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """What the attention layers need to know of a packed batch; travels as the keyword `shared_prefix`."""
+    """What the attention layers need of a packed batch; passed as the keyword `shared_prefix`."""
 
     layout: SharedPrefixLayout
     backend: str = "auto"
@@ -38,7 +38,7 @@ class SharedPrefix:
 def shared_prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
-    """softmax(q kᵀ scale) v, each token over what `layout` lets it see; differentiable in q, k and v.
+    """softmax(q kᵀ scale) v over the tokens that `layout` lets each attend to; differentiable in q, k and v.
 
     Args:
         q: [T, H, D].
@@ -124,7 +124,7 @@ def _attention_function(
             raise ValueError(f"shared-prefix attention does not support {name}={arguments[name]!r} of this model.")
     assert attention_mask is None
     assert dropout == 0.0
-    # Under autocast rotated queries and keys come in float32, values in half precision.
+    # Under autocast, rotated queries and keys arrive in float32, values in half precision.
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
@@ -155,8 +155,8 @@ def require_support(model: Any) -> None:
 
 @contextmanager
 def shared_prefix_layers(*models: Any) -> Iterator[None]:
-    """Has the language models' layers use shared-prefix attention meanwhile: their forward *and* backward passes, since
-    gradient checkpointing runs the forward again. Outside of it the models are as they were."""
+    """Within this context, the language models' layers use shared-prefix attention. Enclose forward *and* backward
+    passes, since gradient checkpointing runs the forward again. Afterwards the models are restored."""
     configs = [model.config.get_text_config() for model in models]
     before = [config._attn_implementation for config in configs]
     for config in configs:

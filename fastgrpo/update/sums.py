@@ -1,4 +1,4 @@
-"""An update's sums over tokens, on the device, and many micro-batches' as one."""
+"""Sums over an update's tokens, on the device, and their combination over micro-batches."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def sampling_mismatch(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor)
 
 
 def combine(parts: Sequence[Sums]) -> Sums:
-    """One record of many: fields named …_min and …_max by minimum and maximum, all others by sum."""
+    """Combines records: fields named …_min and …_max by minimum and maximum, all others by sum."""
     first = parts[0]
     names = getattr(first, "_fields")  # noqa: B009
     stacked = (torch.stack([part[i].float() for part in parts]) for i in range(len(names)))

@@ -1,6 +1,6 @@
 """The policy's update on packed groups: shared prompts once, no padding, one process or many.
 
-`PackedUpdater` means what `fastgrpo.plain.engine.PlainUpdater` means and takes the same gradients, faster.
+`PackedUpdater` computes the same gradients as `fastgrpo.plain.updater.PlainUpdater`, faster.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,9 +32,9 @@ from fastgrpo.update.sums import sampling_mismatch
 class PackedUpdater:
     """`Updater` on a transformers model: micro-batches packed to `token_budget` input tokens.
 
-    With beta 0 completions that cannot have a gradient (advantage 0) take no part, and so are in no metric of the
-    update: entropy, clip ratios and the sampling mismatch are then means over the tokens trained on. Completions
-    without a counted token never take part, and are in no metric anyway.
+    With beta 0, completions that cannot have a gradient (advantage 0) are left out, also of the update's metrics:
+    entropy, clip ratios and the sampling mismatch are then means over the tokens trained on. Completions without a
+    counted token are always left out; they are in no metric anyway.
 
     The frozen reference of the KL term is `reference_model`, or the model itself with its adapters off (peft).
     """
@@ -56,12 +56,11 @@ class PackedUpdater:
         Args:
             token_budget: input tokens of a micro-batch, prompts counted once.
             attn_backend: see `fastgrpo.model.attention`.
-            logprob_bytes: scratch of the LM head, see `linear_logprob`; None: by what is free.
-            vision_cache: where to keep what the model's frozen vision tower sees; the sampler may share it.
+            logprob_bytes: scratch of the LM head, see `linear_logprob`; None: by free memory.
+            vision_cache: caches the features of a frozen vision tower; the sampler may share it.
 
         Raises:
-            ValueError: a model family whose attention or head cannot be replaced; the message says what it is. Train
-                it with `PlainUpdater`.
+            ValueError: a model whose attention or head cannot be replaced; the message says why. Use `PlainUpdater`.
         """
         require_packed_support(unwrap(model))
         self.model = model
@@ -93,11 +92,11 @@ class PackedUpdater:
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without.
 
-        One number is agreed on between processes beforehand, that of micro-batches; no other value is read here (but
-        transformers' vision tower reads its grids).
+        Processes first agree on the number of micro-batches. No other value is read from the device here, except the
+        grids, by transformers' vision tower.
         """
         batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
-        # All of them now: a copy from the host inside the loop would wait for the device.
+        # All batches at once: a copy from the host inside the loop would wait for the device.
         batches = [batch.to(self._device) for batch in batches]
         outputs = []
         with self._fast_layers():
@@ -164,7 +163,7 @@ class PackedUpdater:
             fused_text(*models),
             fused_vision(*towers, backend=self.attn_backend),
             patches_by_matmul(*towers),
-            # Gradients that nobody waits for may go their own way; there are none to go without.
+            # Only without DDP or DeepSpeed: their gradient hooks would not see the copies' gradients.
             half_weights(*models, trained=self.model is unwrap(self.model) or not torch.is_grad_enabled()),
         ):
             yield

@@ -1,4 +1,4 @@
-"""Two programs that do the same steps, taking turns, so that a noisy machine disturbs both alike."""
+"""Runs the same steps in two programs by turns, so that a noisy machine disturbs both alike."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +20,16 @@ class StepRecord:
     reward: float
     """Mean over the step's completions."""
     peak_bytes: int
-    """Most memory the side's process has held since its start."""
+    """Peak memory of the side's process since its start."""
     own_seconds: dict[str, float] = field(default_factory=dict)
-    """Span → its time without the spans nested in it."""
+    """Span → its seconds, nested spans excluded."""
     span_count: int = 0
     events: list[SpanEvent] = field(default_factory=list)
     work: StepWork | None = None
     trained: StepWork | None = None
     """The part of it that had a gradient; None: all."""
     inside: dict[str, float] = field(default_factory=dict)
-    """Of a step that looked inside a span: kind of kernel (`kernels.KINDS`) → seconds."""
+    """For a step profiled inside a span: kind of kernel (`kernels.KINDS`) → seconds."""
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "StepRecord":
@@ -45,7 +45,7 @@ class Side(Protocol):
     name: str
 
     def step(self, trace: bool) -> StepRecord:
-        """Takes the next step; with `trace` the record holds every span."""
+        """Runs the next step; with `trace` the record holds every span."""
         ...
 
 
@@ -65,11 +65,11 @@ class Spread:
 
 @dataclass
 class Comparison:
-    """What two sides did, by side; steps of one index were taken in turn."""
+    """The steps of two sides; those of one index ran one after the other."""
 
     steps: dict[str, list[StepRecord]]
     traced: dict[str, StepRecord]
-    """One step more of each, untimed: keeping a trace and reading memory costs time."""
+    """One more step of each, not timed, since tracing and reading memory cost time."""
 
 
 def alternate(
@@ -81,7 +81,7 @@ def alternate(
 ) -> Comparison:
     """`warmup` untimed steps of each side, `steps` timed ones, taking turns, and one with a trace.
 
-    Who goes first changes each round. `progress` hears of each timed step: side, index, record.
+    The order of sides alternates each round. `progress` is called with each timed step's side, index and record.
     """
     taken: dict[str, list[StepRecord]] = {side.name: [] for side in sides}
     for _ in range(warmup):
@@ -96,12 +96,12 @@ def alternate(
 
 
 def paired_ratio(theirs: Sequence[StepRecord], ours: Sequence[StepRecord]) -> Spread:
-    """Of step times, turn by turn: how many times faster we are."""
+    """Ratios of step times, turn by turn: how many times faster we are."""
     return Spread.of([t.seconds / o.seconds for t, o in zip(theirs, ours, strict=True)])
 
 
 def median_phases(steps: Sequence[StepRecord]) -> dict[str, float]:
-    """Seconds by phase of the step whose time is the median (the lower of two), so that they add up to it."""
+    """Seconds by phase of the step with the median time (the lower of two), so that they add up to it."""
     step = sorted(steps, key=lambda step: step.seconds)[(len(steps) - 1) // 2]
     return phase_seconds(step.own_seconds, step.seconds)
 

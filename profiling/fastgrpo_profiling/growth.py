@@ -15,10 +15,10 @@ LEAST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Growth:
-    """What doubling something did to both sides."""
+    """How both sides' phases grew when one size doubled."""
 
     doubled: str
-    """In words, such as "4 → 8 completions a prompt"."""
+    """Description, such as "4 → 8 completions a prompt"."""
     exponents: dict[str, dict[str, float]]
     """Side → phase → e, where the phase's time grew by 2^e: 1 is in proportion, 0 not at all."""
 

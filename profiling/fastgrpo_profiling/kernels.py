@@ -1,7 +1,7 @@
-"""What runs inside a span, by the names of kernels: a CUDA graph's replay is one launch, so no span sees its parts.
+"""Splits a span's time by kernel names. Needed for CUDA graphs: a replay is one launch, so no span sees its parts.
 
-On a GPU times are those of the device's kernels, replayed ones included; on a CPU those of PyTorch's operators, without
-the ones nested in them.
+On a GPU, times are those of the device's kernels, replayed ones included; on a CPU, those of PyTorch's operators,
+nested ones excluded.
 """
 
 import re
@@ -23,14 +23,14 @@ _NAMES = {
     ),
 }
 KINDS = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in _NAMES.items()}
-"""Kind → the names it goes by, the first match counts: of Triton kernels in `fastgrpo_kernels`, PyTorch's, cuBLAS's
-(nvjet, xmma), cuDNN's and flash-attention's kernels, and of operators. Attention comes first, since its kernels may
-be named after the matrix products in them."""
+"""Kind → parts of names; the first match counts. Covers kernels of `fastgrpo_kernels`, PyTorch, cuBLAS (nvjet, xmma),
+cuDNN and flash-attention, and operators. Attention comes first, since its kernels may be named after their matrix
+products."""
 OTHER_KERNELS = "other"
 
 
 def kind_of(names: Iterable[str]) -> str:
-    """Kind of a kernel, or of an operator from the outermost of those it runs in to itself: the first that has one."""
+    """Kind of a kernel, or of an operator: that of the outermost enclosing operator that has one."""
     for name in names:
         for kind, pattern in KINDS.items():
             if pattern.search(name):
@@ -58,16 +58,16 @@ def seconds_by_kind(events: Iterable[Any], device: str) -> dict[str, float]:
 
 
 def _outwards(event: Any) -> Iterator[str]:
-    """The names of an operator and of those it runs in."""
+    """Names of an operator and of its enclosing operators."""
     while event is not None:
         yield event.name
         event = event.cpu_parent
 
 
 class KernelWatch:
-    """Listens to spans (`span.listen`) and profiles every `every`-th one of a name, on the thread that made this.
+    """Listens to spans (`span.listen`) and profiles every `every`-th one of a name, on the creating thread.
 
-    The device is waited for around each of them, and the profiler takes its time: a step so watched is not timed.
+    It synchronises the device around each of them, and the profiler adds overhead, so do not time such a step.
     """
 
     def __init__(self, name: str, device: str, every: int = 1) -> None:
@@ -75,7 +75,7 @@ class KernelWatch:
         self.seconds: dict[str, float] = {}
         """Kind → seconds inside the spans that were profiled."""
         self.watched = 0
-        """How many those are."""
+        """How many spans were profiled."""
         self._seen = 0
         self._thread = threading.get_ident()
         self._open: list[profile | None] = []

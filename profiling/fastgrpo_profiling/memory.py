@@ -14,7 +14,7 @@ _STATM, _STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class MemoryProbe:
-    """Reads what a device holds now and its high-water mark. Nothing is ever reset, so probes do not disturb others.
+    """Reads a device's current and peak memory. Never resets the peak, so probes do not disturb each other.
 
     Args:
         device: "cuda" reads PyTorch's allocator; "cpu" the operating system, which costs some 10 µs a reading.
@@ -32,7 +32,7 @@ class MemoryProbe:
 
 
 def resident_bytes() -> int:
-    """Bytes of this process in memory; its high-water mark where /proc is missing."""
+    """Resident bytes of this process; the peak where /proc is missing."""
     try:
         return int(_STATM.read_text().split()[1]) * _PAGE
     except OSError:
@@ -40,8 +40,8 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Most bytes this process ever had in memory."""
-    if _STATUS.exists():  # rusage would also count the process that started this one
+    """Peak resident bytes of this process."""
+    if _STATUS.exists():  # rusage would include the parent process's peak
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,6 @@
-"""How much memory a training step needs, counted from shapes before anything is allocated.
+"""Estimates a training step's memory from shapes, before anything is allocated.
 
-Counted are the tensors that grow with the model or the batch. What an allocator rounds up and libraries keep for
-themselves is in `OVERHEAD`.
+Counts the tensors that grow with the model or the batch. Allocator rounding and library workspaces are in `OVERHEAD`.
 """
 
 from dataclasses import dataclass
@@ -9,14 +8,14 @@ from dataclasses import dataclass
 from fastgrpo_profiling.roofline import ModelShape
 
 OVERHEAD = 1.5e9
-"""Bytes of the CUDA context, of library workspaces and of fragments, beside the tensors counted here."""
+"""Bytes of the CUDA context, library workspaces and fragmentation, beside the counted tensors."""
 HALF, FULL = 2, 4
 """Bytes of a bfloat16 and of a float32 value."""
 
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What of a run decides its memory. Lengths are upper bounds."""
+    """The settings that determine a run's memory. Lengths are upper bounds."""
 
     prompts: int
     """Of a rollout."""
@@ -34,40 +33,40 @@ class StepSetting:
     half_reference: bool = True
     """Whether the reference's matrices are in half precision."""
     trained_share: float = 1.0
-    """Of the parameters, how many have gradients and optimizer states."""
+    """Number of parameters with gradients and optimizer states."""
     world_size: int = 1
     zero_stage: int = 0
-    """DeepSpeed's; from 1 the optimizer's states are divided among ranks, from 2 gradients, from 3 weights."""
+    """DeepSpeed's stage: 1 and up shards optimizer states over ranks, 2 and up gradients, 3 weights."""
 
     @property
     def group_tokens(self) -> int:
-        """Of a prompt with all its completions."""
+        """Tokens of a prompt with all its completions."""
         return self.prompt_tokens + self.group * self.completion_tokens
 
     @property
     def groups_together(self) -> int:
-        """Whole groups in a micro-batch; 1 where a group is cut."""
+        """Whole groups in a micro-batch; 1 if a group is split."""
         return min(max(self.token_budget // self.group_tokens, 1), self.prompts)
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Of the largest micro-batch. A prompt with one completion is never cut."""
+        """Tokens of the largest micro-batch. A prompt with one completion is never split."""
         most = max(self.token_budget, self.prompt_tokens + self.completion_tokens)
         return min(self.groups_together * self.group_tokens, most)
 
 
 def saved_text_bytes(shape: ModelShape) -> int:
-    """Bytes that one decoder layer keeps of a token for its backward pass, elementwise work fused, in half precision.
+    """Bytes per token that one decoder layer saves for its backward pass, elementwise work fused, in half precision.
 
-    Kept are both residuals and both normalised inputs (4 H), queries, keys, values and the attention's output
-    (2 Hq D + 2 Hkv D), gate, up and their product (3 I). Eager autocast keeps half as much again.
+    Saved are both residuals and both normalised inputs (4 H), queries, keys, values and the attention's output
+    (2 Hq D + 2 Hkv D), gate, up and their product (3 I). Eager autocast saves 1.5 times that.
     """
     attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim
     return HALF * (4 * shape.hidden + attention + 3 * shape.intermediate)
 
 
 def saved_vision_bytes(shape: ModelShape) -> int:
-    """The same of a patch and one vision block: 4 W of residuals and norms, 4 W of attention, 2 I of the MLP."""
+    """The same per patch of one vision block: 4 W of residuals and norms, 4 W of attention, 2 I of the MLP."""
     if not shape.vision_layers:
         return 0
     inner = shape.vision_mlp_weights // (2 * shape.vision_hidden)
@@ -75,16 +74,16 @@ def saved_vision_bytes(shape: ModelShape) -> int:
 
 
 def step_bytes(shape: ModelShape, setting: StepSetting) -> dict[str, float]:
-    """Bytes by what they are for, of a rank on a GPU that trains under bfloat16 autocast with float32 weights.
+    """Bytes by purpose on one rank's GPU, training under bfloat16 autocast with float32 weights.
 
-    They add up to a step's peak: the update comes after the rollout, but the KV cache stays.
+    Their sum is a step's peak: the update comes after the rollout, but the KV cache stays.
     """
     parameters, text = shape.parameters, shape.text_parameters
     ranks = setting.world_size
     trained = parameters * setting.trained_share
     tokens, patches = setting.micro_batch_tokens, setting.groups_together * setting.picture_patches
     text_kept, vision_kept = saved_text_bytes(shape), saved_vision_bytes(shape)
-    if setting.checkpointing:  # every layer's input, and one layer in full while it is computed again
+    if setting.checkpointing:  # every layer's input, and one whole layer during its recomputation
         activations = tokens * (HALF * shape.hidden * shape.layers + text_kept)
         activations += patches * (HALF * shape.vision_hidden * shape.vision_layers + vision_kept)
     else:

@@ -1,4 +1,4 @@
-"""The fixed list of leaf spans: what counts as attributed time, and the phase of a step each belongs to."""
+"""The fixed list of leaf spans, whose time counts as attributed, and the phase of each."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a step that has a bar of its own in tables and charts."""
+    """A part of a step with its own bar in tables and charts."""
 
     name: str
     description: str
@@ -36,18 +36,18 @@ PHASES: tuple[Phase, ...] = (
     Phase("optimizer", "clipping, the optimizer and its schedule", ("update/clip", "update/optimizer")),
     Phase("metrics", "figures read back, logs and checkpoints", ("update/metrics", "log")),
 )
-"""In the order of a step. A new leaf span needs a place here, or its time shows as unattributed."""
+"""In the order of a step. Add new leaf spans here, or their time shows as unattributed."""
 
 PARTS: dict[str, tuple[str, ...]] = {
     "rollout": ("vision", "prefill", "decode", "sampling", "generation", "sync"),
     "reward": ("rewards",),
     "update": ("packing", "old log-probs", "reference", "forward", "head", "backward", "optimizer"),
 }
-"""A step in three parts, for one line; what is in none of them is `OTHER`."""
+"""A step in three parts, for a summary line; the rest is `OTHER`."""
 OTHER = "other"
 
 UNATTRIBUTED = "unattributed"
-"""The time of a step that no leaf span covers; a parent's own time is part of it."""
+"""Time of a step that no leaf span covers, parents' own time included."""
 
 PHASE_OF: dict[str, str] = {name: phase.name for phase in PHASES for name in phase.spans}
 """Leaf span → phase."""
@@ -60,7 +60,7 @@ def in_step_order(names: Iterable[str]) -> list[str]:
 
 
 def phase_seconds(own_seconds: Mapping[str, float], step_seconds: float) -> dict[str, float]:
-    """Seconds by phase, in the order of `PHASES`, and last what is unattributed.
+    """Seconds by phase, in the order of `PHASES`; the unattributed time comes last.
 
     Args:
         own_seconds: a step's spans by name, each without the spans nested in it.

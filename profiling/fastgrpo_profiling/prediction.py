@@ -1,9 +1,9 @@
-"""What a training step should take on a GPU, counted from FLOPs, bytes and launches, before anything runs there.
+"""Predicts a training step's time on a GPU from FLOPs, bytes and launches, before anything runs there.
 
-A phase is predicted as its matrix products at the measured product rate, its attention at the measured share of that
-rate, its elementwise work at the measured copy rate, and what starting kernels costs. How far each is from its ceiling
-was read from the first run on an H100 (`bench/results/h100-first-step.json`) and from a second one on an H200, and
-stands in `Efficiency`: so this foretells other sizes, cards and counts, not the runs that it was read from.
+A phase takes its matrix products at the measured product rate, its attention at a measured share of that rate, its
+elementwise work at the measured copy rate, and the cost of launches. The shares of each ceiling, in `Efficiency`, come
+from a first run on an H100 (`bench/results/h100-first-step.json`) and a second one on an H200. So this predicts other
+sizes, cards and counts; agreement with those two runs proves nothing.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fastgrpo_profiling.roofline import ModelShape, StepWork
 
 @dataclass(frozen=True)
 class Gpu:
-    """Ceilings that were measured on such a card."""
+    """Measured ceilings of a card."""
 
     name: str
     flops_per_s: float
@@ -21,7 +21,7 @@ class Gpu:
     bytes_per_s: float
     """Read and written by a large copy."""
     memory_bytes: float
-    """That a process can have."""
+    """Available to a process."""
 
 
 GPUS = {
@@ -39,8 +39,8 @@ class Efficiency:
     elementwise: float = 0.80
     """Of the copy rate, by kernels that read and write activations once."""
     decode_product_s: float = 4.9e-6
-    """That a decode layer's product takes beyond reading its weights: 51 us for four on an H100, of them 31.5 at the
-    copy rate, and 43 us on an H200, of them 22.7."""
+    """Time of a decode layer's product beyond reading its weights. Four took 51 us on an H100 (31.5 at the copy rate)
+    and 43 us on an H200 (22.7)."""
     decode_head: float = 0.88
     """Of the copy rate, by the head's product over 64 rows: 181 and 128 us."""
     graph_gap_s: float = 0.46e-6
@@ -49,7 +49,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Counts:
-    """What an implementation moves and starts. Bytes are per token (or patch) and layer, weights left out."""
+    """What an implementation moves and launches. Bytes are per token (or patch) and layer, without weights."""
 
     text_forward_bytes: float
     text_backward_bytes: float
@@ -58,16 +58,16 @@ class Counts:
     decode_elementwise: int
     """Kernels of a decode layer beside products and attention."""
     small_kernel_s: float
-    """What one of them takes: it moves next to nothing."""
+    """Time of one of them: almost only overhead, since it moves little."""
     decode_attention_s: float
-    """What a layer's decode attention takes beyond reading keys and values."""
+    """Time of a layer's decode attention beyond reading keys and values."""
     sample_s: float
-    """Drawing a token for 64 rows of 151,936 logits with top-k, on an H100."""
+    """Time to sample 64 rows of 151,936 logits with top-k, on an H100."""
     head_share: float
-    """Of the product rate, by the head's three products and what lies between them."""
+    """Share of the product rate reached by the head's three products and the passes between them."""
     checkpointing: bool
     images_in_step: bool
-    """Whether pictures are prepared while the GPU waits."""
+    """Whether the GPU waits while pictures are prepared."""
     prefill_host_s: float
     """Host time of vision and prefill that the GPU waits for."""
     half_reference: bool
@@ -105,8 +105,8 @@ NOW = Counts(
     prefill_host_s=0.03,
     half_reference=True,
 )
-"""This code: elementwise work fused (counted by `tests/fastgrpo/update/test_fused_layers.py`), decode in nine kernels
-a layer. Kernels of decode as an H200 took them."""
+"""The current code: fused elementwise work (counted by `tests/fastgrpo/update/test_fused_layers.py`), nine kernels per
+decode layer. Decode kernel times are from an H200."""
 
 HEAD_PRODUCTS = 3
 IMAGE_S = 0.025
@@ -114,7 +114,7 @@ IMAGE_S = 0.025
 
 
 def decode_step_seconds(gpu: Gpu, shape: ModelShape, rows: int, kv_bytes: float, counts: Counts) -> dict[str, float]:
-    """One token for every row, by part.
+    """Seconds of one decode step (a token for every row), by part.
 
     Args:
         kv_bytes: keys and values read, all layers: a prompt's once for its group.
@@ -132,7 +132,7 @@ def decode_step_seconds(gpu: Gpu, shape: ModelShape, rows: int, kv_bytes: float,
 
 
 def decode_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts) -> float:
-    """All decode steps of a rollout whose completions run together; the longest decides how many there are."""
+    """All decode steps of a rollout whose completions run together; the longest sets their number."""
     lengths = [max(length - 1, 0) for group in work.completions for length in group]
     steps = max(lengths, default=0)
     own = sum(n * (n + 1) / 2 for n in lengths)
@@ -160,7 +160,7 @@ def step_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts, *,
         return size / (gpu.bytes_per_s * share.elementwise)
 
     def text(tokens: float, pairs: float, times: float, size: float) -> float:
-        """`times` forward passes' worth of products; attention's backward computes 5 products for 2."""
+        """Products of `times` forward passes; attention's backward computes 5 products to the forward's 2."""
         heavier = 1.25 if times > 1 else 1.0
         return (
             products(times * shape.text_flops(tokens, 0))

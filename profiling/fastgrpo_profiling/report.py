@@ -1,4 +1,4 @@
-"""A comparison's figures in one record: what profile.json holds, and what tables and pages are drawn from."""
+"""A comparison's figures in one record: the content of profile.json, and the source of tables and pages."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -31,19 +31,19 @@ class SideFigures:
     peak_bytes: int
     """At the end."""
     peak_bytes_above_start: int
-    """Beyond what the process held when its model was loaded."""
+    """Beyond the memory held once its model was loaded."""
     phases: dict[str, float]
-    """Seconds by phase of the median step, the unattributed last."""
+    """Seconds by phase of the median step; unattributed time last."""
     unattributed: float
     """Share of a step, the median over all."""
     spans_per_step: float
     utilisation: Utilisation | None
-    """None where the model's cost formula is not known."""
+    """None if the model's cost formula is unknown."""
 
 
 @dataclass(frozen=True)
 class InsideDecode:
-    """What ran inside some decode spans of a further step, which no span saw."""
+    """Kernels inside some decode spans of one further step, where spans cannot look."""
 
     told_apart_by: str
     shares: dict[str, dict[str, float]]
@@ -75,11 +75,11 @@ class ProfileReport:
     """Step time of theirs / ours, turn by turn."""
     ceilings: Ceilings
     gate: dict[str, float]
-    """What was compared before timing → how far it was apart."""
+    """Quantity compared before timing → difference."""
     span_off_seconds: float
-    """What a span costs while nobody records."""
+    """Cost of a span while not recording."""
     span_off_share: float
-    """Spans of a step × that ÷ the step."""
+    """That cost × spans in a step ÷ step time."""
     facts: dict[str, str] = field(default_factory=dict)
     inside_decode: InsideDecode | None = None
     growth: Growth | None = None
@@ -87,7 +87,7 @@ class ProfileReport:
 
 @dataclass(frozen=True)
 class Cost:
-    """What turns lengths into FLOPs and bytes."""
+    """Converts lengths to FLOPs and bytes."""
 
     shape: ModelShape
     ceilings: Ceilings
@@ -104,9 +104,9 @@ def side_figures(
     """Sums up one side.
 
     Args:
-        held_at_start: bytes its process held when its model was loaded.
-        cost: None where the model's sizes could not be read.
-        works: of each step what it drew, and the part of it that had a gradient; empty where that is not known.
+        held_at_start: bytes its process held once its model was loaded.
+        cost: None if the model's sizes could not be read.
+        works: per step, what it drew and the part of it with a gradient; empty if unknown.
     """
     phases = median_phases(steps)
     used = None
@@ -148,7 +148,7 @@ def profile_report(
 ) -> ProfileReport:
     """The figures of two sides, the first of them ours.
 
-    A side that does not say what its lengths were is held to have done our work, scaled to its tokens.
+    A side that does not report its lengths is assumed to have done our work, scaled to its tokens.
     """
     ours, theirs = comparison.steps
     sides = {}

@@ -1,9 +1,8 @@
-"""What a step must compute and move, against what the machine was measured to do in the same run.
+"""Compares what a step must compute and move with the machine's limits, measured in the same run.
 
-FLOPs are those of the model, counted once for work that need be done once: a group's picture and prompt are encoded
-once, not for each of its completions, and logits are taken of completion tokens only; a tower that does not train sees
-a picture once a step, since its features can be kept. So the MFU of two implementations of one step differs by their
-time alone, and work done twice counts for neither.
+Model FLOPs count necessary work once. A group's picture and prompt are encoded once, not per completion; logits are
+computed for completion tokens only; a frozen tower encodes a picture once a step, since its features can be cached. So
+the MFUs of two implementations differ only by their time: repeated work counts for neither.
 """
 
 import statistics
@@ -27,7 +26,7 @@ class Ceilings:
 
     @property
     def text(self) -> str:
-        """In words."""
+        """As text."""
         giga = self.flops_per_s / 1e9
         flops = f"{giga / 1e3:,.0f} TFLOP/s" if giga > 1e4 else f"{giga:,.0f} GFLOP/s"
         return f"{flops} ({self.dtype}), {self.bytes_per_s / 1e9:,.1f} GB/s"
@@ -46,12 +45,12 @@ def measure_ceilings(device: str, dtype: torch.dtype, *, repeats: int = 5) -> Ce
 
 
 def measure_flops(device: str, dtype: torch.dtype, *, repeats: int = 5) -> float:
-    """FLOP/s of a square matrix product, 8192 wide on a GPU, 1024 on a CPU; the best of `repeats`, after one unseen.
+    """FLOP/s of a square matrix product, 8192 wide on a GPU, 1024 on a CPU; the best of `repeats`, after a warm-up.
 
-    Some 10 ms on a GPU, 0.1 to 0.2 s on a CPU's core. Draws nothing from torch's global generator.
+    Takes some 10 ms on a GPU, 0.1 to 0.2 s on a CPU core. Does not use torch's global generator.
     """
     size = 8192 if device == "cuda" else 1024
-    draw = torch.Generator(device).manual_seed(0)  # zeros would let a GPU clock higher than work does
+    draw = torch.Generator(device).manual_seed(0)  # random: with zeros, a GPU would clock higher than in real work
     left, right = (torch.randn(size, size, device=device, generator=draw).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right, out=product), device, repeats)
@@ -70,7 +69,7 @@ def _best_seconds(work: Callable[[], Any], device: str, repeats: int) -> float:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that decide a decoder's cost, and its vision tower's where it has one."""
+    """The sizes that determine the cost of a decoder and, if there is one, its vision tower."""
 
     hidden: int
     layers: int
@@ -84,9 +83,9 @@ class ModelShape:
     vision_mlp_weights: int = 0
     """Weights of one block's MLP."""
     vision_window: int = 0
-    """Patches that see each other in a windowed block; 0: all blocks see the whole picture."""
+    """Patches in a window of a windowed block; 0: all blocks attend to the whole picture."""
     vision_whole_layers: int = 0
-    """Blocks that do so where the others are windowed."""
+    """Blocks that attend to the whole picture if the others are windowed."""
     patch_dim: int = 0
     merged_patches: int = 1
     """Patches that become one token."""
@@ -123,7 +122,7 @@ class ModelShape:
 
     @classmethod
     def known(cls, config: Any) -> "ModelShape | None":
-        """As `from_config`; None for a family whose sizes have other names, or of which a token sees some experts."""
+        """As `from_config`; None for configs with other field names, and for mixtures of experts."""
         text = getattr(config, "text_config", config)
         if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
             return None
@@ -140,12 +139,12 @@ class ModelShape:
 
     @property
     def text_parameters(self) -> int:
-        """Of the decoder, a tied head counted once; vectors left out."""
+        """Matrix entries of the decoder, a tied head counted once."""
         return self.layers * self.layer_weights + self.hidden * self.vocab
 
     @property
     def vision_parameters(self) -> int:
-        """Of the vision tower and its merger; vectors left out."""
+        """Matrix entries of the vision tower and its merger."""
         width = self.vision_hidden
         merged = width * self.merged_patches
         blocks = self.vision_layers * (4 * width**2 + self.vision_mlp_weights)
@@ -153,16 +152,16 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of them, vectors left out."""
+        """Matrix entries of the whole model."""
         return self.text_parameters + self.vision_parameters
 
     @property
     def kv_bytes(self) -> int:
-        """Of a token in a KV cache of half precision, all layers."""
+        """Bytes of a token in a half-precision KV cache, all layers."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
     def text_flops(self, tokens: float, pairs: float) -> float:
-        """Forward pass of the decoder layers over `tokens`, of which `pairs` (query, key) attend."""
+        """Forward pass of the decoder layers over `tokens` with `pairs` attended (query, key) pairs."""
         return self.layers * (2 * self.layer_weights * tokens + 4 * self.heads * self.head_dim * pairs)
 
     def head_flops(self, tokens: float) -> float:
@@ -203,7 +202,7 @@ class StepWork:
 
     @property
     def fed_tokens(self) -> int:
-        """Completion tokens that the decoder sees: a completion's last one predicts nothing."""
+        """Completion tokens that the decoder reads: all but each completion's last, which predicts nothing."""
         return sum(max(c - 1, 0) for group in self.completions for c in group)
 
     @property
@@ -218,7 +217,7 @@ NOTHING = StepWork([], [], [])
 
 @dataclass(frozen=True)
 class Update:
-    """Which passes an update makes over what it trains on, and which weights they are for."""
+    """Which passes an update makes, and which weights get gradients."""
 
     reference_pass: bool
     """Whether the objective needs a frozen model's log-probs (beta above 0)."""
@@ -229,7 +228,7 @@ class Update:
     vision_trains: bool = True
     """The vision tower's weights have gradients."""
     vision_adapts: bool = False
-    """Adapters in it have, so that gradients pass through it although its own weights are frozen."""
+    """Adapters in the tower have gradients, which pass through it although its own weights are frozen."""
 
 
 def rollout_flops(shape: ModelShape, drawn: StepWork) -> dict[str, float]:
@@ -245,7 +244,7 @@ def rollout_flops(shape: ModelShape, drawn: StepWork) -> dict[str, float]:
 def update_flops(shape: ModelShape, trained: StepWork, update: Update) -> dict[str, float]:
     """Model FLOPs of an update on `trained`, by phase.
 
-    A backward pass costs its forward pass once for activations and, where weights train, once more for them.
+    A backward pass costs one forward pass for activations and, where weights train, another for weights.
     """
     tokens = sum(trained.prompts) + trained.fed_tokens
     pairs = trained.prompt_pairs + trained.fed_pairs
@@ -276,7 +275,7 @@ def step_flops(shape: ModelShape, drawn: StepWork, update: Update, trained: Step
 
 
 def decode_bytes(shape: ModelShape, work: StepWork, *, bytes_per_value: int) -> float:
-    """Least memory traffic of decoding all completions at once: weights once a step, each key and value once.
+    """Minimum memory traffic of decoding all completions at once: per step, weights and each key and value once.
 
     A prompt's keys and values are read once for its whole group. A completion's first token needs no step of its own.
     """
@@ -298,7 +297,7 @@ class Utilisation:
     mfu: float
     """Model FLOPs of the step ÷ (its seconds × the measured ceiling)."""
     by_phase: Mapping[str, float]
-    """The same for each phase whose time was attributed."""
+    """The same per phase with attributed time."""
     decode_bandwidth: float | None
     """Least traffic of decode ÷ (its seconds × the measured ceiling)."""
 
@@ -310,9 +309,9 @@ def utilisation(
     phases: Mapping[str, float],
     ceilings: Ceilings,
 ) -> Utilisation:
-    """Of the median step; `phases` are its seconds by phase (`phases.phase_seconds`).
+    """For the median step; `phases` are its seconds by phase (`phases.phase_seconds`).
 
-    Where the head has no time of its own, it ran inside the forward pass.
+    If the head has no time of its own, it ran inside the forward pass.
     """
     spent = {name: seconds for name, seconds in phases.items() if seconds > 0}
     if "head" not in spent and "head" in flops:

@@ -1,7 +1,7 @@
 """Named spans of time: `with span("rollout/decode"): ...`.
 
-Outside a `record()` block a span only opens an NVTX range, and without a CUDA device it does nothing at all, so spans
-stay in the code for good.
+Outside of a `record()` block a span only opens an NVTX range, and nothing without a CUDA device, so spans can stay in
+the code.
 """
 
 import threading
@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 @dataclass
 class SpanTotal:
-    """What all spans of one name add up to."""
+    """Totals of all spans of one name."""
 
     count: int = 0
     seconds: float = 0.0
@@ -34,12 +34,12 @@ class SpanTotal:
     self_seconds: float = 0.0
     """Exclusive of nested spans."""
     peak_bytes: int = 0
-    """Most memory seen held within them; 0 unless the recorder has a memory probe."""
+    """Peak memory seen within them; 0 without a memory probe."""
 
 
 @dataclass(frozen=True)
 class SpanEvent:
-    """One span on the time line of its recorder."""
+    """One span on its recorder's time line."""
 
     name: str
     start: float
@@ -53,7 +53,7 @@ class SpanEvent:
 
 
 class SpanListener(Protocol):
-    """Hears of spans while they open and close, from every thread."""
+    """Notified when spans open and close, on any thread."""
 
     def enter(self, name: str) -> None: ...
     def exit(self) -> None: ...
@@ -75,17 +75,17 @@ class _OpenSpan:
 
 @dataclass
 class SpanRecorder:
-    """Sums spans by name, nested spans known to their parent.
+    """Sums up spans by name, with and without nested spans.
 
-    On a CUDA device times are the device's: events on the current stream, read when the `record` block ends, so that
-    nothing waits before. Elsewhere they are the host's. `totals` hold the spans of the thread that opened the block:
-    what another thread does meanwhile takes no time from the step, and shows in `events` alone.
+    On a CUDA device, times come from events on the current stream, read when the `record` block ends, so nothing waits
+    earlier. Elsewhere they are the host's. `totals` only hold spans of the thread that opened the block, since other
+    threads take no time from the step; theirs are in `events`.
 
     Args:
         clock: the host's clock, in seconds.
         on_device: time with CUDA events.
         trace: keep every span in `events`.
-        memory: note the memory held at the edges of every span.
+        memory: read memory at the start and end of every span.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -106,7 +106,7 @@ class SpanRecorder:
         self._thread, self._origin = threading.get_ident(), self._now()
 
     def end(self) -> None:
-        """Reads what the device has still to tell; `record` calls it."""
+        """Reads the remaining CUDA events; `record` calls it."""
         self._innermost.clear()  # a generator dropped half-way leaves its span open
         for last in dict(self._closed).values():  # of each thread, which may have a stream of its own
             last.end.synchronize()
@@ -152,7 +152,7 @@ class SpanRecorder:
 
     def _note_memory(self, memory: MemoryProbe, span: _OpenSpan) -> None:
         span.held_bytes, peak = memory.now(), memory.peak()
-        # A mark that rose was set in here; one that did not says only that nothing rose above it.
+        # A peak that rose was reached inside this span; one that did not gives only an upper bound.
         span.peak_bytes = peak if peak > span.peak_at_start else max(span.peak_bytes, span.held_bytes)
 
     def _add(self, thread: int, span: _OpenSpan) -> None:
@@ -172,7 +172,7 @@ class SpanRecorder:
 
 
 class _Off:
-    """A span while nobody records."""
+    """A span without recorders or listeners."""
 
     __slots__ = ()
 
@@ -184,7 +184,7 @@ class _Off:
 
 
 class _Span:
-    """A span while somebody does."""
+    """A span with recorders or listeners."""
 
     __slots__ = ("listeners", "name")
 
@@ -220,7 +220,7 @@ def span(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def listen(listener: SpanListener) -> Iterator[None]:
-    """Tells `listener` of the block's spans. Blocks may end in any order."""
+    """Notifies `listener` of spans in this block. Blocks may end in any order."""
     global _listeners
     _listeners = (*_listeners, listener)
     try:
@@ -246,7 +246,7 @@ def record(recorder: SpanRecorder | None = None) -> Iterator[SpanRecorder]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Spans opened meanwhile are not recorded: a CUDA graph's capture would take a recorder's events for its own."""
+    """Spans opened in this block are not recorded: a CUDA graph's capture would capture a recorder's events."""
     global _listeners
     outer, _listeners = _listeners, ()
     try:

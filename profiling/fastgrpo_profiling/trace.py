@@ -1,4 +1,4 @@
-"""Spans as a trace that Perfetto (ui.perfetto.dev) and chrome://tracing open."""
+"""Writes spans as a trace for Perfetto (ui.perfetto.dev) and chrome://tracing."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ Trace = dict[str, Any]
 
 
 def chrome_trace(sides: Mapping[str, Sequence[SpanEvent]]) -> Trace:
-    """The events of each side as a process of its own, on one time line; memory as a counter track.
+    """Each side's events as one process, on a common time line; memory as a counter track.
 
-    Times are whole nanoseconds, given in microseconds as the format wants. Spans end no later than their parent does.
+    Times are whole nanoseconds, written in microseconds as the format requires. Spans end no later than their parent.
     """
     events: list[dict[str, Any]] = []
     for pid, (side, spans) in enumerate(sides.items(), start=1):
@@ -38,8 +38,8 @@ def write_trace(path: Path, sides: Mapping[str, Sequence[SpanEvent]]) -> None:
 
 
 def problems(trace: Trace) -> list[str]:
-    """What a viewer would draw wrongly: negative times, spans of one thread that overlap without nesting, counters that
-    are no amounts, and processes without a name."""
+    """What a viewer would draw wrongly: negative times, overlapping spans of a thread that are not nested, negative
+    counters, processes without a name."""
     found = []
     named = {event["pid"] for event in trace["traceEvents"] if event["name"] == "process_name"}
     found += [f"process {pid} has no name" for pid in sorted({e["pid"] for e in trace["traceEvents"]} - named)]

@@ -1,4 +1,4 @@
-"""Kernels launched and bytes moved, counted from the operators that run: no device, no clock."""
+"""Counts kernels launched and bytes moved by the operators that run; needs neither a device nor a clock."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 
 
 class Traffic(TorchDispatchMode):
-    """While open, counts each operator that computes something as one kernel that reads its tensors and writes its
-    results once. Works on real and fake tensors, and sees a backward pass that runs on the calling thread.
+    """While open, counts each computing operator as one kernel that reads its inputs and writes its results once.
+    Works on real and fake tensors; includes a backward pass on the calling thread.
 
     A custom operator counts as one, whatever it launches.
     """
 
     def __init__(self, leaves_out: Callable[[str], bool] = lambda name: False) -> None:
-        """`leaves_out`: of an operator's name (`aten::mm`), whether it is not to be counted."""
+        """`leaves_out`: whether an operator, by name (`aten::mm`), is not counted."""
         super().__init__()
         self.leaves_out = leaves_out
         self.kernels: Counter[str] = Counter()
@@ -39,7 +39,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _is_free(func: Any) -> bool:
-    """Whether it launches nothing: it looks something up, allocates, or its results lie in the inputs' memory."""
+    """Whether it launches no kernel: it only looks something up, allocates, or returns views of its inputs."""
     namespace, name = func._schema.name.split("::")
     returns = func._schema.returns
     is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
@@ -47,7 +47,7 @@ def _is_free(func: Any) -> bool:
 
 
 def _written(func: Any, args: Any) -> Iterator[Tensor]:
-    """Arguments that are written without being returned."""
+    """Arguments that are written but not returned."""
     returned = {name for r in func._schema.returns if r.alias_info for name in r.alias_info.before_set}
     for value, argument in zip(args, func._schema.arguments, strict=False):
         info = argument.alias_info
@@ -60,7 +60,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _touched(tensor: Tensor) -> int:
-    """Bytes of its elements, those that an expanded dimension repeats once."""
+    """Bytes of its elements; elements repeated by an expanded dimension count once."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         count *= size if stride or not size else 1

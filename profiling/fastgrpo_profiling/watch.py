@@ -1,4 +1,4 @@
-"""Spans around calls in code that is not ours: a module's forward pass, an optimizer's step."""
+"""Spans around calls in other projects' code: a module's forward pass, an optimizer's step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +15,7 @@ Naming = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], str | None]
 
 @contextmanager
 def watch_forward(module: nn.Module, name: str | Naming) -> Iterator[None]:
-    """Every forward call of `module` in the block is a span, also one that raises."""
+    """Makes every forward call of `module` in this block a span, even one that raises."""
     opened: list[AbstractContextManager[None] | None] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def watch_forward(module: nn.Module, name: str | Naming) -> Iterator[None]:
 
 
 def watch_optimizer(optimizer: Optimizer, name: str) -> None:
-    """Every step of `optimizer` is a span from now on. One that raises leaves its span open: torch calls no hook."""
+    """Makes every step of `optimizer` a span from now on. If one raises, its span stays open: torch calls no hook."""
     opened: list[AbstractContextManager[None]] = []
 
     def before(*_: Any) -> None:

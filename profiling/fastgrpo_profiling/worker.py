@@ -1,7 +1,7 @@
-"""A side of a comparison in a process of its own: one line of JSON asks for a step, one line answers.
+"""Runs a side of a comparison in its own process: one line of JSON requests a step, one line answers.
 
-A process each keeps memory apart, lets both sides run their own training loop, and a side may have another
-environment. The first line a worker writes says what it is.
+Separate processes keep memory apart, and each side runs its own training loop in its own environment. A worker's first
+line describes it.
 """
 
 import json
@@ -26,11 +26,11 @@ from fastgrpo_profiling.span import SpanRecorder, listen, record, span
 
 
 class WorkerError(RuntimeError):
-    """A worker ended before it was told to; the message holds the end of what it printed."""
+    """A worker ended early; the message holds the end of its output."""
 
 
 class WorkerSide:
-    """The asking end: starts `command` and takes steps with it.
+    """The requesting end: starts `command` and requests steps.
 
     Args:
         name: of the side.
@@ -51,7 +51,7 @@ class WorkerSide:
         )
 
     def ready(self) -> dict[str, Any]:
-        """Waits until the worker can take a step; returns what it says of itself."""
+        """Waits until the worker is ready; returns its description of itself."""
         return self._read()
 
     def step(self, trace: bool) -> StepRecord:
@@ -68,7 +68,7 @@ class WorkerSide:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the read says why
+            pass  # the next read reports why
         return StepRecord.from_json(self._read())
 
     def close(self) -> None:
@@ -95,11 +95,11 @@ class WorkerSide:
 
 
 class TurnTaker:
-    """The answering end, inside a training loop that calls `next_step` wherever a step begins.
+    """The answering end, inside a training loop that calls `next_step` at the start of each step.
 
     Args:
-        asks: the lines that ask.
-        answers: where the answers go.
+        asks: lines with requests.
+        answers: where answers are written.
         device: whose memory and time are measured.
     """
 
@@ -116,20 +116,20 @@ class TurnTaker:
         self._start = 0.0
 
     def introduce(self, **facts: Any) -> None:
-        """Says what this side is; the first line."""
+        """Writes the first line, which describes this side."""
         self._answer(facts)
 
     def note(
         self, *, tokens: int, reward: float, work: StepWork | None = None, trained: StepWork | None = None
     ) -> None:
-        """What the step under way drew, and earned; and which part of its work had a gradient (None: all)."""
+        """Reports what the current step drew, its rewards, and the part with a gradient (None: all)."""
         self.tokens, self.reward, self.work, self.trained = tokens, reward, work, trained
 
     def next_step(self) -> None:
-        """Answers for the step that ends here and waits to be asked for the next.
+        """Answers for the step that ends here and waits for the next request.
 
         Raises:
-            SystemExit: nobody asks any more.
+            SystemExit: there are no more requests.
         """
         if self._block is not None:
             self._finish()
@@ -183,7 +183,7 @@ class TurnTaker:
 
 
 def claim_stdout() -> IO[str]:
-    """The process's standard output for answers alone; whatever else is printed goes to standard error from now on."""
+    """Reserves standard output for answers; from now on, everything else printed goes to standard error."""
     sys.stdout.flush()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
