@@ -1,4 +1,4 @@
-"""The activations of gated and plain MLPs in one pass each; their backward passes start from the inputs."""
+"""Activations of gated and plain MLPs in one pass each; their backward passes recompute from the inputs."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -72,19 +72,19 @@ class _QuickGelu(torch.autograd.Function):
 
 
 def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Inputs [..., I] may have anything between their rows: gate and up may be halves of one tensor."""
+    """Rows of the inputs [..., I] need not be adjacent: gate and up may be halves of one tensor."""
     if not inputs[0].numel():
         return
-    # One long row where nothing lies between: its start is aligned whatever I.
+    # Contiguous inputs are treated as one long row, whose start is aligned for any I.
     width = inputs[0].numel() if all(x.is_contiguous() for x in inputs) else inputs[0].shape[-1]
     rows = [_rows(x, width) for x in inputs]
-    blocks = -(-width // BLOCK)  # triton.cdiv takes longer than a launch may
+    blocks = -(-width // BLOCK)  # triton.cdiv is too slow on the host
     strides = [x.stride(0) for x in rows]
     launch(kernel, (len(rows[0]) * blocks,), *rows, *outputs, *strides, width, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
-    """[rows, width], a row's elements side by side; copied only where they are not."""
+    """[rows, width] with contiguous rows; copies only if needed."""
     rows = x.reshape(-1, width)
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -133,7 +133,7 @@ _quick_gelu_backward_operator = register_operator(
 
 @triton.jit
 def _place(width: tl.tensor, BLOCK: tl.constexpr) -> Any:
-    """This program's row and columns (int64), and which of these are inside."""
+    """This program's row and columns (int64), and which columns are inside the row."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, BLOCK)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)

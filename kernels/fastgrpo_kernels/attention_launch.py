@@ -1,11 +1,11 @@
-"""How decode attention is launched: its splits, its tiles, and which of some tilings is fastest here.
+"""Launches decode attention: splits, tiles, and the choice of the fastest tiling.
 
-Keys are read in splits, prefixes and rows by programs of one launch; each leaves its weighted values and their
-log-sum-exp, and a last kernel merges them. Grouped, the prefix is read once for all rows that share it: their query
-heads stand in one tile. Grids and buffers follow from shapes alone, so a captured graph holds for any lengths.
+One launch reads the keys of prefixes and rows in splits. Each program writes its weighted values and their log-sum-exp,
+and a last kernel merges them. With `grouped`, a prefix is read once for all rows that share it: their query heads form
+one tile. Grids and buffers depend on shapes only, so a captured graph is valid for any lengths.
 
-64 rows in groups of 8 on 700 tokens, with 300 of their own, 2 KV heads of 128 in bfloat16: 25 MB, 8.5 us at 3 TB/s.
-Measured before on an H100, in launches of their own: prefixes 10.5 us, rows 11.7 us, merge 2.7 us, rotation 2.7 us.
+64 rows in groups of 8 on 700 tokens, with 300 of their own, 2 KV heads of 128 in bfloat16: 25 MB, 8.5 us at 3 TB/s. As
+separate launches an H100 took: prefixes 10.5 us, rows 11.7 us, merge 2.7 us, rotation 2.7 us.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,28 +22,28 @@ from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import PagedLayout
 
 GROUPED_FROM_TOKENS = 256
-"""Room in a prefix table, in tokens, from which prefixes are read once per group. An estimate (the second buffer of
-partial results costs about what reading 200 tokens twice does), not measured."""
+"""Capacity of a prefix table, in tokens, from which prefixes are read once per group. An estimate, not measured: the
+second buffer of partial results costs about as much as reading 200 tokens twice."""
 
 PROGRAMS = 1024
-"""How many programs the splits aim at: about eight for each multiprocessor of a large GPU."""
+"""Target number of programs: about eight per multiprocessor of a large GPU."""
 
 MAX_SPLITS = 16
 MEASURED_BYTES = 2**28
-"""Of the cache on which tilings are measured."""
+"""Page size of the cache on which tilings are timed."""
 
 
 class Tiling(NamedTuple):
     """How the work is cut."""
 
     split_tokens: int
-    """Fewest tokens that a split is made for."""
+    """Minimum tokens of a split."""
     prefix_m: int
     """Query heads in a tile of rows that share a prefix."""
     block_n: int
-    """Tokens that a program takes at once."""
+    """Tokens that a program reads at once."""
     stages: int
-    """How many blocks of tokens are on their way at once, in shared memory."""
+    """Blocks of tokens being loaded to shared memory at once."""
     warps: int
 
 
@@ -55,15 +55,15 @@ TILINGS = {
     "128 tokens, tile 32": Tiling(128, 32, 64, 2, 4),
     "256 tokens, tile 64": Tiling(256, 64, 64, 3, 8),
 }
-"""For half precision, the default first; `pick` chooses on a GPU. What is wider takes half the tokens at once.
+"""For half precision, the default first; `pick` chooses on a GPU. Wider dtypes read half the tokens at once.
 
-Programs are short and wait for memory most of their time, so what counts is how many are under way together: by their
-registers, four to a multiprocessor with tile 16, one with tile 64. A small tile reads a prefix more often, from L2.
+Programs are short and mostly wait for memory, so occupancy matters: registers allow four per multiprocessor with tile
+16, one with tile 64. A small tile reads a prefix more often, from L2.
 """
 
 
 class NewTokens(NamedTuple):
-    """What `decode_attention` rotates and writes on the way."""
+    """New tokens that `decode_attention` rotates and writes to the cache."""
 
     key: Tensor
     value: Tensor
@@ -86,7 +86,7 @@ def launch_attention(
     grouped: bool,
     new: NewTokens | None = None,
 ) -> Tensor:
-    """[B, Hq, D]; checks nothing."""
+    """[B, Hq, D]; does not check its inputs."""
     if not len(query):
         return query.new_empty(query.shape)
     name = _tiling_for(query, key_cache, layout, grouped, new is not None)
@@ -112,7 +112,7 @@ def _launch(
     grouped = grouped and has_prefix
     query = query if query.stride(2) == 1 else query.contiguous()
     mixed = torch.empty((rows, heads, width), dtype=query.dtype, device=query.device)
-    # Never read without new tokens: any pointer will do.
+    # Without new tokens these are never read, so any pointer will do.
     key, value, cos, sin, slots = new or (query, query, query, query, layout.suffix_lens)
     key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
 
@@ -191,16 +191,16 @@ def _launch(
 
 
 def _splits(programs: int, room: int, split_tokens: int) -> int:
-    """Into how many splits each program's keys are cut, of at most `room` tokens."""
+    """Number of splits of up to `room` keys."""
     return max(1, min(triton.cdiv(PROGRAMS, programs), triton.cdiv(room, split_tokens), MAX_SPLITS))
 
 
 def _tiling_for(query: Tensor, key_cache: Tensor, layout: PagedLayout, grouped: bool, rotate: bool) -> str:
-    """The fastest tiling for these shapes, of a full prefix and half of the room for a row's own tokens."""
+    """The fastest tiling for these shapes, timed with full prefixes and rows' own tokens at half capacity."""
     default = next(iter(TILINGS))
     if len(TILINGS) == 1 or not query.is_cuda or query.element_size() != 2:
         return default
-    bucket = triton.next_power_of_2(len(query))  # rows come and go where steps are not captured
+    bucket = triton.next_power_of_2(len(query))  # the number of rows varies if steps are not captured
     shape = (
         bucket,
         *query.shape[1:],
@@ -223,7 +223,7 @@ _chosen: dict[tuple[tuple[int, ...], torch.dtype, torch.device], str] = {}
 
 
 class Synthetic:
-    """Random inputs of given shapes, made when they are first asked for."""
+    """Random inputs of given shapes, created at first use."""
 
     def __init__(self, query: Tensor, key_cache: Tensor, layout: PagedLayout, rotate: bool) -> None:
         self.like = query, key_cache, layout
@@ -231,7 +231,7 @@ class Synthetic:
         self.inputs: tuple[Tensor, Tensor, PagedLayout, NewTokens | None] | None = None
 
     def call(self, tiling: Tiling, grouped: bool) -> Callable[[], Tensor]:
-        """Attention of the inputs, tiled so. Nothing is new: `slots` are −1 and the angles 0."""
+        """Attention with this tiling. Writes no new tokens: `slots` are −1 and the angles 0."""
 
         def run() -> Tensor:
             query, cache, layout, new = self.make()

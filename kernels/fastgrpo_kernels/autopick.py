@@ -1,4 +1,4 @@
-"""Which of several ways to compute the same is fastest here: checked and timed once on the user's GPU, then remembered.
+"""Picks the fastest of several implementations: checked and timed once on the user's GPU, then remembered.
 
     name = pick("my_op", (rows, width), x, {"cublas": lambda: ..., "ours": lambda: ...}, default="cublas",
                 agrees=lambda result: close(result, reference))
@@ -29,8 +29,8 @@ ROUNDS = 9
 """How often each candidate is timed, in turn with the others."""
 
 FLUSHED_BYTES = 1.5e9
-"""Written before each timed call: it empties the L2 cache, and takes the GPU about 0.5 ms at 3 TB/s, in which the host
-gets ahead, so that what is timed are kernels and not their launches."""
+"""Bytes written before each timed call, to empty the L2 cache. It takes about 0.5 ms at 3 TB/s, so the host gets ahead
+and kernels are timed, not launches."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,17 +49,17 @@ def pick(
 ) -> str:
     """The name of the candidate to use.
 
-    Never measures while a CUDA graph is captured, for a tensor without data, or off the GPU: what is known then, or
-    else the default.
+    Does not measure during CUDA graph capture, for a tensor without data, or on CPU: then uses the remembered choice or
+    the default.
 
     Args:
-        op: what is computed; another name (a number at its end, say) forgets older choices.
+        op: what is computed; change the name (say, a number at its end) to forget older choices.
         shape: what the choice depends on beside `tensor`'s dtype and device.
         tensor: one of the inputs.
         candidates: each computes the same result on the same inputs and may be called many times. One that raises is
-            out.
+            excluded.
         default: the candidate to use unmeasured.
-        agrees: whether a candidate's result is right. Where none is, the default is used and a warning logged.
+        agrees: whether a candidate's result is right. If none is, the default is used and a warning logged.
     """
     if not tensor.is_cuda or isinstance(tensor, FakeTensor) or os.environ.get(VARIABLE) == "0":
         return default
@@ -88,7 +88,7 @@ class Choices:
         device: torch.device,
         may_measure: bool = True,
     ) -> str:
-        """`pick`, for a key that says all that the choice depends on."""
+        """`pick`, for a key that holds all that the choice depends on."""
         if self._known is None:
             self._known = self._read()
         known = self._known.get(key)
@@ -110,7 +110,7 @@ class Choices:
         return choice
 
     def _read(self) -> dict[str, str]:
-        """What the file holds; nothing where it is missing or not ours to read."""
+        """The file's choices; none if it is missing or unreadable."""
         try:
             stored = json.loads(self.path.read_text())
         except (OSError, ValueError):
@@ -120,7 +120,7 @@ class Choices:
         return {key: name for key, name in stored.items() if isinstance(name, str)}
 
     def _write(self) -> None:
-        """Adds to what other processes have written meanwhile; a whole file replaces the old one."""
+        """Merges with other processes' choices; replaces the file as a whole."""
         assert self._known is not None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ class Choices:
 
 
 def cache_file() -> Path:
-    """Where choices are kept between runs."""
+    """The file that keeps choices between runs."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fastgrpo" / "choices.json"
 
@@ -164,7 +164,7 @@ def device_times(candidates: Candidates, device: torch.device) -> dict[str, floa
 def _is_right(name: str, key: str, call: Callable[[], Any], agrees: Callable[[Any], bool]) -> bool:
     try:
         right = agrees(call())
-    except Exception as error:  # a candidate may fail to compile or to fit the GPU: the others will do
+    except Exception as error:  # a candidate may fail to compile or to fit the GPU: use the others
         _log.warning("%s: %s is out: %s", key, name, error)
         return False
     if not right:

@@ -1,4 +1,4 @@
-"""How a call reaches an implementation, for every op alike.
+"""How a call reaches an implementation, the same for every op.
 
 1. The public function (`grpo_loss`, `sample`, …) checks its inputs and asks `pick_backend`.
 2. "triton", for CUDA tensors: it calls an operator made by `register_operator` around the launcher. To torch.compile,
@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def pick_backend(tensor: Tensor, forced: Backend | None = None) -> Backend:
-    """Triton for CUDA tensors, torch for all others; `forced`, or else the environment variable, overrules.
+    """Triton for CUDA tensors, else torch; `forced`, or else the environment variable, overrides this.
 
     Raises:
         ValueError: an unknown backend, or triton for tensors that no GPU holds. (Under TRITON_INTERPRET=1, Triton

@@ -1,4 +1,4 @@
-"""What every op checks of its inputs, in every implementation of it."""
+"""Input checks of the ops, shared by their implementations."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def computing_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def shape_of(tensor: Tensor) -> list[int]:
-    """For messages."""
+    """The shape, for messages."""
     return list(tensor.shape)
 
 
@@ -58,7 +58,7 @@ def check_logits(logits: Tensor, targets: Tensor, temperature: float, ignore_ind
 def check_linear_inputs(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Raises the ValueErrors that need no values; returns hidden as autocast wants it, and `rows` written out."""
+    """Raises the ValueErrors that need no values; returns hidden as autocast casts it, and `rows` as a tensor."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {shape_of(hidden)}, weight {shape_of(weight)} do not fit: pass [T, H] and [V, H].")
     if targets.ndim != 1 or targets.shape != (hidden.shape[:1] if rows is None else rows.shape):
@@ -81,7 +81,7 @@ def check_linear_inputs(
 
 
 def check_linear_values(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, ignore_index: int) -> None:
-    """Raises the others; apart, since torch.compile traces no check of values."""
+    """Raises those that read values; separate, since torch.compile cannot trace them."""
     check_range("rows", rows, hidden.shape[0])
     check_range("targets", targets, weight.shape[0], ignore_index)
 
@@ -89,7 +89,7 @@ def check_linear_values(hidden: Tensor, weight: Tensor, targets: Tensor, rows: T
 def check_loss_inputs(logprobs: Tensor, params: LossParams, arguments: Mapping[str, Tensor | None]) -> None:
     """Raises the ValueError of an argument whose shape, dtype or device does not fit, or that is missing.
 
-    What cu_seqlens holds is checked on CPU alone, since reading it waits for the device, and not under torch.compile.
+    Values of cu_seqlens are checked on CPU only, since reading waits for the device, and not under torch.compile.
     """
     if logprobs.dim() != 1:
         raise ValueError(f"logprobs has shape {shape_of(logprobs)}: pass [T], the tokens of all sequences in a row.")

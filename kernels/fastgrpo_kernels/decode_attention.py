@@ -1,4 +1,4 @@
-"""A decode step's attention in one op: rotation, write of the new keys and values, attention over the paged cache."""
+"""A decode step's attention in one op: rotary embedding, cache write, attention over the paged cache."""
 
 from torch import Tensor
 
@@ -36,9 +36,9 @@ def decode_attention(
         sin: [B, D].
         key_cache: [pages, page_size, Hkv, D], contiguous, written in place.
         value_cache: the same.
-        slots: [B] int64, where the last of the row's own tokens in `layout` goes; −1 in a row without tokens of its
-            own: nothing is written.
-        layout: which pages each row reads, the new token counted.
+        slots: [B] int64, where the row's new token (the last of its own in `layout`) is written; −1: nowhere, for a
+            row without tokens of its own.
+        layout: which pages each row reads, including the new token.
 
     Raises:
         ValueError: shapes that do not fit, or caches that are not contiguous.

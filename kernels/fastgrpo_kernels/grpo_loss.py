@@ -29,7 +29,7 @@ _SUMS = (
 _MINIMA = ("clip_low_seq_min",)
 _MAXIMA = ("clip_high_seq_max",)
 _COLUMNS = (*_SUMS, *_MINIMA, *_MAXIMA)
-"""What a program finds of its sequence, in the order in which the kernel stores it."""
+"""A program's results for its sequence, in the order in which the kernel stores them."""
 
 _BLOCK = 1024
 """Tokens of a sequence read at a time, and sequences reduced at a time."""
@@ -100,7 +100,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """The forward has the gradient already: times the upstream scalar."""
+    """Scales the gradient from the forward pass by the upstream scalar."""
     logprobs, gradient, mask, entropy_weights = ctx.saved_tensors
     gradients: list[Tensor | None] = [None] * ctx.inputs
     gradients[0] = (upstream * gradient).to(logprobs.dtype)
@@ -141,7 +141,7 @@ def launch_grpo_loss(
     Inputs are those of `grpo_loss`, checked by it. One program for each of the N sequences, on grid axis x.
     """
     sequences = len(advantages)
-    # [T]; tokens that no sequence holds have none
+    # [T]; 0 for tokens of no sequence
     gradient = torch.zeros_like(logprobs, dtype=torch.float32, memory_format=torch.contiguous_format)
     partials = gradient.new_empty(len(_COLUMNS), sequences)
     totals = gradient.new_empty(len(_COLUMNS))

@@ -146,7 +146,7 @@ def _sequence_level(
     KL_TIMES_RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> Any:
-    """The sequence's mean log ratio, and the gradient that each of its counted tokens gets through it."""
+    """The sequence's mean log ratio, and the gradient through it for each counted token."""
     counts = tl.zeros([BLOCK], tl.float32)
     log_ratios = tl.zeros([BLOCK], tl.float32)
     policy_weights = tl.zeros([BLOCK], tl.float32)
@@ -164,7 +164,7 @@ def _sequence_level(
     count = tl.maximum(tl.sum(counts), 1.0)
     mean = tl.sum(log_ratios) / count
     ratio, moves = _ratio(mean)
-    # No surrogate's derivative by the log ratio depends on the log-prob, so that it is one number for the sequence.
+    # No surrogate's derivative by the log ratio depends on the log-prob, so it is one number per sequence.
     _, by_log_ratio, _, _, _ = SURROGATE(ratio, advantage, 0.0, low, high, delta, tau_pos, tau_neg)
     slope = tl.sum(policy_weights) * by_log_ratio
     if KL_TIMES_RATIO:
@@ -254,7 +254,7 @@ def _sapo(
 
 @triton.jit
 def _ratio(log_ratio: tl.tensor) -> Any:
-    """exp(log ratio), constant beyond the cap, and 1.0 where it is not."""
+    """exp(log ratio), constant beyond the cap; and 1.0 where it is not capped."""
     held = tl.minimum(tl.maximum(log_ratio, -_RATIO_CAP), _RATIO_CAP)
     return tl.exp(held), (held == log_ratio).to(tl.float32)
 
@@ -282,7 +282,7 @@ def _counted(mask: tl.tensor | None, tokens: tl.tensor, end: tl.tensor) -> tl.te
 
 @triton.jit
 def _load(values: tl.tensor | None, tokens: tl.tensor, counted: tl.tensor, default: tl.tensor) -> tl.tensor:
-    """A block of an argument in float32, never reading what a token that does not count holds; `default` if missing."""
+    """A block of an argument in float32, reading counted tokens only; `default` if missing."""
     if values is None:
         return default
     else:  # noqa: RET505 - in Triton the branch not taken must not be compiled

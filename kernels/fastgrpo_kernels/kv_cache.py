@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, and the write of keys and values into a paged cache, in one pass."""
+"""Rotary embedding of queries and keys, and writing keys and values to a paged cache, in one pass."""
 
 from collections.abc import Callable, Iterator
 

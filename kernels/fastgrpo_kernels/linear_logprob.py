@@ -1,4 +1,4 @@
-"""Log-probs of targets straight from hidden states and the LM head's weight, logits never handed out."""
+"""Log-probs of targets directly from hidden states and the LM head's weight, without storing all logits."""
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ def linear_logprob(
 ) -> LogprobOutput:
     """`logprob_from_logits(hidden[rows] @ weight.T, targets)` without ever holding [N, V].
 
-    On CUDA the normaliser comes from the product's float32 accumulator. R hidden rows take part, the smaller of T and
-    N. If [R, V] in hidden's dtype fits the budget, that much is kept for the backward pass (three products in all; a
-    second backward pass through the same graph raises); otherwise the backward pass makes it again, in chunks of the
-    vocabulary that fit (four products). On CPU that much is kept only up to a few MB. Under autocast, hidden is cast as
-    `F.linear` casts it. Differentiable once.
+    On CUDA the normaliser comes from the product's float32 accumulator. R is the smaller of T and N. If [R, V] in
+    hidden's dtype fits the budget, exponentials of that size are kept for the backward pass (three products in all; a
+    second backward pass through the same graph raises). Otherwise the backward pass recomputes them in chunks of the
+    vocabulary that fit (four products). On CPU at most a few MB are kept. Under autocast, hidden is cast as `F.linear`
+    casts it. Differentiable once.
 
     A product is 2·R·H·V operations: for 16,384 rows, H = 1536 and V = 151,936 three are 22.9 TFLOP, 29.6 ms at the
     776 TFLOP/s that an H100 reaches in large bfloat16 products. What is kept is 5 GB, written once forward; backward it
@@ -39,7 +39,7 @@ def linear_logprob(
         hidden: [T, H] bfloat16, float16 or float32 (float64 on the torch backend).
         weight: [V, H], of hidden's dtype or float32; its gradient is summed in float32 and comes in its dtype.
         targets: [N] int64. `ignore_index` gives log-prob and entropy 0, without gradient.
-        rows: [N] int64, the hidden row that target n reads, for targets that share one; None: n reads row n, N = T.
+        rows: [N] int64, the hidden row of each target, if targets share rows; None: target n reads row n, N = T.
         temperature: divides the logits, in float32.
         entropy: whether to return the entropies too, in nats, with gradient.
         byte_budget: bytes of [R, V] scratch, for the backward pass alone. Beside it stand two float32 [R, H], [R, V /
@@ -73,7 +73,7 @@ _operator = register_linear_logprob("linear_logprob", launch_forward, launch_bac
 
 @torch.compiler.assume_constant_result
 def automatic_budget(device: torch.device) -> int:
-    """Half the bytes that a GPU has free, with those that torch holds in reserve, 256 MiB at least; on CPU 1 GiB."""
+    """Half of a GPU's free bytes, including those that torch has reserved, at least 256 MiB; on CPU 1 GiB."""
     if device.type != "cuda":
         return 1 << 30
     free, _ = torch.cuda.mem_get_info(device)

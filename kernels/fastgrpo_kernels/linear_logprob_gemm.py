@@ -8,8 +8,8 @@ maximum, a sum and, for the entropy, a weighted sum. What it may keep for the ba
 e = exp(z − tile maximum) in hidden's dtype: its relative error is 2^-9 in bfloat16 whatever the logits' size, where
 a logit of 32 itself would be off by 0.06. Then p = e · exp(tile maximum − lse).
 
-The difference to the maximum is taken first, and scaled by log2(e) / temperature then: exact where it matters, and
-three instructions an entry.
+The maximum is subtracted before scaling by log2(e) / temperature: exact near the maximum, where it matters, and three
+instructions per entry.
 """
 
 import math
@@ -24,14 +24,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastgrpo_kernels.tl_utils import launch, multiprocessors, target_arch
 
 _ROW_BLOCK_GROUP = 16
-"""Row blocks that share a column block side by side: their operands stay in L2 while the columns stream past."""
+"""Row blocks that share a column block run together, so their operands stay in L2 while columns stream past."""
 
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 class Tile(NamedTuple):
-    """Rows and columns of logits that a program makes at a time; step along the reduced dimension; warps."""
+    """Rows and columns of logits per program and tile; step along the reduced dimension; warps."""
 
     rows: int
     columns: int
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 
 
 def logits_tile(dtype: torch.dtype) -> Tile:
-    """The largest that compiles without spills: 128×256×64 on sm_90 alone."""
+    """The largest that compiles without spills: 128×256×64, on sm_90 only."""
     if dtype.itemsize > 2:
         return Tile(64, 128, 32, 8)
     return Tile(128, 256, 64, 8) if target_arch() == 90 else Tile(128, 128, 32, 8)
@@ -50,8 +50,8 @@ class Way(NamedTuple):
     """How `launch_logits` computes."""
 
     tma: bool = False
-    """Whether operands come, and exponentials go, by the tensor memory accelerator (sm_90 and later), in a persistent
-    grid; else one program a tile loads by pointers."""
+    """Whether to load operands and store exponentials by the tensor memory accelerator (sm_90 and later), in a
+    persistent grid; else one program per tile loads by pointers."""
     num_stages: int = 3
     flatten: bool = False
     """tma: whether the next tile's loads start before this tile's statistics are done."""
@@ -60,13 +60,13 @@ class Way(NamedTuple):
 
 
 POINTERS = "pointers"
-"""The way that works everywhere."""
+"""Works on every GPU."""
 _TMA_WAYS = {"tma": Way(True, 3, flatten=True), "tma_in_turn": Way(True, 3)}
 _HALVES = {"tma_halves": Way(True, 4, flatten=True, halves=True)}
 
 
 def ways(hidden: Tensor, weight: Tensor) -> dict[str, Way]:
-    """The ways open to hidden [T, H] and weight [V, H], both contiguous."""
+    """The ways available for hidden [T, H] and weight [V, H], both contiguous."""
     found = {POINTERS: Way(num_stages=3 if hidden.dtype.itemsize > 2 or target_arch() == 90 else 4)}
     row_bytes = hidden.shape[1] * hidden.element_size()
     aligned = row_bytes % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (hidden, weight))
@@ -88,12 +88,12 @@ class TileBuffers(NamedTuple):
     """[R, tiles · columns] in hidden's dtype: exp(z − maximum), 0 past the vocabulary."""
 
     def rows(self, count: int) -> "TileBuffers":
-        """The first so many."""
+        """The first `count` rows."""
         return TileBuffers(*(None if buffer is None else buffer[:count] for buffer in self))  # type: ignore[arg-type]
 
 
 def tile_buffers(hidden: Tensor, rows: int, vocabulary: int, entropy: bool, keep: bool) -> TileBuffers:
-    """Uninitialised, for so many rows of hidden."""
+    """Uninitialised buffers for so many rows of hidden."""
     columns = logits_tile(hidden.dtype).columns
     tiles = triton.cdiv(vocabulary, columns)
     maximum, total = (hidden.new_empty(rows, tiles, dtype=torch.float32) for _ in range(2))
@@ -104,7 +104,7 @@ def tile_buffers(hidden: Tensor, rows: int, vocabulary: int, entropy: bool, keep
 def launch_logits(
     hidden: Tensor, weight: Tensor, count: Tensor, buffers: TileBuffers, temperature: float, way: Way
 ) -> None:
-    """Fills the buffers' first `count` rows from hidden [R, H] and weight [V, H]; what follows them is undefined.
+    """Fills the buffers' first `count` rows from hidden [R, H] and weight [V, H]; other rows are undefined.
 
     Args:
         count: [1] int64, on the device, so that nothing is read back.
@@ -185,7 +185,7 @@ def _statistics(
     vocabulary: tl.tensor,
     n_tiles: tl.tensor,
 ) -> Any:
-    """Stores a tile's; returns its exponentials in float32."""
+    """Stores a tile's statistics; returns its exponentials in float32."""
     z = tl.where((column < vocabulary)[None, :], z, float("-inf"))
     top = tl.max(z, 1)
     z = (z - tl.where(top == float("-inf"), 0.0, top)[:, None]) * (inverse_temperature * _LOG2_E)

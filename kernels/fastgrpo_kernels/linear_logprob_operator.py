@@ -11,7 +11,7 @@ from fastgrpo_kernels.checks import check_linear_values, computing_dtype
 
 
 class LinearOptions(NamedTuple):
-    """What is no tensor."""
+    """Arguments that are not tensors."""
 
     temperature: float
     entropy: bool
@@ -22,7 +22,7 @@ class LinearOptions(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """What the forward pass leaves for the backward pass, per hidden row, in the computing dtype."""
+    """Statistics that the forward pass saves for the backward pass, per hidden row, in the computing dtype."""
 
     lse: Tensor
     """[T]: log Σ exp(logits / temperature); 0 for rows that no target reads."""
@@ -31,8 +31,8 @@ class RowStatistics(NamedTuple):
 
 
 Kept = tuple[Tensor, Tensor]
-"""Exponentials of the logits and the maxima that they are relative to, laid out as the implementation likes. The
-backward pass overwrites the first."""
+"""Exponentials of the logits and the maxima they are relative to, in the implementation's layout. The backward pass
+overwrites the exponentials."""
 Gradients = tuple[Tensor | None, Tensor | None]
 """Of hidden and weight; None where not needed."""
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, LinearOptions], tuple[Tensor, Tensor, RowStatistics, Kept]]
@@ -48,7 +48,7 @@ _OPTIONS = "float temperature, bool entropy, int ignore_index, int byte_budget, 
 
 
 def nothing_kept(hidden: Tensor) -> Kept:
-    """In the place of what is kept."""
+    """Placeholder if nothing is kept."""
     return hidden.new_empty(0), hidden.new_empty(0, dtype=torch.float32)
 
 
@@ -123,7 +123,7 @@ def register_linear_logprob(name: str, forward: Forward, backward: Backward, roo
         saved = ctx.saved_tensors
         none = saved[4].new_zeros(len(saved[2]))  # [N]
         upstream = (none if grad is None else grad for grad in (grad_logprobs, grad_entropy))
-        # Only what was kept is overwritten backward: else a second backward pass works.
+        # The backward pass overwrites only what was kept; without it, a second backward pass works.
         kept = () if ctx.options.keep else nothing_kept(saved[0])
         gradients = backward_operator(*upstream, *saved, *kept, *ctx.options, *needs)
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 7

@@ -1,7 +1,7 @@
-"""Forward and backward of `linear_logprob` on a GPU: which rows take part, and what is launched in which order.
+"""Forward and backward of `linear_logprob` on a GPU: selects rows and launches the kernels.
 
-The hidden rows that some target reads come first, copied together: R of them at most, the smaller of T and N, so that
-no number has to be read back to size anything.
+Hidden rows that some target reads are gathered first. Buffers hold R rows, the smaller of T and N, so no count has to
+be read back to size them.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def room(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions
 def launch_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor, options: LinearOptions
 ) -> tuple[Tensor, Tensor, RowStatistics, Kept]:
-    """The product of all rows with its statistics, then one dot product a target."""
+    """The product of all rows with its statistics, then one dot product per target."""
     temperature, entropy, ignore_index, _, keep = options
     hidden, weight = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
     lse, row_entropy = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2))
@@ -59,10 +59,10 @@ def launch_backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> Gradients:
-    """What was kept becomes the gradient of the logits; else it is made again.
+    """Turns kept exponentials into the gradient of the logits, or recomputes them.
 
-    That is by chunks of the vocabulary, as wide as the budget allows: a chunk's rows of weight's gradient are written
-    once, in its dtype, and that of the hidden states adds up in float32.
+    Recomputes by chunks of the vocabulary, as wide as the budget allows. A chunk's rows of weight's gradient are
+    written once, in its dtype; the gradient of the hidden states is accumulated in float32.
     """
     temperature, entropy, ignore_index, byte_budget, _ = options
     hidden, w = hidden.contiguous(), weight.to(hidden.dtype).contiguous()
@@ -76,7 +76,7 @@ def launch_backward(
     begins = torch.searchsorted(rows[by_row], torch.arange(len(hidden) + 1, device=rows.device))
     readers = (targets[by_row], grads[0][by_row], grads[1][by_row], begins)
 
-    # What was kept lies in the order of the forward pass.
+    # Kept exponentials are in the forward pass's row order.
     order, count = _partition(_rows_where(counted, rows, len(hidden)) if kept else moved, len(targets))
     if len(order) == 0:
         return (torch.zeros_like(hidden) if need_hidden else None), (torch.zeros_like(weight) if need_weight else None)
@@ -104,7 +104,7 @@ def launch_backward(
 
 
 def _made_again(x: Tensor, weight: Tensor, count: Tensor, temperature: float) -> Kept:
-    """A chunk's exponentials; the last one's are freed by then, and their memory serves again."""
+    """A chunk's exponentials; the previous chunk's are freed by then, so their memory is reused."""
     buffers = tile_buffers(x, len(x), len(weight), entropy=False, keep=True)
     _launch_logits(x, weight, count, buffers, temperature)
     return _kept(buffers)
@@ -116,26 +116,26 @@ def _kept(buffers: TileBuffers) -> Kept:
 
 
 def _launch_logits(x: Tensor, weight: Tensor, count: Tensor, buffers: TileBuffers, temperature: float) -> None:
-    """By the way that is fastest here."""
+    """Launches the way that is fastest here."""
     way = ways(x, weight)[pick_way(x, weight, count, buffers)]
     launch_logits(x, weight, count, buffers, temperature, way)
 
 
 def _rows_where(mask: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count] bool: whether any target [N] in the mask reads the row; rows outside are nobody's."""
+    """[count] bool: whether any target [N] in the mask reads the row; `rows` out of range are ignored."""
     inside = (rows >= 0) & (rows < count)
     marks = torch.zeros(count + 1, dtype=torch.int32, device=rows.device)
     return marks.index_add_(0, torch.where(inside, rows, count), mask.int())[:count] > 0
 
 
 def _partition(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Indices int64 of the mask [T] with those that it holds first, in order, the first `most` of them at most; and
-    how many it holds, no more than that: [1] int64, on the device."""
+    """The first `most` indices (int64) of the mask [T], with masked-in ones first, in order; and how many are masked
+    in, which `most` must cover: [1] int64, on the device."""
     return (~mask).int().argsort(stable=True)[:most], mask.sum(dim=0, keepdim=True)
 
 
 def _chunks(rows: int, vocabulary: int, dtype: torch.dtype, byte_budget: int | None) -> list[slice]:
-    """Of the vocabulary, in whole tiles of equal number: as few as fit the budget, one tile at least; None: one."""
+    """Chunks of the vocabulary, each of equally many whole tiles: as few chunks as fit the budget; None: one."""
     columns = logits_tile(dtype).columns
     tiles = triton.cdiv(vocabulary, columns)
     fitting = tiles if byte_budget is None else byte_budget // (max(1, rows) * columns * dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Which way `linear_logprob` makes its logits: the fastest on the user's GPU of those that agree."""
+"""Picks how `linear_logprob` computes its logits: the fastest way on the user's GPU whose results agree."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def pick_way(hidden: Tensor, weight: Tensor, count: Tensor, buffers: TileBuffers
         pairs = zip(seen, expected, strict=True)
         return all(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2, equal_nan=True) for ours, theirs in pairs)
 
-    # How many columns there are changes from chunk to chunk, and not what is fastest.
+    # The number of columns varies from chunk to chunk, but does not change which way is fastest.
     shape = (hidden.shape[1], buffers.weighted is not None, buffers.exponentials is not None)
     calls = {name: lambda name=name: compute(name) for name in candidates}
     return pick("linear_logprob", shape, hidden, calls, default=POINTERS, agrees=agrees)

@@ -1,4 +1,4 @@
-"""What `linear_logprob` computes per row and per target, between its products: see `linear_logprob_gemm`."""
+"""The per-row and per-target passes of `linear_logprob` between its products (see `linear_logprob_gemm`)."""
 
 import math
 
@@ -10,7 +10,7 @@ from fastgrpo_kernels.linear_logprob_gemm import TileBuffers, logits_tile
 from fastgrpo_kernels.tl_utils import launch
 
 _COLUMNS_PER_PROGRAM = 4096
-"""Of the elementwise pass over a row: 16 a thread, in two accesses of 16 bytes."""
+"""Columns per program of the elementwise pass: 16 per thread, in two accesses of 16 bytes."""
 _LN_2 = tl.constexpr(math.log(2.0))
 
 
@@ -175,7 +175,7 @@ def _dlogits_kernel(
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    # Neighbours share a row: memory is read and written in its order.
+    # Adjacent programs share a row, so memory is accessed in order.
     i = (tl.program_id(0) // blocks).to(tl.int64)
     tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
     inside = (tile < n_tiles)[:, None]
@@ -184,7 +184,7 @@ def _dlogits_kernel(
     if tl.load(live + i) == 0:
         tl.store(at, tl.zeros((TILES, COLUMNS), exponentials.dtype.element_ty), mask=inside)
         return
-    # First: what follows waits for loads that wait for each other.
+    # Issued first, since the loads below depend on each other.
     e = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     top = tl.load(maximum + i * n_tiles + tile, mask=tile < n_tiles, other=float("-inf"))
     row = tl.load(order + i)

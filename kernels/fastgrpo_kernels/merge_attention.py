@@ -1,4 +1,4 @@
-"""Attention over two sets of keys, merged into that over both."""
+"""Merges attentions over two sets of keys into the attention over both."""
 
 from collections.abc import Callable, Iterator
 

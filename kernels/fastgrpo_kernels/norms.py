@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, with the residual's addition in front of them in the same pass."""
+"""RMSNorm and LayerNorm, fused with the addition of a residual before them."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """y = s / √(mean s² + eps) · weight, and s = x + residual (x itself without one); differentiable.
 
-    Computed in float32 and rounded once. Use the returned s for what x is needed for besides: then its gradient is
-    added in the same pass.
+    Computed in float32 and rounded once. Use the returned s wherever else the sum is needed: its gradient is then added
+    in the same pass.
 
     Args:
         x: [..., H], of any floating dtype, that of both results.
@@ -72,7 +72,7 @@ def _check(x: Tensor, residual: Tensor | None, *parameters: Tensor) -> None:
 
 
 class _Norm(torch.autograd.Function):
-    """Without a bias it is RMSNorm."""
+    """RMSNorm without a bias, else LayerNorm."""
 
     @staticmethod
     def forward(

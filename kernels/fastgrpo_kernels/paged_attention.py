@@ -1,6 +1,6 @@
 """Decode attention over a paged KV cache in which rows may share the pages of their prefix.
 
-`decode_attention` is the same with the rotation and the write of the new keys and values in front.
+`decode_attention` also rotates queries and keys and writes the new keys and values first.
 """
 
 from torch import Tensor

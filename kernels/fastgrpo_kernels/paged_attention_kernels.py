@@ -52,9 +52,9 @@ def attend_kernel(
 ) -> None:
     """One split of the keys of a prefix, for a tile of rows that share it (GROUPED), or of one row's own keys.
 
-    Both for the query heads of one KV head. Prefixes come first, and all are in flight together. A row reads its prefix
-    itself where READ_PREFIX. ROTATE: queries and keys still have to be rotated; each row's new key and value are not
-    in the cache yet: its first split writes and counts them.
+    Both for the query heads of one KV head; prefixes have the first programs. READ_PREFIX: a row reads its prefix
+    itself. ROTATE: queries and keys still have to be rotated, and each row's new key and value are not in the cache
+    yet: its first split writes and includes them.
     """
     TILE_ROWS: tl.constexpr = PREFIX_M // GROUP
     splits = prefix_splits + row_splits
@@ -151,8 +151,8 @@ def _load_heads(
 ) -> tuple[tl.tensor, tl.tensor]:
     """Both halves [M, D / 2] of heads that start at `at` [M], rotated by their rows' angles if ROTATE, rounded once.
 
-    Apart, since each is the other's partner in the rotation: whole heads would be loaded twice, which takes registers
-    that programs waiting for memory need.
+    In halves, since the rotation combines them: loading whole heads twice would take more registers and lower the
+    occupancy.
     """
     h = tl.arange(0, BLOCK_H)
     mask = live[:, None] & (h[None, :] < D // 2)
@@ -183,7 +183,7 @@ def _split_range(
 
 @triton.jit
 def _nothing_yet(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Greatest score, sum of weights and weighted values, over no tokens."""
+    """Initial state of the online softmax: greatest score, sum of weights, weighted values."""
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     return top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -275,7 +275,7 @@ def _attend_new(
     new_value: tl.tensor,
     scale: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Goes on with the softmax over the row's new token, where `is_mine`."""
+    """Adds the row's new token to the online softmax where `is_mine`."""
     score = tl.sum(q_low.to(tl.float32) * low.to(tl.float32), 1)
     score = (score + tl.sum(q_high.to(tl.float32) * high.to(tl.float32), 1)) * scale  # [M]
     score = tl.where(is_mine, score, float("-inf"))
@@ -299,7 +299,7 @@ def _store_partial(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """A split without tokens leaves 0 and −inf."""
+    """Stores a split's result: 0 and −inf for a split without tokens."""
     d = tl.arange(0, BLOCK_D)
     some = total > 0
     total = tl.where(some, total, 1.0)

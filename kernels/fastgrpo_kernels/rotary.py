@@ -59,7 +59,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def _launch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """With `transposed` the rotation's transpose, which turns gradients back."""
+    """`transposed` applies the transposed rotation, for gradients."""
     query, key = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key))
     tokens, heads, width = query.shape
     rotated_query, rotated_key = _fake(query, key)

@@ -1,10 +1,10 @@
-"""Drawing one token per row from logits, with both of its log-probs.
+"""Samples one token per row from logits, with both of its log-probs.
 
-The logits are read once, by many programs a row. Without a truncation they draw as they read, and a merge ends it. A
-truncation is a least score: it is found, and drawn from, in the few chunks of a row that can reach it.
+The logits are read once, by many programs per row. Without a truncation they sample while reading, and a merge picks
+the winner. A truncation is a minimum score: it is found, and sampled from, in the few chunks that can reach it.
 
-64 rows of 151,936 float32 logits are 39 MB: 13 us at 3 TB/s. Measured before on an H100, when one program searched a
-row: 567 us for top_k 50, and 55 us for the scan. Left out: the fusion with the LM head's matrix product.
+64 rows of 151,936 float32 logits are 39 MB: 13 us at 3 TB/s. An earlier version, with one program searching a row, took
+567 us for top_k 50 on an H100, and 55 us for the scan. Not fused with the LM head's matrix product.
 """
 
 import math
@@ -24,7 +24,7 @@ from fastgrpo_kernels.tl_utils import launch
 from fastgrpo_kernels.types import SampleOutput, SampleParams
 
 PROGRAMS = 1024
-"""How many programs the splits of the vocabulary aim at: about eight for each multiprocessor of a large GPU."""
+"""Target number of programs for the splits: about eight per multiprocessor of a large GPU."""
 
 SCAN_BLOCK = 1024
 CHUNK_BLOCK = 4096
@@ -32,7 +32,7 @@ WALK_BLOCK = 2048
 """Tokens that a program takes at once."""
 
 SEARCHED = 500
-"""How many tokens of a row can be told from its chunks; a top_k beyond that walks through the row instead."""
+"""Largest top_k that is found from a row's chunks; beyond it, the whole row is searched."""
 
 
 def sample(
@@ -132,7 +132,7 @@ def _launch(
         return output
     inputs = _Inputs(
         logits,
-        # Never read where PENALISE or SUPPRESS is off: any pointer will do.
+        # Not read if PENALISE or SUPPRESS is off, so any pointer will do.
         seen.contiguous().view(torch.uint8) if penalise and seen is not None else tokens,
         tokens if suppressed is None else suppressed.contiguous().view(torch.uint8),
         seeds.contiguous(),
@@ -163,7 +163,7 @@ class _Inputs(NamedTuple):
 
 
 def _splits(rows: int, vocabulary: int, block: int) -> tuple[int, int]:
-    """Into how many splits a row is cut, and the tokens of each, in whole blocks."""
+    """Number of splits of a row, and tokens of each, in whole blocks."""
     blocks = triton.cdiv(vocabulary, block)
     blocks_per_split = triton.cdiv(blocks, triton.cdiv(PROGRAMS, rows))
     return triton.cdiv(blocks, blocks_per_split), blocks_per_split * block
@@ -211,7 +211,7 @@ def _launch_whole(inputs: _Inputs, greedy: bool, output: SampleOutput) -> None:
 
 
 def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutput) -> None:
-    """Draws from what top-k, top-p and min-p leave."""
+    """Draws from the tokens that top-k, top-p and min-p keep."""
     logits = inputs.logits
     rows, vocabulary = logits.shape
     top_k, top_p, min_p = 0 < params.top_k < vocabulary, params.top_p < 1, params.min_p > 0

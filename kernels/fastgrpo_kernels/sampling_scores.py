@@ -1,4 +1,4 @@
-"""What the kernels of `sample` share: a row's scores, its noise, a truncation's least score, the scan of a range."""
+"""Shared by the kernels of `sample`: a row's scores and noise, a truncation's minimum score, the scan of a range."""
 
 import triton
 import triton.language as tl
@@ -32,7 +32,7 @@ def least_score(
     MIN_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """The least score that one row's truncations leave: tokens below it are not drawn. Walks the row many times."""
+    """The minimum score that a row's truncations keep; tokens below it are not drawn. Reads the row many times."""
     greatest = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         token = start + tl.arange(0, BLOCK)
@@ -75,8 +75,7 @@ def _bisect(
 ) -> tl.tensor:
     """The greatest score, from `least` on, at and above which `wanted` tokens lie, or that share of the mass.
 
-    Halves an interval of float32 bit patterns; ends early where a single token is left to decide about. At most 33
-    passes over the row.
+    Bisects float32 bit patterns; ends early once a single token is undecided. At most 33 passes over the row.
     """
     low = order(least)
     high = order(top) + 1

@@ -1,9 +1,9 @@
-"""The kernels of `sample` under a truncation: the logits are read once, by many programs; then a few chunks are enough.
+"""The kernels of `sample` with a truncation: many programs read the logits once; then a few chunks are enough.
 
-A row's tokens are cut into chunks. At least k tokens reach the k-th greatest of the chunks' maxima, so whatever a top-k
-leaves lies in the chunks that reach it, some k of them: those are searched for the least score and drawn from, in
-registers. The same holds of top-p and min-p where what they leave is likely enough; where it is not, and where more
-chunks tie than there is room for, the row's own program walks through all of it, which is slow and rare.
+A row's tokens are split into chunks. At least k tokens reach the k-th greatest of the chunks' maxima, so all tokens
+that top-k keeps lie in the chunks that reach it, about k of them. Only these are searched for the minimum score and
+sampled from, in registers. The same holds for top-p and min-p if the tokens they keep are likely enough. If not, or if
+too many chunks tie, the row's program reads the whole row, which is slow and rare.
 """
 
 import triton
@@ -216,7 +216,7 @@ def draw_kernel(
 def _bisect(scores: tl.tensor, least: tl.tensor, top: tl.tensor, target: tl.tensor, BY_MASS: tl.constexpr) -> tl.tensor:
     """The greatest score, from `least` on, at and above which `target` tokens, or so much of Σ exp(score − top), lie.
 
-    As `sampling_scores.least_score` finds it, of scores that are at hand.
+    As `sampling_scores.least_score`, for scores in registers.
     """
     low = order(least)
     high = order(top) + 1

@@ -1,4 +1,4 @@
-"""How kernels are launched; or, where there is no GPU, compiled ahead of time exactly as they would be launched."""
+"""Launches kernels, or compiles them ahead of time, without a GPU, exactly as they would be launched."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -43,7 +43,7 @@ def target_arch() -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has: the programs of a persistent grid. A few where there is none."""
+    """Multiprocessors of the GPU, the size of a persistent grid; a few without a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -59,7 +59,7 @@ def launch(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
 
 
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whichever holds the tensors."""
+    """Makes the tensors' device current, since Triton launches on the current device."""
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
     return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
 
@@ -84,7 +84,7 @@ def compile_only(capability: int) -> Iterator[list[CompiledLaunch]]:
 
 
 class _TargetOnly:
-    """What triton's compiler asks of a driver, without a device behind it."""
+    """The parts of a driver that triton's compiler needs, without a device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -93,7 +93,7 @@ class _TargetOnly:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # kernels are cached by device: one cache an architecture
+        return self.target.arch  # kernels are cached by device: one cache per architecture
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0

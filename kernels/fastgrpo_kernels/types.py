@@ -65,9 +65,9 @@ class LossParams:
 class LossMetrics(NamedTuple):
     """Detached float32 scalars on the loss's device, to be reduced over micro-batches and ranks.
 
-    Sums and counts add up; minima and maxima are +inf and −inf where nothing counted. clip_* are of the ratio that the
-    surrogate used: one a token, or at sequence level one for each sequence that holds a counted token; `clip_count` is
-    their number.
+    Sums and counts add up; without counted tokens, minima and maxima are +inf and −inf. clip_* describe the ratios that
+    the surrogate used: one per token or, at sequence level, per sequence with a counted token; `clip_count` is their
+    number.
     """
 
     token_count: Tensor
@@ -83,9 +83,9 @@ class LossMetrics(NamedTuple):
     clip_region_sum: Tensor
     """Low or high."""
     clip_low_seq_min: Tensor
-    """Least share of low-clipped tokens in a sequence."""
+    """Smallest share of low-clipped tokens in a sequence."""
     clip_high_seq_max: Tensor
-    """Greatest share of high-clipped tokens in a sequence."""
+    """Largest share of high-clipped tokens in a sequence."""
 
 
 class LossOutput(NamedTuple):

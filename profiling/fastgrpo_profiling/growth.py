@@ -10,7 +10,7 @@ from fastgrpo_profiling.phases import UNATTRIBUTED, in_step_order, phase_seconds
 
 WHOLE = "whole step"
 LEAST_SHARE = 0.01
-"""Phases that take less of the larger step are left out: noise is most of them."""
+"""Phases with a smaller share of the larger step are left out, being mostly noise."""
 
 
 @dataclass(frozen=True)

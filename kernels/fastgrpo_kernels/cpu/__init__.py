@@ -1,4 +1,4 @@
-"""Ops that plain torch does faster, or in less memory, than the way `reference` says them: the same results.
+"""Ops that plain torch can compute faster, or in less memory, than `reference` does: the same results.
 
 They run on anything but CUDA tensors; an op that is not here runs as its reference. Inputs are checked by the public
 functions, not here.

@@ -1,4 +1,4 @@
-"""Decode attention over a paged KV cache, read where its pages lie, and the write of rotated keys into it."""
+"""Decode attention over a paged KV cache, read in place where possible, and writing rotated keys to it."""
 
 import math
 from functools import lru_cache
@@ -54,8 +54,7 @@ def paged_attention(
 ) -> Tensor:
     """`fastgrpo_kernels.paged_attention`: a prefix is read once for all its rows. Reads `layout` on the host, once.
 
-    `grouped` None means True; False reads it again for each. What the cache holds past a length never counts, whatever
-    it is.
+    `grouped` None means True; False reads it again for each row. Cache contents past a length are ignored, even NaN.
     """
     rows, heads, width = query.shape
     if rows == 0:
@@ -74,7 +73,7 @@ def paged_attention(
             part = part.view(kv_heads, end - start, -1, width).transpose(0, 1)
             lse = lse.view(kv_heads, end - start, -1).transpose(0, 1)
         shared[start:end], shared_lse[start:end] = part, lse
-    # exp(a) / (exp(a) + exp(b)) is sigmoid(a − b): the share that the prefix has of all weights.
+    # The prefix's share of all weights: exp(a) / (exp(a) + exp(b)) = sigmoid(a − b).
     merged = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)[..., None].to(own.dtype))
     return merged.reshape(rows, heads, width)
 
@@ -83,14 +82,14 @@ class _Tokens(NamedTuple):
     """Where N sequences' tokens lie in a cache, to be read as [N, Hkv, size, D]."""
 
     shape: tuple[int, int, int, int]
-    """N, Hkv, size, D, where size has room for the longest."""
+    """N, Hkv, size, D, where size fits the longest."""
     strides: tuple[int, int, int, int] | None = None
-    """Where every sequence's pages follow each other, at even distances: read without a copy."""
+    """A view, read without a copy, if every sequence's pages are consecutive and sequences evenly spaced."""
     offset: int = 0
     pages: Tensor | None = None
     """Otherwise [N · pages of a sequence]."""
     unused: Tensor | None = None
-    """[N, size] bool: room that no token takes, if there is any."""
+    """[N, size] bool: unused places, if there are any."""
     dead: Tensor | None = None
     """The same as indices into [N · size]."""
 
@@ -107,9 +106,9 @@ class _Tokens(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[tuple[int, int, _Tokens]]]:
-    """Where each row's own tokens lie; and each prefix that has tokens, with the range of rows that read it.
+    """Where each row's own tokens lie; and each non-empty prefix, with the range of rows that read it.
 
-    The layers of a decode step share a layout, so the lengths and tables are looked at once a step.
+    A decode step's layers share a layout, so lengths and tables are read once a step.
     """
     bounds, lens = layout.cu_prefix_rows.tolist(), layout.prefix_lens.tolist()
     prefixes = [
@@ -152,7 +151,7 @@ def _attend(
         bias = torch.zeros(tokens.unused.shape, dtype=dtype, device=queries.device)
         bias = bias.masked_fill_(tokens.unused, _NOTHING)[:, None, None]
     if queries.device.type == "cpu":
-        # What scaled_dot_product_attention runs on CPU; it alone also returns the log-sum-exp. Half the time of below.
+        # The CPU operator of scaled_dot_product_attention, with the log-sum-exp: half the time of the code below.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=bias, scale=scale
         )

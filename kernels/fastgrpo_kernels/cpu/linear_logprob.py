@@ -17,13 +17,13 @@ from fastgrpo_kernels.linear_logprob_operator import (
 )
 
 _TILE_BYTES = 2 << 20
-"""Bytes of one tile of logits [T, columns]: small enough to stay in a CPU's caches from product to product."""
+"""Bytes of one tile of logits [T, columns]: small enough to stay in a CPU's caches between products."""
 _MIN_COLUMNS = 256
-"""Narrower tiles make slow products; only the byte budget takes them."""
+"""Minimum columns of a tile, since narrower products are slow; only the byte budget goes below."""
 _TILE_COPIES = 4
-"""Tile-sized buffers alive at once, at most."""
+"""Most tile-sized buffers alive at once."""
 _KEPT_BYTES = 16 << 20
-"""Exponentials of the logits that are kept for the backward pass, rather than made again: at most so many bytes."""
+"""Most bytes of exponentials kept for the backward pass instead of being recomputed."""
 
 
 def linear_logprob(
@@ -31,9 +31,9 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """`fastgrpo_kernels.linear_logprob`: log-probs and entropies [N], the latter 0 unless asked.
 
-    Works through tiles of vocabulary columns and computes each tile's logits again in the backward pass, unless they
-    are few. A row's logits are computed once a pass however many targets read it; rows that no target reads are left
-    out, and in the backward pass rows without gradient. The products are taken in hidden's dtype, all else in float32.
+    Works through tiles of vocabulary columns and recomputes each tile's logits in the backward pass, unless they are
+    few. A row's logits are computed once per pass, however many targets read it. Rows that no target reads are skipped,
+    as are rows without gradient in the backward pass. Products use hidden's dtype, all else float32.
     """
     keep = options.keep and fits(hidden, targets, len(weight), options.byte_budget)
     logprobs, entropies, *_ = _operator(hidden, weight, targets, rows, *options._replace(keep=keep))
@@ -49,7 +49,7 @@ def fits(hidden: Tensor, targets: Tensor, vocabulary: int, byte_budget: int) -> 
 def _room(hidden: Tensor, weight: Tensor, targets: Tensor, options: LinearOptions) -> Kept:
     """[R, V]: exp(logits / temperature − top) of the rows that some target reads, in order, and their tops [R].
 
-    R is the smaller of T and N; what lies behind the last row that is read is not set.
+    R is the smaller of T and N; rows after the last one that is read are not set.
     """
     rows, dtype = min(len(hidden), len(targets)), computing_dtype(hidden)
     return hidden.new_empty(rows, len(weight), dtype=dtype), hidden.new_empty(rows, dtype=dtype)
@@ -147,7 +147,7 @@ def _softmax_gradients(
     constant: Tensor,
     entropy_by_row: Tensor | None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Like `_tiles`, with −p · (constant + E · log p) in the place of the logits."""
+    """Like `_tiles`, with −p · (constant + E · log p) instead of the logits."""
     for start, block, logits in _tiles(x, weight, options):
         logp = logits.sub_(lse[:, None])
         if entropy_by_row is None:

@@ -1,8 +1,8 @@
-"""What every op computes, in plain torch and as short as can be: the specification, and the tests' oracle.
+"""What every op computes, in short plain torch: the specification, and the tests' oracle.
 
-Layout: the T tokens of N sequences lie one after the other; `cu_seqlens` [N + 1] int64 holds each sequence's
-start and, last, T. Half precision is computed in float32, float64 stays. Autograd derives the gradients. Inputs are
-checked by the public functions, not here.
+Layout: the T tokens of N sequences are concatenated; `cu_seqlens` [N + 1] int64 holds each sequence's start and, last,
+T. Half precision is computed in float32, float64 stays. Autograd derives the gradients. Inputs are checked by the
+public functions, not here.
 """
 
 from fastgrpo_kernels.reference.attention import decode_attention, paged_attention, rope_and_cache

@@ -1,4 +1,4 @@
-"""Decode attention over a paged KV cache, and the write of rotated keys into it."""
+"""Decode attention over a paged KV cache, and writing rotated keys to it."""
 
 import torch
 from torch import Tensor
@@ -64,13 +64,13 @@ def decode_attention(
     *,
     scale: float,
 ) -> Tensor:
-    """`fastgrpo_kernels.decode_attention`: one after the other."""
+    """`fastgrpo_kernels.decode_attention`: `rope_and_cache`, then `paged_attention`."""
     rotated = rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
     return paged_attention(rotated, key_cache, value_cache, layout, scale=scale)
 
 
 def _slots(table: Tensor, length: Tensor, cache: Tensor) -> Tensor:
-    """[length] int64: where a page table's tokens lie in a cache's pages, one page behind the other."""
+    """[length] int64: positions of a page table's tokens in a cache with its pages concatenated."""
     token = torch.arange(int(length), device=cache.device)
     page_size = cache.shape[1]
     return table[token // page_size].long() * page_size + token % page_size

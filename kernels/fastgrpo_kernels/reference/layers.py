@@ -1,4 +1,4 @@
-"""The elementwise parts of a transformer layer: norms, activations, rotary embedding, and attention merged."""
+"""The elementwise parts of a transformer layer: norms, activations, rotary embedding, merge of attentions."""
 
 import torch
 from torch import Tensor

@@ -42,8 +42,8 @@ def grpo_loss(
         old_logprobs: [T], of the policy that drew the tokens; None: `logprobs`, detached.
         ref_logprobs: [T], of the frozen reference; needed when beta ≠ 0, otherwise for the KL metric alone.
         mask: [T] bool, the tokens that count; None: all.
-        policy_scale: [T], multiplies the surrogate but not the KL: entropy mask, off-policy mask, importance
-            ratio, or their product.
+        policy_scale: [T], multiplies the surrogate but not the KL: entropy mask, off-policy mask, importance ratio,
+            or their product.
         entropy: [T], for the metric, and for the bonus where `entropy_weights` is given.
         entropy_weights: [T], coefficient and normaliser of the entropy bonus.
 
@@ -144,7 +144,7 @@ def _metrics(
     token_count = segments.mask.sum()
     if params.level == "token":
         clip_count, low_sum, high_sum = token_count, (low * segments.mask).sum(), (high * segments.mask).sum()
-    else:  # one ratio a sequence: either all of its tokens are clipped, or none
+    else:  # one ratio per sequence: all of its tokens are clipped, or none
         clip_count, low_sum, high_sum = filled.sum().to(ratio.dtype), low_shares.sum(), high_shares.sum()
     return LossMetrics(
         token_count=token_count,

@@ -1,7 +1,7 @@
-"""Drawing tokens by the Gumbel-max trick.
+"""Sampling by the Gumbel-max trick.
 
-Randomness is a hash of (seed, counter, token id), so a draw depends on nothing else: not on the batch, its order or the
-device. All integers wrap around at their width.
+Randomness is a hash of (seed, counter, token id), so a draw does not depend on the batch, its order or the device. All
+integers wrap around at their width.
 """
 
 import math
@@ -53,8 +53,8 @@ def sample(
 def process_scores(raw: Tensor, params: SampleParams, seen: Tensor | None, suppressed: Tensor | None) -> Tensor:
     """[B, V] scores whose softmax is the distribution drawn from; `raw` itself where nothing changes it.
 
-    Suppression, penalty, temperature, top-k, top-p, min-p, in this order. A truncation is a least score: tokens tied
-    with the last one that stays, stay too.
+    Suppression, penalty, temperature, top-k, top-p, min-p, in this order. A truncation is a minimum score, so tokens
+    tied with the last one kept are kept too.
     """
     scores = raw
     if suppressed is not None:
@@ -72,7 +72,7 @@ def process_scores(raw: Tensor, params: SampleParams, seen: Tensor | None, suppr
     if params.top_p < 1.0:
         ordered = scores.sort(dim=-1, descending=True).values
         probs = ordered.softmax(dim=-1)
-        above = probs.cumsum(dim=-1) - probs  # mass of what is likelier
+        above = probs.cumsum(dim=-1) - probs  # mass of likelier tokens
         least = ordered.masked_fill(above >= params.top_p, math.inf).amin(dim=-1, keepdim=True)
         scores = scores.masked_fill(scores < least, -math.inf)
     if params.min_p > 0.0:
