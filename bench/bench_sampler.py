@@ -4,175 +4,139 @@
 
 HF gets what a GRPO trainer gives it: a left-padded batch that holds every prompt G times, pictures included. Both
 sides draw at temperature 1 with image tokens suppressed and no end token, so exactly as many tokens as asked for. Only
-ours also returns log-probs. Decode alone is the time of N tokens less that of one token, on both sides. On a GPU the
-model is of Qwen2-VL-2B's shape with random weights.
+ours also returns log-probs. Decode alone is on HF's side the time of N tokens less that of one token, on ours that of
+its spans. On a GPU the model is of Qwen2-VL-2B's shape.
 """
 
+import copy
 import sys
-import time
-from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 import torch
 from fastgrpo_profiling.roofline import measure_ceilings
-from harness import Result, parser, print_table
+from fastgrpo_profiling.span import SpanRecorder, record
+from harness import Result, compute_dtype, parser, print_table
+from sides.rollout import build_engine, hf_rollout, our_rollout
 from timing import in_fresh_process, paired_ratio, paired_seconds, peak_bytes, spread
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from workloads import IMAGE, VIDEO, Workload, build_model, build_prompts, rollouts_of
 
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.sampler.decoder import KVCache
-from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
-from fastgrpo.types import Prompt, SamplingParams
+from fastgrpo.sampler.engine import SamplerEngine
+from fastgrpo.types import Prompt
 
-IMAGE, VIDEO = 3, 4
 TIE = 1e-4
 """Greedy paths may part where the two best logits are closer than this."""
+CHECKED_TOKENS = 32
+ERROR_OVER_HF, TOLERANCE = 1.5, 1e-4
+"""How many times the error of HF's own forward pass in the same dtype our log-probs may have, and beyond, in nats."""
+COLUMNS = ("workload", "HF tokens/s", "ours tokens/s", "times faster", "HF ms/step", "ours", "floor")
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A model, prompts with a picture each, and how many tokens to draw."""
+@dataclass
+class Timed:
+    """Seconds of both sides' rollouts, call by call."""
 
-    model: str
-    prompts: int = 4
-    group: int = 8
-    patches: int = 24
-    """Patches along each side of the picture, 14 pixels each; a quarter of all become tokens."""
-    text_tokens: tuple[int, ...] = (70, 64, 76, 70)
-    new_tokens: int = 64
-    rounds: int = 5
+    workload: Workload
+    whole: dict[str, list[float]] = field(default_factory=dict)
+    decode: dict[str, list[float]] = field(default_factory=dict)
+
+    def take(self, sides: Sequence[str], model: Any, engine: SamplerEngine, *, rounds: int) -> None:
+        """Times these sides in turn, warm. Our spans' seconds are on a GPU the device's."""
+        workload, tokens, device = self.workload, self.workload.new_tokens, model.device.type
+        recorders = []
+
+        def ours() -> None:
+            recorders.append(SpanRecorder(on_device=device == "cuda"))
+            with record(recorders[-1]):
+                our_rollout(engine, workload, tokens)
+
+        calls = {
+            "hf": lambda: hf_rollout(model, workload, tokens),
+            "hf, one token": lambda: hf_rollout(model, workload, 1),
+            "ours": ours,
+        }
+        calls = {name: call for name, call in calls.items() if name.split(",")[0] in sides}
+        if "ours" in sides:
+            ours()
+        if "hf" in sides:
+            hf_rollout(model, workload, 2)
+        times = paired_seconds(calls, rounds=rounds, warmup=0, device=device)
+        self.whole |= {side: times[side] for side in sides}
+        if "hf" in sides:
+            one = times["hf, one token"]
+            self.decode["hf"] = [whole - first for whole, first in zip(times["hf"], one, strict=True)]
+        if "ours" in sides:
+            spans = [recorder.totals for recorder in recorders[-rounds:]]
+            self.decode["ours"] = [sum(t[f"rollout/{part}"].seconds for part in ("decode", "check")) for t in spans]
 
     @property
-    def rows(self) -> int:
-        return self.prompts * self.group
+    def figures(self) -> dict[str, Any]:
+        """By side, for JSON."""
+        return {
+            "seconds": {side: median(seconds) for side, seconds in self.whole.items()},
+            "spread": {side: spread(seconds) for side, seconds in self.whole.items()},
+            "tokens_per_s": {side: self.tokens / median(seconds) for side, seconds in self.whole.items()},
+            # The first token comes with the prefill.
+            "decode_ms_per_step": {
+                side: 1e3 * median(seconds) / (self.workload.new_tokens - 1) for side, seconds in self.decode.items()
+            },
+        }
 
+    @property
+    def tokens(self) -> int:
+        return self.workload.rows * self.workload.new_tokens
 
-TINY = Workload("tiny")
-CPU_WORKLOADS = {
-    "64 tokens": TINY,
-    "256 tokens": replace(TINY, new_tokens=256, rounds=3),
-    "50M model, 448 px": Workload("50M", patches=32, rounds=2),
-}
+    def ratios(self, name: str, key: str = "") -> dict[str, float]:
+        """Theirs over ours, once both are there."""
+        if len(self.whole) < 2:
+            return {}
+        rounds = slice(min(len(times) for times in self.whole.values()))
+        pairs = [(times["hf"][rounds], times["ours"][rounds]) for times in (self.whole, self.decode)]
+        whole, decode = (paired_ratio(*pair) for pair in pairs)
+        return {key or f"tokens_per_s_vs_hf, {name}": whole, f"decode_tokens_per_s_vs_hf, {name}": decode}
 
-
-def paper_workload(rows: int) -> Workload:
-    """Groups of 8 on 700-token prompts, 324 new tokens."""
-    return Workload("2B", prompts=rows // 8, text_tokens=(444,), patches=32, new_tokens=324, rounds=3)
-
-
-CUDA_WORKLOADS = {f"2B, B={rows}": paper_workload(rows) for rows in (8, 64, 256, 512)}
-TEXT: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4},
-    "50M": {"vocab_size": 32_000, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8},
-    "2B": {"vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28},
-}
-HEADS = {"tiny": (6, 2, [4, 6, 6]), "50M": (8, 2, [8, 12, 12]), "2B": (12, 2, [16, 24, 24])}
-VISION = {
-    "tiny": {"depth": 4, "embed_dim": 128, "num_heads": 4},
-    "50M": {"depth": 6, "embed_dim": 320, "num_heads": 8},
-    "2B": {"depth": 32, "embed_dim": 1280, "num_heads": 16},
-}
-
-
-def build_model(name: str, device: str) -> Any:
-    """Random weights; bf16 on a GPU, else fp32."""
-    heads, kv_heads, sections = HEADS[name]
-    text = {
-        **TEXT[name],
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    vision = {**VISION[name], "hidden_size": text["hidden_size"], "mlp_ratio": 4, "patch_size": 14}
-    config = Qwen2VLConfig(
-        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, tie_word_embeddings=True
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2VLForConditionalGeneration(config)
-    return model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
-
-
-@cache
-def build_prompts(workload: Workload) -> list[Prompt]:
-    """A random picture, then random words; kept, so that no timing contains it."""
-    prompts = []
-    for row in range(workload.prompts):
-        draw = torch.Generator().manual_seed(row)
-        side = workload.patches // 2
-        count = workload.text_tokens[row % len(workload.text_tokens)]
-        words = torch.randint(10, TEXT[workload.model]["vocab_size"], (count,), generator=draw)
-        place = torch.cartesian_prod(torch.arange(1), torch.arange(side), torch.arange(side)).T
-        prompts.append(
-            Prompt(
-                row,
-                torch.cat([torch.full((side * side,), IMAGE), words]),
-                torch.cat([place, torch.arange(count).expand(3, -1) + side], dim=1),
-                torch.randn(workload.patches**2, 3 * 2 * 14 * 14, generator=draw),
-                torch.tensor([[1, workload.patches, workload.patches]]),
-                "",
-            )
-        )
-    return prompts
-
-
-class NoTexts:
-    """In place of a tokenizer: there are no words to these tokens, and no end token."""
-
-    eos_token_id = None
-
-    def batch_decode(self, sequences: list[Tensor], **_: Any) -> list[str]:
-        return [""] * len(sequences)
-
-
-def build_engine(model: Any, dtype: torch.dtype | None = None, **options: Any) -> SamplerEngine:
-    model.generation_config.eos_token_id = None
-    engine = SamplerEngine(model, NoTexts(), options=SamplerOptions(max_rows=1024, **options), dtype=dtype)
-    engine.sync()
-    return engine
-
-
-def our_rollout(engine: SamplerEngine, workload: Workload, tokens: int, temperature: float = 1.0) -> dict[int, Any]:
-    params = SamplingParams(tokens, temperature=temperature)
-    groups = engine.generate(build_prompts(workload), workload.group, params, step=0)
-    return {prompt.row_id: completions for prompt, completions in groups}
+    def row(self, name: str, floor: float) -> list[Any]:
+        """Of the table."""
+        found, (ratio, *_) = self.figures, self.ratios(name).values()
+        speeds, steps = found["tokens_per_s"], found["decode_ms_per_step"]
+        return [name, speeds["hf"], speeds["ours"], ratio, steps["hf"], steps["ours"], floor]
 
 
 @torch.no_grad()
-def hf_rollout(model: Any, workload: Workload, tokens: int, temperature: float = 1.0) -> Tensor:
-    """[rows, tokens]"""
-    prompts = [p for p in build_prompts(workload) for _ in range(workload.group)]
-    ids = pad_sequence([p.input_ids for p in prompts], batch_first=True, padding_value=0, padding_side="left")
-    lengths = torch.tensor([len(p.input_ids) for p in prompts])
-    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    draws = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    config = GenerationConfig(
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        suppress_tokens=[IMAGE, VIDEO],
-        pad_token_id=0,
-        use_cache=True,
-        **draws,
-    )
-    sequences = model.generate(
-        input_ids=ids, attention_mask=mask, **vision_inputs(model, prompts, ids), generation_config=config
-    )
-    return sequences[:, ids.shape[1] :].cpu()
+def logprob_errors(model: Any, engine: SamplerEngine, workload: Workload) -> dict[str, float]:
+    """Mean |log-prob − exact| in nats, of our sampled tokens as we gave them and as HF's forward pass has them.
+
+    Exact is the same weights in float32, or float64 for a float32 model.
+    """
+    one = replace(workload, prompts=1)
+    ((_, completions),) = our_rollout(engine, one, CHECKED_TOKENS).items()
+    prompt = build_prompts(one)[0]
+    tokens = torch.stack([completion.token_ids for completion in completions]).to(model.device)  # [G, C]
+    ids = torch.cat([prompt.input_ids.to(model.device).expand(len(tokens), -1), tokens], dim=1)
+
+    def of(judge: Any) -> Tensor:
+        logits = judge(input_ids=ids, **vision_inputs(judge, [prompt] * len(ids), ids), use_cache=False).logits
+        scores = logits[:, -CHECKED_TOKENS - 1 : -1].double().log_softmax(dim=-1)
+        return scores.gather(2, tokens[..., None]).squeeze(2)
+
+    exact = of(copy.deepcopy(model).to(torch.float32 if model.dtype == torch.bfloat16 else torch.float64))
+    found = {"ours": torch.stack([completion.logprobs for completion in completions]).to(exact), "hf": of(model)}
+    return {name: (logprobs - exact).abs().mean().item() for name, logprobs in found.items()}
+
+
+def are_right(errors: dict[str, float]) -> bool:
+    """Whether our log-probs are about as exact as HF's own."""
+    return errors["ours"] <= ERROR_OVER_HF * errors["hf"] + TOLERANCE
 
 
 def check_greedy(model: Any, engine: SamplerEngine, workload: Workload) -> dict[str, Any]:
     """Token for token, until two logits tie; and every completion as long as asked for."""
-    workload = replace(workload, group=1)
+    workload = workload.of(workload.new_tokens, group=1)
     ours = our_rollout(engine, workload, workload.new_tokens, temperature=0.0)
     theirs = hf_rollout(model, workload, workload.new_tokens, temperature=0.0)
     agree, unexplained = 0, 0
@@ -196,96 +160,6 @@ def _gap(model: Any, prompt: Prompt, tokens: Tensor, place: int) -> float:
     return float(best[0] - best[1])
 
 
-@torch.no_grad()
-def forward_distance(model: Any, engine: SamplerEngine, workload: Workload) -> dict[str, float]:
-    """Greedy completions against a whole HF forward pass: largest log-prob distance, share of equal best tokens."""
-    distance, equal, count = 0.0, 0, 0
-    prompts = {prompt.row_id: prompt for prompt in build_prompts(workload)}
-    for row, (completion,) in our_rollout(engine, replace(workload, group=1), 64, temperature=0.0).items():
-        tokens = completion.token_ids.to(model.device)
-        ids = torch.cat([prompts[row].input_ids.to(model.device), tokens])[None]
-        logits = model(input_ids=ids, **vision_inputs(model, [prompts[row]], ids), use_cache=False).logits[0]
-        scores = logits[-len(tokens) - 1 : -1].float()
-        logprobs = scores.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).cpu()
-        distance = max(distance, float((logprobs - completion.logprobs).abs().max()))
-        scores[:, [IMAGE, VIDEO]] = -torch.inf
-        equal, count = equal + int((scores.argmax(-1) == tokens).sum()), count + len(tokens)
-    return {"max_logprob_distance": distance, "top_1_agreement": equal / count}
-
-
-def cache_bytes(engine: SamplerEngine, workload: Workload) -> dict[str, float]:
-    """MiB of cache pages that the rollout holds, and would hold if each completion had its prompt's pages to itself."""
-    size = engine.options.page_size
-    page = KVCache.page_bytes(engine.decoder.shape, size, engine.decoder.dtype) / 2**20
-    prompts = [-(-len(p.input_ids) // size) for p in build_prompts(workload)]
-    own = workload.rows * -(-(workload.new_tokens - 1) // size)
-    return {
-        "cache_mib_shared": page * (sum(prompts) + own),
-        "cache_mib_unshared": page * (workload.group * sum(prompts) + own),
-    }
-
-
-class ProcessorTimes:
-    """Processor seconds of each call: what a busy machine distorts less than the time on the clock."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    def of(self, side: str, function: Callable[[], Any]) -> Callable[[], None]:
-        def timed() -> None:
-            start = time.process_time()
-            function()
-            self.seconds.setdefault(side, []).append(time.process_time() - start)
-
-        return timed
-
-
-def measure(name: str, workload: Workload, device: str, result: Result) -> list[Any]:
-    """Paired times of whole rollouts and of one token; a row of the table."""
-    model = build_model(workload.model, device)
-    engine = build_engine(model)
-    distance = forward_distance(model, engine, workload)
-    if device == "cpu":  # bf16 on a GPU rounds: there the distance is a figure, not a check
-        checks = check_greedy(model, engine, replace(workload, new_tokens=64))
-        checks["logprobs_within_1e-4_of_hf"] = distance["max_logprob_distance"] < 1e-4
-        result.checks |= {f"{name}: {key}": value for key, value in checks.items()}
-    tokens, engine_for_one, cpu = workload.new_tokens, build_engine(model), ProcessorTimes()
-    times = paired_seconds(
-        {
-            "hf": cpu.of("hf", lambda: hf_rollout(model, workload, tokens)),
-            "ours": cpu.of("ours", lambda: our_rollout(engine, workload, tokens)),
-            "hf, one token": lambda: hf_rollout(model, workload, 1),
-            "ours, one token": lambda: our_rollout(engine_for_one, workload, 1),
-        },
-        rounds=workload.rounds,
-        device=device,
-    )
-    whole = {side: times[side] for side in ("hf", "ours")}
-    one = {side: times[f"{side}, one token"] for side in whole}
-    decode = {side: [w - o for w, o in zip(whole[side], one[side], strict=True)] for side in whole}
-    drawn = workload.rows * tokens
-    ratio = paired_ratio(whole["hf"], whole["ours"])
-    decode_ratio = paired_ratio(decode["hf"], decode["ours"])
-    key = "tokens_per_s_vs_hf" + ("" if name == "64 tokens" else f", {name}")
-    result.ratios |= {key: ratio, f"decode_tokens_per_s_vs_hf, {name}": decode_ratio}
-    result.figures[name] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens_per_s": {side: drawn / median(seconds) for side, seconds in whole.items()},
-        "seconds": {side: median(seconds) for side, seconds in whole.items()},
-        "spread": {side: spread(seconds) for side, seconds in whole.items()},
-        "one_token_seconds": {side: median(seconds) for side, seconds in one.items()},
-        "decode_ms_per_step": {side: 1e3 * median(d) / (tokens - 1) for side, d in decode.items()},
-        "processor_seconds": {side: median(seconds) for side, seconds in cpu.seconds.items()},
-        **cache_bytes(engine, workload),
-        **distance,
-    }
-    if device == "cuda":
-        bandwidth = measure_ceilings(device, torch.bfloat16).bytes_per_s
-        floor = {"floor_ms_per_step": floor_ms(engine, workload, bandwidth)}
-        result.figures[name] |= {**floor, **graphs_off(model, workload)}
-    return [name, *(drawn / median(whole[side]) for side in ("hf", "ours")), ratio, decode_ratio]
-
-
 def floor_ms(engine: SamplerEngine, workload: Workload, bytes_per_s: float) -> float:
     """Milliseconds to read the weights once and the cache, prompts shared, at the length of half the completion."""
     decoder = engine.decoder
@@ -296,18 +170,16 @@ def floor_ms(engine: SamplerEngine, workload: Workload, bytes_per_s: float) -> f
     return 1e3 * read / bytes_per_s
 
 
-def graphs_off(model: Any, workload: Workload) -> dict[str, float]:
+def without_graphs(model: Any, workload: Workload) -> float:
     """Seconds of a rollout whose decode steps are launched one kernel at a time."""
     engine = build_engine(model, cuda_graphs=False)
-    times = paired_seconds(
-        {"ours": lambda: our_rollout(engine, workload, workload.new_tokens)}, rounds=2, device="cuda"
-    )
-    return {"seconds_without_graphs": median(times["ours"])}
+    call = {"ours": lambda: our_rollout(engine, workload, workload.new_tokens)}
+    return median(paired_seconds(call, rounds=1, device=model.device.type)["ours"])
 
 
 def peak_memory(side: str, device: str) -> int:
     """Bytes at the peak of one rollout above what the model holds; for ours, its own weights and cache included."""
-    workload = CPU_WORKLOADS["64 tokens"] if device == "cpu" else CUDA_WORKLOADS["2B, B=64"]
+    workload = next(iter(rollouts_of(device, rows=(64,)).values()))
     model = build_model(workload.model, device)
     if side == "hf":
         return peak_bytes(lambda: hf_rollout(model, workload, workload.new_tokens), device)
@@ -319,22 +191,35 @@ def main() -> int:
     arguments.add_argument("--only", metavar="NAME", help="one workload of the table")
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads, of both sides")
     arguments.add_argument("--peak-memory", choices=("hf", "ours"), help="print one side's peak and leave")
-    options: Namespace = arguments.parse_args()
+    options = arguments.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_memory:
         print(peak_memory(options.peak_memory, options.device))
         return 0
-    result = Result("bench_sampler", options.device)
-    workloads = CPU_WORKLOADS if options.device == "cpu" else CUDA_WORKLOADS
-    chosen = {name: w for name, w in workloads.items() if options.only in (None, name)}
-    rows = [measure(name, workload, options.device, result) for name, workload in chosen.items()]
+    device, result, rows = options.device, Result("bench_sampler", options.device), []
+    bandwidth = measure_ceilings(device, compute_dtype(device)).bytes_per_s
+    for name, workload in rollouts_of(device).items():
+        if options.only not in (None, name):
+            continue
+        model = build_model(workload.model, device)
+        engine, timed = build_engine(model), Timed(workload)
+        errors, floor = logprob_errors(model, engine, workload), floor_ms(engine, workload, bandwidth)
+        checks = {"log-probs are right": are_right(errors)}
+        if device == "cpu":  # bf16 on a GPU rounds
+            checks |= check_greedy(model, engine, workload.of(64))
+        result.checks |= {f"{name}: {key}": value for key, value in checks.items()}
+        timed.take(["hf", "ours"], model, engine, rounds=workload.rounds)
+        result.ratios |= timed.ratios(name, "tokens_per_s_vs_hf" if name == "64 tokens" else "")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        result.figures[name] = {"parameters": parameters, "logprob_errors": errors, "floor_ms_per_step": floor}
+        result.figures[name] |= timed.figures
+        rows.append(timed.row(name, floor))
     if options.only is None:
-        flags = ("--device", options.device, "--threads", str(options.threads))
-        peaks: dict[str, Any] = {side: in_fresh_process(*flags, "--peak-memory", side) for side in ("hf", "ours")}
+        flags = ("--device", device, "--threads", str(options.threads))
+        peaks = {side: in_fresh_process(*flags, "--peak-memory", side) for side in ("hf", "ours")}
         result.figures["peak_memory_mib"] = {side: peak / 2**20 for side, peak in peaks.items()}
         result.ratios["peak_memory_vs_hf"] = peaks["hf"] / peaks["ours"]
-    columns = ["workload", "HF tokens/s", "ours tokens/s", "times faster", "decode alone, times faster"]
-    print_table("Rollouts", columns, rows)
+    print_table("Rollouts", COLUMNS, rows)
     return result.finish(options.out)
 
 

@@ -23,7 +23,6 @@ import matplotlib
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from bench_sampler import NoTexts
 from fastgrpo_kernels import LossParams
 from fastgrpo_profiling import span
 from fastgrpo_profiling.phases import PHASES, phase_seconds
@@ -31,80 +30,72 @@ from fastgrpo_profiling.span import SpanRecorder, record
 from harness import Result, parser, print_table
 from scaling_fit import NEGLIGIBLE, Axis, exponent, ranks_sentence, sentence
 from timing import synchronize
+from torch import Tensor
+from workloads import ModelSize, NoTexts, Workload, build_model, build_prompt, scripted_completions, training_group
 
-from fastgrpo.demo.base_model import tiny_model
 from fastgrpo.sampler.engine import SamplerEngine
-from fastgrpo.types import Completion, Prompt, SamplingParams, TrainingGroup
+from fastgrpo.types import SamplingParams
 from fastgrpo.update.updater import PackedUpdater
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-WORDS = (10, 100)
-"""Token ids of the random words; no special ones."""
 MISMATCH = 1e-4
 """Nats that the sampler's log-probs and the update's may be apart in float32, on average."""
 MISMATCH_BF16 = 3e-2
+
+
+VOCABULARY = 768
 
 
 @dataclass(frozen=True)
 class Point:
     """One step."""
 
-    prompts: int = 2
-    group: int = 8
-    text_tokens: int = 64
-    new_tokens: int = 32
-    pictures: int = 1
-    patches: int = 12
-    """Along each side of a picture; a quarter of all become tokens."""
+    work: Workload = Workload(prompts=2, lengths=(32,) * 8, text_tokens=(64,), patches=12)
     hidden: int = 128
-    layers: int = 4
 
     @property
-    def prompt_tokens(self) -> int:
-        return self.text_tokens + self.pictures * (self.patches // 2) ** 2
+    def model(self) -> ModelSize:
+        heads = self.hidden // 32
+        return ModelSize(VOCABULARY, self.hidden, 2 * self.hidden, 4, heads, heads // 2, 1, 32, 2, 3)
+
+    def with_(self, **changes: Any) -> "Point":
+        return replace(self, work=replace(self.work, **changes))
 
 
 BASE = Point()
 AXES: dict[str, tuple[str, list[Point]]] = {
-    "G": ("completions of a prompt", [replace(BASE, group=g) for g in (2, 4, 8, 16, 32, 64)]),
-    "P": ("prompt tokens", [replace(BASE, text_tokens=p - 36) for p in (64, 128, 256, 512, 1024, 2048)]),
-    "C": ("new tokens of a completion", [replace(BASE, new_tokens=c) for c in (16, 32, 64, 128, 256)]),
+    "G": ("completions of a prompt", [BASE.with_(lengths=(32,) * g) for g in (2, 4, 8, 16, 32, 64)]),
+    "P": ("prompt tokens", [BASE.with_(text_tokens=(p - 36,)) for p in (64, 128, 256, 512, 1024, 2048)]),
+    "C": ("new tokens of a completion", [BASE.with_(lengths=(c,) * 8) for c in (16, 32, 64, 128, 256)]),
     "N": ("parameters of the decoder's layers", [replace(BASE, hidden=h) for h in (64, 128, 256, 512)]),
-    "pictures": ("pictures of a prompt", [replace(BASE, pictures=n) for n in (1, 2, 4, 8)]),
+    "pictures": ("pictures of a prompt", [BASE.with_(pictures=n) for n in (1, 2, 4, 8)]),
 }
-RANKS_POINT = replace(BASE, prompts=8)
+RANKS_POINT = BASE.with_(prompts=8)
 RANKS = (1, 2)
 
 
 def value_of(axis: str, point: Point) -> float:
     """Where a point lies along an axis."""
+    work, size = point.work, point.model
     if axis == "N":
-        return 9.0 * point.layers * point.hidden**2  # 3 of attention with half as many KV heads, 6 of the MLP
-    return float({"G": point.group, "P": point.prompt_tokens, "C": point.new_tokens, "pictures": point.pictures}[axis])
+        return 9.0 * size.layers * size.hidden**2  # 3 of attention with half as many KV heads, 6 of the MLP
+    return float({"G": work.group, "P": work.prompt_tokens, "C": work.new_tokens, "pictures": work.pictures}[axis])
 
 
 class Stepper:
     """Takes steps of one size, on this rank's share of the prompts."""
 
     def __init__(self, point: Point, device: str, accelerator: Accelerator | None = None) -> None:
-        heads = point.hidden // 32
-        model: Any = tiny_model(
-            hidden_size=point.hidden,
-            intermediate_size=2 * point.hidden,
-            num_hidden_layers=point.layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-        )
-        model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)
-        model.generation_config.eos_token_id = None
+        model = build_model(point.model, device)
         frozen = copy.deepcopy(model).requires_grad_(False)
-        self.point, self.device = point, device
+        self.device = device
         alone_on_cpu = accelerator is None and device == "cpu"
         self.clock = time.process_time if alone_on_cpu else time.perf_counter
         rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        self.prompts = [build_prompt(row, point, model) for row in range(rank, point.prompts, ranks)]
+        self.work, self.count = point.work, point.work.prompts * sum(point.work.lengths)
+        self.prompts = [build_prompt(row, self.work, VOCABULARY) for row in range(rank, self.work.prompts, ranks)]
         self.engine = SamplerEngine(model, NoTexts())
         self.updater = PackedUpdater(
             model.train(), LossParams(beta=0.04), token_budget=16_384, reference_model=frozen, accelerator=accelerator
@@ -123,9 +114,11 @@ class Stepper:
         start = self.clock()
         with record(recorder):
             self.engine.sync()
-            params = SamplingParams(self.point.new_tokens)
-            drawn = self.engine.generate(self.prompts, self.point.group, params, step=self.taken)
-            groups = [self.weighted(prompt, completions) for prompt, completions in drawn]
+            params = SamplingParams(self.work.new_tokens)
+            drawn = self.engine.generate(self.prompts, self.work.group, params, step=self.taken)
+            # What is compared are log-probs of the full softmax.
+            full = [(prompt, [replace(c, sampling_logprobs=c.logprobs) for c in group]) for prompt, group in drawn]
+            groups = [training_group(prompt, completions, self.count) for prompt, completions in full]
             result = self.updater.accumulate(groups)
             with span("update/optimizer"):
                 self.optimizer.step()
@@ -137,34 +130,13 @@ class Stepper:
         mismatch = result.mismatch.difference_sum / result.mismatch.token_count
         return seconds, phase_seconds(own, seconds), mismatch.item()
 
-    def weighted(self, prompt: Prompt, completions: Sequence[Completion]) -> TrainingGroup:
-        """Every token counts alike; advantages that no reward decides. Full-softmax log-probs are compared."""
-        advantages = torch.randn(len(completions), generator=torch.Generator().manual_seed(prompt.row_id))
-        count = self.point.prompts * self.point.group * self.point.new_tokens
-        return TrainingGroup(
-            prompt,
-            tuple(replace(completion, sampling_logprobs=completion.logprobs) for completion in completions),
-            advantages,
-            tuple(torch.full((len(completion.token_ids),), 1 / count) for completion in completions),
-            tuple(torch.ones(len(completion.token_ids), dtype=torch.bool) for completion in completions),
-        )
-
-
-def build_prompt(row: int, point: Point, model: Any) -> Prompt:
-    """Random pictures, then random words."""
-    draw = torch.Generator().manual_seed(row)
-    side, image = point.patches // 2, model.config.image_token_id
-    words = torch.randint(*WORDS, (point.text_tokens,), generator=draw)
-    place = torch.cartesian_prod(torch.arange(1), torch.arange(side), torch.arange(side)).T  # [3, side²]
-    text = torch.arange(point.text_tokens).expand(3, -1) + point.pictures * side
-    return Prompt(
-        row,
-        torch.cat([torch.full((point.pictures * side**2,), image), words]),
-        torch.cat([*(place + i * side for i in range(point.pictures)), text], dim=1),
-        torch.randn(point.pictures * point.patches**2, 3 * 2 * 14 * 14, generator=draw),
-        torch.tensor([[1, point.patches, point.patches]] * point.pictures),
-        "",
-    )
+    def scripted_loss(self) -> Tensor:
+        """Of completions that depend on the row alone, so that the loss of all ranks together can be compared."""
+        groups = [
+            training_group(prompt, scripted_completions(prompt.row_id, self.work, VOCABULARY), self.count)
+            for prompt in self.prompts
+        ]
+        return self.updater.accumulate(groups).loss
 
 
 def measure(points: Sequence[Point], device: str, rounds: int) -> tuple[list[float], list[dict[str, float]], float]:
@@ -209,7 +181,7 @@ def measure_ranks(device: str, rounds: int, result: Result) -> str:
         found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"seconds"')))
         seconds[ranks], phases[ranks], losses[ranks] = found["seconds"], found["phases"], found["loss"]
     result.checks["ranks: the same loss"] = abs(losses[2] - losses[1]) <= 1e-5 * (1 + abs(losses[1]))
-    result.figures["ranks"] = {"seconds": seconds, "phases": phases, "prompts": RANKS_POINT.prompts}
+    result.figures["ranks"] = {"seconds": seconds, "phases": phases, "prompts": RANKS_POINT.work.prompts}
     return ranks_sentence(seconds, phases)
 
 
@@ -220,25 +192,12 @@ def take_rank_steps(device: str, rounds: int) -> None:
     stepper = Stepper(RANKS_POINT, device, accelerator)
     stepper.step()
     steps = sorted((stepper.step()[:2] for _ in range(rounds)), key=lambda step: step[0])
-    fixed = [scripted(prompt, stepper) for prompt in stepper.prompts]
-    loss = accelerator.reduce(stepper.updater.accumulate(fixed).loss, "sum").item()
+    loss = accelerator.reduce(stepper.scripted_loss(), "sum").item()
     if accelerator.is_main_process:
         seconds, phases = steps[len(steps) // 2]
         print(json.dumps({"seconds": seconds, "phases": phases, "loss": loss}), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def scripted(prompt: Prompt, stepper: Stepper) -> TrainingGroup:
-    """Completions that depend on the row alone, so that the loss of all ranks together can be compared."""
-    draw = torch.Generator().manual_seed(1000 + prompt.row_id)
-    length = stepper.point.new_tokens
-    guess = torch.full((length,), -6.0)
-    completions = [
-        Completion(prompt.row_id, i, torch.randint(*WORDS, (length,), generator=draw), "", "length", guess, guess)
-        for i in range(stepper.point.group)
-    ]
-    return stepper.weighted(prompt, completions)
 
 
 def draw(axes: Sequence[Axis], path: Path) -> None:

@@ -11,21 +11,9 @@ from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
 from fastgrpo_profiling.prediction import BEFORE, GPUS, NOW, Counts, Gpu, decode_step_seconds, step_seconds
 from fastgrpo_profiling.roofline import ModelShape, StepWork
 from harness import Result, print_table
+from workloads import MODELS
 
-QWEN2_VL_2B = ModelShape(
-    hidden=1536,
-    layers=28,
-    heads=12,
-    kv_heads=2,
-    head_dim=128,
-    intermediate=8960,
-    vocab=151_936,
-    vision_layers=32,
-    vision_hidden=1280,
-    vision_mlp_weights=2 * 1280 * 5120,
-    patch_dim=1176,
-    merged_patches=4,
-)
+QWEN2_VL_2B = ModelShape.from_config(MODELS["2B"].config)
 PATCHES = 401_408 // 14**2
 PROMPTS, GROUP, TOKENS = 8, 8, 700
 WORDS = 68

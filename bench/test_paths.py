@@ -13,30 +13,31 @@ import bench_update
 import gate
 import pytest
 import torch
+from sides.rollout import build_engine, hf_rollout, our_rollout
+from workloads import RAGGED, SMALL, build_groups, build_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROLLOUT = replace(bench_sampler.TINY, new_tokens=24)
-UPDATE = bench_update.Workload(bench_update.RAGGED)
+ROLLOUT = replace(SMALL.of(24), prompts=4, text_tokens=(70, 64, 76, 70))
+UPDATE = replace(SMALL, lengths=RAGGED)
 
 
 @pytest.fixture(scope="module")
 def rollouts() -> dict[str, Callable[[], Any]]:
     """Both sides, after their greedy tokens were found equal."""
-    model = bench_sampler.build_model("tiny", DEVICE)
-    engine = bench_sampler.build_engine(model)
+    model = build_model(ROLLOUT.model, DEVICE)
+    engine = build_engine(model)
     if DEVICE == "cpu":  # bf16 on a GPU rounds
         assert bench_sampler.check_greedy(model, engine, ROLLOUT)["greedy_differs_only_at_ties"]
     return {
-        gate.OURS: partial(bench_sampler.our_rollout, engine, ROLLOUT, ROLLOUT.new_tokens),
-        gate.REFERENCE: partial(bench_sampler.hf_rollout, model, ROLLOUT, ROLLOUT.new_tokens),
+        gate.OURS: partial(our_rollout, engine, ROLLOUT, ROLLOUT.new_tokens),
+        gate.REFERENCE: partial(hf_rollout, model, ROLLOUT, ROLLOUT.new_tokens),
     }
 
 
 @pytest.fixture(scope="module")
 def updates() -> dict[str, Callable[[], Any]]:
     """Both sides, after their gradients were found equal."""
-    model = bench_update.build_model(DEVICE)
-    groups = bench_update.build_groups(UPDATE, model.config.get_text_config().vocab_size)
+    model, groups = build_model(UPDATE.model, DEVICE).train(), build_groups(UPDATE)
     sides = bench_update.updaters(model, DEVICE)
     if DEVICE == "cpu":
         _, ours = bench_update.gradients_of(model, sides["packed"], groups)

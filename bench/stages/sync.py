@@ -6,10 +6,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_sampler import build_engine, build_model
 from fastgrpo_profiling.roofline import measure_ceilings
 from harness import Result, compute_dtype, print_table
+from sides.rollout import build_engine
 from timing import paired_seconds, queued_seconds, spread
+from workloads import build_model
 
 from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine
@@ -20,7 +21,7 @@ def run(task: Task) -> Iterator[Result]:
     """Changes the policy, syncs, compares every layer; then times, beside reading and writing the bytes once."""
     scale, device = task.scale, task.device
     result = Result("sync", device)
-    model = build_model("2B" if scale == "full" else "tiny", device).float()  # as it is trained
+    model = build_model("2B" if scale == "full" else "4M", device, torch.float32)  # as it is trained
     engine = build_engine(model, dtype=compute_dtype(device))
     with torch.no_grad():
         for parameter in model.parameters():
