@@ -8,6 +8,7 @@ from statistics import median
 import torch
 from fastgrpo_profiling.compare import StepRecord, paired_ratio
 from harness import Result, print_table
+from step_setup import SIZES, TRL_PYTHON, StepSize, prepared, training_flags
 
 from fastgrpo.cli.arguments import parse
 from fastgrpo.profile import gate
@@ -16,17 +17,7 @@ from fastgrpo.profile.run import free_memory
 from fastgrpo.profile.sides.start import build_trainer
 from fastgrpo.profile.trl import compare_with_trl
 from stages import NotHereError, Task, costs_only
-from stages.step import (
-    GATE_TOKENS,
-    SIZES,
-    TRL_PYTHON,
-    StepSize,
-    compare_with_plain,
-    prepared,
-    summed_up,
-    timed_steps,
-    training_flags,
-)
+from stages.step import GATE_TOKENS, compare_with_plain, summed_up, timed_steps
 
 SIDE_BYTES = 60e9
 """Of one side of full size, weights in float32: two of them fit no GPU of 80 GB."""
@@ -54,21 +45,22 @@ def compared(against: str, task: Task) -> Iterator[Result]:
     result = Result(f"step_{against}", task.device)
     timed = 1 if size.is_large else size.timed
     with prepared(size, task.device) as folder:
-        flags = training_flags(folder, size)
+        flags = training_flags(folder, size.timed + 2)
         taken: dict[str, list[StepRecord]] = {}
         for names in [[OURS, against]] if both_fit(size, task.device) else [[OURS], [against]]:
             with costs_only(result, " and ".join(names)):
                 taken |= timed_steps(names, flags, folder, timed)
-            result.figures |= {name: asdict(summed_up(steps, folder, task.device)) for name, steps in taken.items()}
+            result.figures |= {name: asdict(summed_up(steps, size, task.device)) for name, steps in taken.items()}
             yield result
         with costs_only(result, "comparison"):
             checked = compare(against, flags, folder, size)
             result.checks["the same step"] = not checked.failures
             result.figures["apart"] = checked.figures
             print("\n".join(checked.failures))
-        drawn = size.prompts * size.group * size.tokens
         for name, steps in taken.items():
-            result.checks[f"{name}: exactly {size.tokens} tokens each"] = all(step.tokens == drawn for step in steps)
+            result.checks[f"{name}: exactly {size.tokens} tokens each"] = all(
+                step.tokens == size.drawn for step in steps
+            )
         if result.passed:
             result.ratios = {
                 f"step_time_vs_{against}": paired_ratio(taken[against], taken[OURS]).median,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from fastgrpo_profiling.span import listen
 from harness import Result, print_table
+from step_setup import SIZES, prepared, training_flags
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -13,7 +14,6 @@ from fastgrpo.cli.arguments import parse
 from fastgrpo.profile.opponents import OURS
 from fastgrpo.profile.sides.start import build_trainer
 from stages import Task, costs_only
-from stages.step import SIZES, prepared, training_flags
 
 LARGEST, NAME_LENGTH = 40, 120
 """How many kernels of each part are written down, and how much of their names."""
@@ -97,7 +97,7 @@ def run(task: Task) -> Iterator[Result]:
         "update": PartProfiler("update/pack", "update/metrics", 1, task.device),
     }
     with prepared(size, task.device) as folder, costs_only(result, "step"):
-        flags = [*training_flags(folder, size), "--max_steps", str(STEPS), "--output_dir", str(folder / "out")]
+        flags = [*training_flags(folder, STEPS), "--output_dir", str(folder / "out")]
         trainer = build_trainer(OURS, *parse(flags))
         with listen(parts["decode, 16 steps"]), listen(parts["update"]):
             trainer.train()

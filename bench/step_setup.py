@@ -1,0 +1,107 @@
+"""A training step that sides are compared on: its size, its settings, and a folder with its model, data and config."""
+
+import gc
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from workloads import MODELS, save_endless_model
+
+from fastgrpo.demo.documents import DEMO_KINDS
+from fastgrpo.demo.scenes import write_sat_parquet
+from fastgrpo.profile.run import QUIET
+
+BENCH = Path(__file__).parent
+TRL_PYTHON = BENCH.parent / ".venv-bench" / "bin" / "python"
+SETTINGS = {
+    "prompt_mode": "base",
+    "batch_unit": "prompts",
+    "loss_type": "grpo",
+    "beta": 0.04,
+    "lr_scheduler_type": "constant",
+    "reward_funcs": ["smooth_reward:vowels"],
+    "attn_implementation": "sdpa",
+    "log_completions": False,
+}
+"""Of every step and side."""
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A step, and the model that takes it."""
+
+    prompts: int
+    group: int
+    tokens: int
+    """Exactly so many of each completion: the end token lies outside the vocabulary."""
+    pixels: int
+    """Of a picture."""
+    model: str
+    timed: int = 3
+    """Steps timed."""
+    is_large: bool = False
+    """Layers are checkpointed and a micro-batch of the padded side is one prompt's group, as in the paper's run."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Further settings."""
+
+    @property
+    def drawn(self) -> int:
+        """Completion tokens of a step."""
+        return self.prompts * self.group * self.tokens
+
+    def settings(self, device: str) -> dict[str, Any]:
+        """Of `fastgrpo train`, for every side."""
+        micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": self.prompts}
+        return {
+            **SETTINGS,
+            **(micro if self.is_large else {"per_device_train_batch_size": self.prompts}),
+            "num_generations": self.group,
+            "max_completion_length": self.tokens,
+            "min_pixels": self.pixels,
+            "max_pixels": self.pixels,
+            "gradient_checkpointing": self.is_large,
+            "bf16": device == "cuda",
+            "use_cpu": device == "cpu",
+            **dict(self.options),
+        }
+
+
+PAPER = StepSize(8, 8, 700, 401_408, "2B", is_large=True, options=(("learning_rate", 1e-6), ("top_k", 50)))
+SIZES = {
+    "full": PAPER,
+    "tiny": StepSize(2, 4, 24, 112**2, "1M", timed=2, options=PAPER.options),
+    "smoke": StepSize(1, 2, 4, 84**2, "smoke", timed=1, options=PAPER.options),
+}
+"""Of the suite's stages."""
+AGAINST_TRL = StepSize(4, 8, 64, 336**2, "3M", timed=5, options=(("learning_rate", 3e-4),))
+"""Of `bench_step.py`."""
+
+
+@contextmanager
+def prepared(size: StepSize, device: str, folder: Path | None = None, rows: int = 0) -> Iterator[Path]:
+    """A folder with the model, data of at least `rows`, and config.yaml, which names them; by default it is temporary."""
+    # The sides' processes read the reward from here.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(BENCH), *filter(None, sys.path)])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = folder or Path(scratch)
+        save_endless_model(folder / "model", MODELS[size.model], device=device)
+        write_sat_parquet(folder / "sat.parquet", max(rows, size.prompts * (size.timed + 4)), 0, kinds=DEMO_KINDS)
+        places = {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "sat.parquet")}
+        (folder / "config.yaml").write_text(yaml.safe_dump({**size.settings(device), **places}))
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        yield folder
+
+
+def training_flags(folder: Path, max_steps: int) -> list[str]:
+    """Of `fastgrpo train`, for every side. It answers for a step where the next one begins: ask for one more."""
+    flags = {**QUIET, "max_steps": max_steps}
+    return ["--config", str(folder / "config.yaml"), *(t for name, x in flags.items() for t in (f"--{name}", str(x)))]
