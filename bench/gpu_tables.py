@@ -81,7 +81,7 @@ def kernel_rows(results: Results) -> list[list[str]]:
 
 
 def _decode(sequences: int) -> tuple[str, ...]:
-    return "rollout", f"B={sequences}", "decode_ms_per_step"
+    return "rollout", f"B={sequences}", "decode_ms_per_step", "ours"
 
 
 def _ratio(stage: str, name: str) -> tuple[str, ...]:

@@ -7,39 +7,17 @@ counted (`fastgrpo_profiling.prediction`, `fastgrpo_profiling.memory_estimate`) 
 import argparse
 import sys
 
-from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
 from fastgrpo_profiling.prediction import BEFORE, GPUS, NOW, Counts, Gpu, decode_step_seconds, step_seconds
-from fastgrpo_profiling.roofline import ModelShape, StepWork
 from harness import Result, print_table
-from workloads import MODELS
+from step_setup import PAPER
 
-QWEN2_VL_2B = ModelShape.from_config(MODELS["2B"].config)
-PATCHES = 401_408 // 14**2
-PROMPTS, GROUP, TOKENS = 8, 8, 700
-WORDS = 68
-"""Tokens of a prompt beside its picture's: the base template and a question of SAT."""
-WORK = StepWork([PATCHES // 4 + WORDS] * PROMPTS, [PATCHES] * PROMPTS, [[TOKENS] * GROUP] * PROMPTS)
-
-
-def step_setting(counts: Counts, token_budget: int, checkpointing: bool) -> StepSetting:
-    return StepSetting(
-        prompts=PROMPTS,
-        group=GROUP,
-        prompt_tokens=WORK.prompts[0],
-        completion_tokens=TOKENS,
-        picture_patches=PATCHES,
-        token_budget=token_budget,
-        logprob_bytes=4.5e9,
-        checkpointing=checkpointing,
-        has_reference=True,
-        half_reference=counts.half_reference,
-    )
+SHAPE, WORK = PAPER.shape, PAPER.work
 
 
 def decode_step(gpu: Gpu, counts: Counts) -> dict[str, float]:
     """Half-way through the completions."""
-    kv = QWEN2_VL_2B.kv_bytes * (sum(WORK.prompts) + PROMPTS * GROUP * TOKENS / 2)
-    return decode_step_seconds(gpu, QWEN2_VL_2B, PROMPTS * GROUP, kv, counts)
+    kv = SHAPE.kv_bytes * (sum(WORK.prompts) + PAPER.drawn / 2)
+    return decode_step_seconds(gpu, SHAPE, PAPER.prompts * PAPER.group, kv, counts)
 
 
 def main() -> int:
@@ -50,7 +28,7 @@ def main() -> int:
     options = arguments.parse_args()
     gpu, result = GPUS[options.gpu], Result("predict_step", "cpu")
     sides = {"before": BEFORE, "now": NOW}
-    found = {name: step_seconds(gpu, QWEN2_VL_2B, WORK, counts) for name, counts in sides.items()}
+    found = {name: step_seconds(gpu, SHAPE, WORK, counts) for name, counts in sides.items()}
     phases = list(dict.fromkeys(phase for one in found.values() for phase in one))
     rows = [[phase, *(one.get(phase, 0.0) for one in found.values())] for phase in phases]
     rows.append(["total", *(sum(one.values()) for one in found.values())])
@@ -60,8 +38,8 @@ def main() -> int:
     rows.append(["total", *(1e3 * sum(one.values()) for one in parts.values())])
     print_table("A decode step half-way, milliseconds", ["part", *parts], rows)
     memory = {
-        "checkpointed": step_bytes(QWEN2_VL_2B, step_setting(NOW, options.token_budget, True)),
-        "not checkpointed": step_bytes(QWEN2_VL_2B, step_setting(NOW, options.token_budget, False)),
+        name: PAPER.memory(again, token_budget=options.token_budget, half_reference=NOW.half_reference)
+        for name, again in {"checkpointed": True, "not checkpointed": False}.items()
     }
     rows = [[part, *(one[part] / 1e9 for one in memory.values())] for part in memory["checkpointed"]]
     rows.append(["total", *(sum(one.values()) / 1e9 for one in memory.values())])

@@ -12,14 +12,21 @@ from typing import Any
 
 import torch
 import yaml
+from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
+from fastgrpo_profiling.roofline import ModelShape, StepWork
 from workloads import MODELS, save_endless_model
 
+from fastgrpo.config import GRPOConfig
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile.run import QUIET
 
 BENCH = Path(__file__).parent
 TRL_PYTHON = BENCH.parent / ".venv-bench" / "bin" / "python"
+WORDS = 68
+"""Tokens of a prompt beside its picture's: the base template and a question of SAT."""
+LOGPROB_BYTES = 4.5e9
+"""Of the head's scratch, for estimates; a run takes half of what is free."""
 SETTINGS = {
     "prompt_mode": "base",
     "batch_unit": "prompts",
@@ -50,6 +57,36 @@ class StepSize:
     """Layers are checkpointed and a micro-batch of the padded side is one prompt's group, as in the paper's run."""
     options: tuple[tuple[str, Any], ...] = ()
     """Further settings."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model."""
+        return ModelShape.from_config(MODELS[self.model].config)
+
+    @property
+    def work(self) -> StepWork:
+        """In tokens and patches; a prompt's words by a guess."""
+        patches = self.pixels // 14**2
+        completions = [[self.tokens] * self.group] * self.prompts
+        return StepWork([patches // 4 + WORDS] * self.prompts, [patches] * self.prompts, completions)
+
+    def memory(
+        self, checkpointing: bool, *, token_budget: int = GRPOConfig.token_budget, half_reference: bool = True
+    ) -> dict[str, float]:
+        """Bytes of a step on a GPU by what they are for, by shapes alone (`step_bytes`)."""
+        setting = StepSetting(
+            prompts=self.prompts,
+            group=self.group,
+            prompt_tokens=self.work.prompts[0],
+            completion_tokens=self.tokens,
+            picture_patches=self.work.pictures[0],
+            token_budget=token_budget,
+            logprob_bytes=LOGPROB_BYTES,
+            checkpointing=checkpointing,
+            has_reference=True,
+            half_reference=half_reference,
+        )
+        return step_bytes(self.shape, setting)
 
     @property
     def drawn(self) -> int:
@@ -86,7 +123,7 @@ AGAINST_TRL = StepSize(4, 8, 64, 336**2, "3M", timed=5, options=(("learning_rate
 
 @contextmanager
 def prepared(size: StepSize, device: str, folder: Path | None = None, rows: int = 0) -> Iterator[Path]:
-    """A folder with the model, data of at least `rows`, and config.yaml, which names them; by default it is temporary."""
+    """A folder, by default a temporary one, with the model, data of at least `rows`, and the config that names them."""
     # The sides' processes read the reward from here.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(BENCH), *filter(None, sys.path)])
     with tempfile.TemporaryDirectory() as scratch:

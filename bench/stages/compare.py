@@ -58,9 +58,8 @@ def compared(against: str, task: Task) -> Iterator[Result]:
             result.figures["apart"] = checked.figures
             print("\n".join(checked.failures))
         for name, steps in taken.items():
-            result.checks[f"{name}: exactly {size.tokens} tokens each"] = all(
-                step.tokens == size.drawn for step in steps
-            )
+            exact = all(step.tokens == size.drawn for step in steps)
+            result.checks[f"{name}: exactly {size.tokens} tokens each"] = exact
         if result.passed:
             result.ratios = {
                 f"step_time_vs_{against}": paired_ratio(taken[against], taken[OURS]).median,

@@ -6,16 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastgrpo_profiling.compare import StepRecord
-from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
 from fastgrpo_profiling.report import Cost, SideFigures, side_figures
-from fastgrpo_profiling.roofline import ModelShape, StepWork, Update, measure_ceilings
+from fastgrpo_profiling.roofline import Update, measure_ceilings
 from harness import Result, compute_dtype, print_table
 from step_setup import SIZES, TRL_PYTHON, StepSize, prepared, training_flags
-from workloads import MODELS
 
 from fastgrpo.cli.arguments import parse
-from fastgrpo.config import GRPOConfig
 from fastgrpo.profile import gate
 from fastgrpo.profile.opponents import OURS, PLAIN
 from fastgrpo.profile.run import free_memory
@@ -24,8 +22,6 @@ from stages import Task, costs_only
 
 GATE_TOKENS = 32
 """New tokens of the completions that both sides are compared on."""
-LOGPROB_BYTES = 4 << 30
-"""Of the head's scratch, for the estimate; a run takes half of what is free."""
 
 
 def run(task: Task) -> Iterator[Result]:
@@ -46,10 +42,14 @@ def run(task: Task) -> Iterator[Result]:
                 print("The times above count for nothing:", "; ".join(checked.failures))
         yield result
         if size.is_large:
-            with costs_only(result, "without checkpointing"):
-                unchecked = [*flags, "--gradient_checkpointing", "false"]
-                found = our_figures(unchecked, folder, size, result, False)
-                result.figures["without checkpointing"] = found
+            name = "without checkpointing"
+            with costs_only(result, name):
+                wanted = sum(size.memory(False).values())
+                if wanted <= torch.cuda.get_device_properties(0).total_memory:
+                    unchecked = [*flags, "--gradient_checkpointing", "false"]
+                    result.figures[name] = our_figures(unchecked, folder, size, result, False)
+                else:
+                    result.figures[f"{name}: left out"] = f"it would take {wanted / 1e9:.0f} GB"
             yield result
 
 
@@ -59,35 +59,13 @@ def our_figures(
     """Times and peak of our side, beside what shapes say the peak should be."""
     (steps,) = timed_steps([OURS], flags, folder, size.timed).values()
     figures = summed_up(steps, size, result.device)
-    assert steps[-1].work is not None
-    estimate = memory_estimate(steps[-1].work, size, checkpointing)
+    estimate = size.memory(checkpointing)
     result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == size.drawn
     rows = [["whole step, s", figures.step_seconds.median], *([f"{name}, s", s] for name, s in figures.phases.items())]
     rows += [["peak, GB", figures.peak_bytes / 1e9], ["… estimated for a GPU", sum(estimate.values()) / 1e9]]
     way = " checkpointed" if checkpointing else ""
     print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}{way}", ["", "measured"], rows)
     return {**asdict(figures), "estimated_bytes": estimate}
-
-
-def shape_of(size: StepSize) -> ModelShape:
-    """Of the model that takes the step."""
-    return ModelShape.from_config(MODELS[size.model].config)
-
-
-def memory_estimate(work: StepWork, size: StepSize, checkpointing: bool) -> dict[str, float]:
-    """Bytes by what they are for, by shapes alone (`step_bytes`)."""
-    setting = StepSetting(
-        prompts=size.prompts,
-        group=size.group,
-        prompt_tokens=max(work.prompts),
-        completion_tokens=size.tokens,
-        picture_patches=max(work.pictures),
-        token_budget=GRPOConfig.token_budget,
-        logprob_bytes=LOGPROB_BYTES,
-        checkpointing=checkpointing,
-        has_reference=True,
-    )
-    return step_bytes(shape_of(size), setting)
 
 
 def compare_with_plain(flags: Sequence[str], folder: Path, size: StepSize) -> gate.Gate:
@@ -122,5 +100,5 @@ def timed_steps(names: Sequence[str], flags: Sequence[str], folder: Path, steps:
 def summed_up(steps: Sequence[StepRecord], size: StepSize, device: str) -> SideFigures:
     """A side's figures. Memory is from its process's start."""
     dtype = compute_dtype(device)
-    cost = Cost(shape_of(size), measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
+    cost = Cost(size.shape, measure_ceilings(device, dtype), dtype.itemsize, Update(reference_pass=True))
     return side_figures(steps, 0, cost, [(step.work, step.trained) for step in steps if step.work])
