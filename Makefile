@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 SEED ?= 0
 # Installed first, since other packages would pull in another build. Set it to the build that fits your machine.
 TORCH ?= torch==2.13.0
+# Each test runs on one thread: a process a core, a file in one process.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install install-bench demo test test-all lint format bench bench-gate aot clean
 
@@ -33,10 +35,10 @@ demo: install
 	$(BIN)/fastgrpo demo --seed $(SEED)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not gpu"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: install
 	$(BIN)/ruff check .
