@@ -12,9 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import Result, parser, print_table
@@ -28,30 +27,12 @@ TOLERANCE = 1.3
 ratios differed by up to 12 %."""
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """One ratio against its baseline."""
 
     name: str
-    ratio: float | None
-    """None: not measured."""
-    baseline: float | None
-    """None: nothing was committed to."""
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        if self.baseline is None:
-            return True
-        return self.ratio is not None and self.ratio >= self.baseline / self.tolerance
-
-    @property
-    def text(self) -> str:
-        if self.ratio is None:
-            return "not measured"
-        if self.baseline is None:
-            return "new"
-        return "kept" if self.passed else "LOST"
+    passed: bool
+    text: str
 
 
 def ratios_of(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -71,8 +52,16 @@ def ratios_of(benchmarks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def verdicts(ratios: Mapping[str, float], baseline: Mapping[str, float], tolerance: float) -> list[Verdict]:
     """One for each name measured or committed to."""
-    names = dict.fromkeys([*baseline, *ratios])
-    return [Verdict(name, ratios.get(name), baseline.get(name), tolerance) for name in names]
+    found = []
+    for name in dict.fromkeys([*baseline, *ratios]):
+        if name not in ratios:
+            found.append(Verdict(name, False, "not measured"))
+        elif name not in baseline:
+            found.append(Verdict(name, True, "new"))
+        else:
+            kept = ratios[name] >= baseline[name] / tolerance
+            found.append(Verdict(name, kept, "kept" if kept else "LOST"))
+    return found
 
 
 def main() -> int:
@@ -95,7 +84,7 @@ def main() -> int:
     result = Result("gate", options.device, ratios=ratios)
     result.checks = {f"{verdict.name} kept": verdict.passed for verdict in found}
     result.figures = {"baseline": committed, "tolerance": options.tolerance}
-    rows = [[v.name, *("–" if r is None else r for r in (v.baseline, v.ratio)), v.text] for v in found]
+    rows = [[v.name, committed.get(v.name, "–"), ratios.get(v.name, "–"), v.text] for v in found]
     print_table(f"Reference ÷ ours; lost below baseline ÷ {options.tolerance:g}", ["", "baseline", "now", ""], rows)
     return result.finish(str(path) if options.accept else options.out)
 

@@ -159,13 +159,15 @@ def chosen_stages(options: argparse.Namespace) -> list[Stage]:
     """By --only and --skip, in the table's order.
 
     Raises:
-        ValueError: a device that is not there, a scale that cannot run on it, nothing left to run, or packages that
-            are missing: told now rather than by one stage after the other.
+        ValueError: a device that is not there, a scale that cannot run on it, batches that are no whole groups,
+            nothing left to run, or packages that are missing: told now rather than by one stage after the other.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; give --device cpu --scale tiny.")
     if options.scale == "full" and options.device == "cpu":
         raise ValueError("--scale full is a 2B model's: give --device cuda, or --scale tiny.")
+    if odd := [rows for rows in options.rows if rows < 8 or rows % 8]:
+        raise ValueError(f"--rows {odd[0]}: completions come in groups of 8, give a multiple of it.")
     chosen = [s for s in STAGES if (not options.only or s.name in options.only) and s.name not in options.skip]
     if not chosen:
         raise ValueError(f"--only and --skip leave nothing: choose of {', '.join(stage.name for stage in STAGES)}.")

@@ -144,7 +144,12 @@ def test_the_next_stage_imports_while_one_runs(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("children")
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [(["--scale", "full"], "--scale tiny"), (["--only", "passes", "--skip", "passes"], "leave nothing"), ([], "--out")],
+    [
+        (["--scale", "full"], "--scale tiny"),
+        (["--only", "passes", "--skip", "passes"], "leave nothing"),
+        (["--rows", "64", "12"], "--rows 12"),
+        ([], "--out"),
+    ],
 )
 def test_mistakes_are_told_in_a_line(flags, told, monkeypatch, tmp_path, capsys):
     out = tmp_path / "cpu.json"
@@ -160,7 +165,7 @@ def test_missing_packages_are_told_before_anything_runs(monkeypatch, tmp_path, c
     out = tmp_path / "cpu.json"
     assert run(monkeypatch, out, "--only", "kernels", "rollout") == (2, {})
     assert "missing here: no_such_package." in capsys.readouterr().err
-    options = Namespace(device="cpu", scale="tiny", only=["environment", "kernels"], skip=[])
+    options = Namespace(device="cpu", scale="tiny", only=["environment", "kernels"], skip=[], rows=[64])
     assert [stage.name for stage in suite.chosen_stages(options)] == ["environment", "kernels"]
 
 
