@@ -1,31 +1,27 @@
 """Compiles every kernel at every shipped launch, without a GPU, and reads the machine code. `python bench/aot.py`.
 
-Per kernel and launch: registers, shared memory, stack, spills (local-memory stores and loads in the SASS) and tensor
-core instructions (in the PTX), for sm_80, sm_90 and sm_100. Exit code 1 when a launch does not compile or could not
-start for want of shared memory, when a kernel spills, or when one has a dot and, on sm_90, no tensor core instruction
-(dots of float32 in IEEE precision are exempt: no tensor core computes those). Other tritons generate other code:
+Per kernel and launch: registers, shared memory, stack, spills (local-memory stores and loads in the SASS), tensor core
+instructions (in the PTX); how it fills a GPU of the architecture (share of the warps that a multiprocessor can have,
+waves of blocks, share of time in which the last wave leaves multiprocessors empty); and, for sm_90, the least time its
+work takes on an H100, at 798 TFLOP/s in bfloat16 and 3.0 TB/s. For sm_80, 89, 90, 100 and 120.
+
+Exit code 1 when a launch does not compile or could not start for want of shared memory, when a kernel spills, or when
+one has a dot and, on sm_90, no tensor core instruction (dots of float32 in IEEE precision are exempt: no tensor core
+computes those). Other tritons generate other code:
 
     pip install --no-deps --target /tmp/triton36 triton==3.6.0 && python bench/aot.py --triton /tmp/triton36
 """
 
 import argparse
-import contextlib
-import importlib
-import io
 import os
-import re
 import subprocess
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import triton
-from fastgrpo_kernels.tl_utils import CompiledLaunch, compile_only
+from aot_compile import Launch, compile_all
+from gpus import GPUS
 from harness import Result, parser, print_table
 
 MODULES = tuple(
@@ -43,55 +39,7 @@ MODULES = tuple(
     )
 )
 """Each defines `aot_cases()`: labels, and calls of its launchers on meta tensors at the shipped shapes and configs."""
-ARCHES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory a block may have."""
-JOBS = 2
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TENSOR_CORE = {"mma.sync": "HMMA", "wgmma.mma_async": "HGMMA", "tcgen05.mma": "UTCMMA"}
-"""PTX instructions that run on tensor cores, and what the machine calls them."""
-SPILL = re.compile(r"\b(?:STL|LDL)\b")
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
-DOT = re.compile(r"tt\.dot(?:_scaled)?\b.*")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One specialisation of one kernel, compiled for one architecture; or a case that did not compile."""
-
-    arch: int
-    kernel: str
-    case: str
-    digest: str
-    """Of source, arguments, options and target: equal launches are compiled, and counted, once."""
-    meta: str = ""
-    registers: int = 0
-    shared: int = 0
-    """Bytes a block takes."""
-    stack: int = 0
-    """Bytes a thread takes."""
-    spills: int = 0
-    """Local-memory instructions in the machine code."""
-    has_dot: bool = False
-    ieee: bool = False
-    """Whether every dot is float32 in IEEE precision."""
-    tensor_cores: str = ""
-    """Tensor core instructions and their number."""
-    error: str = ""
-
-    @property
-    def lacks_tensor_core(self) -> bool:
-        return self.has_dot and not self.ieee and not self.tensor_cores
-
-    @property
-    def faults(self) -> list[str]:
-        named = {
-            self.error: bool(self.error),
-            f"{self.spills} spills": self.spills > 0,
-            "a dot without tensor cores": self.lacks_tensor_core,
-        }
-        return [name for name, found in named.items() if found]
+ARCHES = tuple(GPUS)
 
 
 def main() -> int:
@@ -107,102 +55,15 @@ def main() -> int:
     return _result(launches).finish(arguments.out)
 
 
-def compile_all(modules: Iterable[str], arches: Iterable[int], kernel: str | None, quick: bool) -> Iterator[Launch]:
-    """Every distinct launch of the modules' cases, the architectures in order."""
-    cases = [(module, index) for module in modules for index in _case_numbers(module, quick)]
-    jobs = [(module, index, arch) for arch in arches for module, index in cases]
-    seen = set()
-    with ProcessPoolExecutor(JOBS) as pool:
-        for launch in (launch for launches in pool.map(compile_case, jobs) for launch in launches):
-            if launch.digest not in seen and (kernel is None or kernel in launch.kernel or launch.error):
-                seen.add(launch.digest)
-                yield launch
-
-
-def compile_case(job: tuple[str, int, int]) -> list[Launch]:
-    """What case `job[1]` of module `job[0]` launches, compiled for sm_`job[2]`."""
-    module, index, arch = job
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    label, call = _cases(module)[index]
-    error = ""
-    # Where ptxas fails, triton prints the whole program.
-    with compile_only(arch) as compiled, contextlib.redirect_stdout(io.StringIO()):
-        try:
-            call()
-        except Exception as exception:  # whatever a compiler may raise is this case's finding
-            error = f"{type(exception).__name__}: {' '.join(str(exception).split())}"
-            # Triton may quote the kernel's source first and say what is wrong with it last.
-            error = error if len(error) < 400 else f"{error[:120]} … {error[-280:]}"
-    launches = [read_binary(launch, arch, label) for launch in compiled]
-    if error:
-        launches.append(Launch(arch, module.rsplit(".", 1)[-1], label, f"{arch} {module} {label}", error=error))
-    return launches
-
-
-def read_binary(launch: CompiledLaunch, arch: int, case: str) -> Launch:
-    """Reads a compiled launch's resources and instructions."""
-    kernel = launch.kernel
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = USAGE.search(_dump("-res-usage", file.name))
-        assert usage is not None, f"cuobjdump says nothing of {launch.name}"
-        # What spills goes to the stack: without one there is nothing to disassemble for, which takes a second.
-        code = _dump("-sass", file.name) if int(usage[2]) else ""
-    dots = DOT.findall(kernel.asm["ttir"])
-    shared, limit = kernel.metadata.shared, SHARED_LIMIT[arch]
-    ptx = kernel.asm["ptx"]
-    instructions = {name: len(re.findall(rf"\b{re.escape(op)}\b", ptx)) for op, name in TENSOR_CORE.items()}
-    return Launch(
-        arch=arch,
-        kernel=launch.name,
-        case=case,
-        digest=kernel.hash,
-        meta=_describe(launch.meta),
-        registers=int(usage[1]),
-        stack=int(usage[2]),
-        shared=shared,
-        spills=len(SPILL.findall(code)),
-        has_dot=bool(dots),
-        ieee=all("inputPrecision" not in dot and "xf32> * " in dot for dot in dots),
-        tensor_cores=", ".join(f"{count} {name}" for name, count in instructions.items() if count),
-        error=f"{shared} bytes of shared memory, {limit} at most" if shared > limit else "",
-    )
-
-
-def _dump(what: str, cubin: str) -> str:
-    return subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
-
-
-def _describe(meta: dict[str, Any]) -> str:
-    """`128×256×64 8w 3s` of tile sizes in their order, num_warps and num_stages; then the flags that are on."""
-    tiles = "×".join(str(v) for k, v in meta.items() if k.startswith("BLOCK"))
-    flags = {k: v for k, v in meta.items() if k.isupper() and not k.startswith("BLOCK") and v}
-    others = [k if v is True else f"{k}={getattr(v, '__name__', v)}" for k, v in flags.items()]
-    counts = [f"{meta[k]}{k[4]}" for k in ("num_warps", "num_stages") if k in meta]
-    return " ".join(filter(None, [tiles, *counts, *others]))
-
-
-def _cases(module: str) -> list[tuple[str, Callable[[], None]]]:
-    return list(importlib.import_module(module).aot_cases())
-
-
-def _case_numbers(module: str, quick: bool) -> range:
-    count = len(_cases(module))
-    return range(0, count, max(1, count - 1)) if quick else range(count)
-
-
 def _print_launches(launches: Iterable[Launch]) -> None:
     columns = ["kernel", "case", "config", "regs", "shared", "stack", "spills", "tensor cores"]
+    columns += ["occupancy", "waves", "tail"]
     for arch, rows in _by_arch(launches):
+        floors = ["floor, us"] if arch == 90 else []
         print_table(
-            f"sm_{arch}, triton {triton.__version__}",
-            columns,
-            [
-                [r.kernel, r.case, r.meta, r.registers, r.shared, r.stack, r.spills, r.tensor_cores or "–"]
-                for r in rows
-                if r.registers
-            ],
+            f"sm_{arch} ({GPUS[arch].name}), triton {triton.__version__}",
+            columns + floors,
+            [_cells(row) + ([f"{row.floor_us:.2f}"] if floors else []) for row in rows if row.registers],
         )
         by_fault: dict[tuple[str, str], list[str]] = {}
         for row in rows:
@@ -210,6 +71,12 @@ def _print_launches(launches: Iterable[Launch]) -> None:
                 by_fault.setdefault((row.kernel, fault), []).append(row.case)
         for (kernel, fault), cases in by_fault.items():
             print(f"sm_{arch} {kernel}: {fault} ({', '.join(cases)})")
+
+
+def _cells(row: Launch) -> list[str | int]:
+    used = row.filling
+    found: list[str | int] = [row.kernel, row.case, row.meta, row.registers, row.shared, row.stack, row.spills]
+    return [*found, row.tensor_cores or "–", f"{used.occupancy:.0%}", f"{used.waves:.2f}", f"{used.tail:.0%}"]
 
 
 def _by_arch(launches: Iterable[Launch]) -> Iterator[tuple[int, list[Launch]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgrpo_kernels import cpu
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import check_caches, shape_of
-from fastgrpo_kernels.tl_utils import launch
+from fastgrpo_kernels.tl_utils import bytes_of, launch
 
 
 def rope_and_cache(
@@ -99,6 +99,7 @@ def _launch(
             HALF=width // 2,
             BLOCK_HEADS=triton.next_power_of_2(heads // kv_heads),
             BLOCK_HALF=triton.next_power_of_2(width // 2),
+            moved=2 * bytes_of(query, key, value) + bytes_of(cos, sin, slots),
             num_warps=1 if heads // kv_heads <= 2 else 4,
         )
     return rotated

@@ -117,10 +117,11 @@ def launch_logits(
     blocks = triton.cdiv(n_rows, tile.rows) * tiles
     meta: dict[str, Any] = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.step}
     meta |= {"GROUP": _ROW_BLOCK_GROUP, "num_warps": tile.num_warps, "num_stages": way.num_stages}
-    inverse_temperature = 1.0 / temperature
+    inverse_temperature, flops = 1.0 / temperature, 2.0 * n_rows * len(weight) * width
     if not way.tma:
         sizes = (n_rows, len(weight), width, tiles)
-        launch(_logits_kernel, (blocks,), hidden, weight, count, *buffers, inverse_temperature, *sizes, **meta)
+        args = (hidden, weight, count, *buffers, inverse_temperature, *sizes)
+        launch(_logits_kernel, (blocks,), *args, flops=flops, **meta)
         return
     meta["BLOCK_K"] = 64
     programs = min(blocks, multiprocessors(hidden.device))
@@ -143,6 +144,7 @@ def launch_logits(
         PROGRAMS=programs,
         FLATTEN=way.flatten,
         HALVES=way.halves,
+        flops=flops,
         **meta,
     )
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgrpo_kernels.linear_logprob_gemm import TileBuffers, logits_tile
-from fastgrpo_kernels.tl_utils import launch
+from fastgrpo_kernels.tl_utils import bytes_of, launch
 
 _COLUMNS_PER_PROGRAM = 4096
 """Columns per program of the elementwise pass: 16 per thread, in two accesses of 16 bytes."""
@@ -42,7 +42,9 @@ def launch_targets(
     """Writes log-probs and entropies [N]: each target's logit is one dot product beside the rows' statistics."""
     tensors = (hidden, weight, targets, rows, lse, row_entropy, logprobs, entropy)
     sizes = (*hidden.shape, len(weight))
-    launch(_target_kernel, (len(targets),), *tensors, 1.0 / temperature, ignore_index, *sizes, BLOCK=1024, num_warps=4)
+    args = (*tensors, 1.0 / temperature, ignore_index, *sizes)
+    moved = bytes_of(*tensors[2:]) + 2 * len(targets) * hidden.shape[1] * hidden.element_size()
+    launch(_target_kernel, (len(targets),), *args, moved=moved, BLOCK=1024, num_warps=4)
 
 
 def launch_dlogits(
@@ -79,7 +81,8 @@ def launch_dlogits(
     tensors = (order, live, exponentials, maximum, lse, row_entropy, *readers)
     meta = {"TILES": _COLUMNS_PER_PROGRAM // width, "COLUMNS": width, "num_warps": 8}
     sizes = (first_column, blocks, maximum.shape[1])
-    launch(_dlogits_kernel, (rows * blocks,), *tensors, 1.0 / temperature, *sizes, ENTROPY=entropy, **meta)
+    args, moved = (*tensors, 1.0 / temperature, *sizes), bytes_of(*tensors) + exponentials.nbytes
+    launch(_dlogits_kernel, (rows * blocks,), *args, moved=moved, ENTROPY=entropy, **meta)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.sampling_kernels import scan_kernel, winner_kernel
 from fastgrpo_kernels.sampling_top_kernels import chunk_kernel, draw_kernel, hot_kernel
-from fastgrpo_kernels.tl_utils import launch
+from fastgrpo_kernels.tl_utils import bytes_of, launch
 from fastgrpo_kernels.types import SampleOutput, SampleParams
 
 PROGRAMS = 1024
@@ -206,6 +206,7 @@ def _launch_whole(inputs: _Inputs, greedy: bool, output: SampleOutput) -> None:
         PENALISE=inputs.flags["PENALISE"],
         DIFFERENT=any(inputs.flags.values()),
         BLOCK_S=triton.next_power_of_2(splits),
+        moved=bytes_of(sums, best_tokens, *output),
         num_warps=1,
     )
 
@@ -280,6 +281,7 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
         HOT=hot_room,
         BLOCK_S=triton.next_power_of_2(splits),
         BLOCK=WALK_BLOCK,
+        moved=bytes_of(hot, sums, *output) + rows * wanted * logits.element_size(),
         num_warps=8 if chunk * hot_room <= 4096 else 16,
     )
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aot import Launch
+from aot_compile import Launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +44,7 @@ def test_sound_kernels_pass_and_equal_launches_count_once():
     figures = record_of(run)["figures"]
     assert (figures["kernels"], figures["configs"]) == (1, 2)
     assert "HGMMA" in run.stdout
+    assert all(column in run.stdout for column in ("occupancy", "waves", "tail", "floor"))
 
 
 def test_faults_are_counted_and_named():
