@@ -279,11 +279,11 @@ def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def test_a_picture_goes_through_a_frozen_tower_once_in_a_run(train: Any) -> None:
     """Not once for sampling, once for the update and once for the frozen reference; and what is learnt is the same."""
     (with_cache, seen), (without, seen_without) = train(PLENTY), train(0)
-    cache = with_cache.vision_cache
+    cache = with_cache.updater.vision_cache
     assert cache.misses == 6  # two steps of three rows, a picture each
     assert cache.hits == 2 * cache.misses
     assert seen_without.patches == 3 * seen.patches > 0
-    assert without.vision_cache is None
+    assert without.updater.vision_cache is None
     untrained = load_policy(with_cache.model.config._name_or_path).state_dict()
     other = without.model.state_dict()
     for name, ours in with_cache.model.state_dict().items():
