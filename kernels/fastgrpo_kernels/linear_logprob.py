@@ -57,8 +57,8 @@ def linear_logprob(
     if chosen == "triton" and hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"hidden is {hidden.dtype}: pass bfloat16, float16 or float32, or use backend torch.")
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if byte_budget is None:
-        byte_budget = automatic_budget(hidden.device) if differentiable else 0
+    if byte_budget is None:  # on a GPU a forward pass takes no scratch
+        byte_budget = automatic_budget(hidden.device) if differentiable or chosen == "torch" else 0
     options = LinearOptions(float(temperature), entropy, ignore_index, byte_budget, keep=differentiable)
     if chosen == "torch":
         logprobs, entropies = cpu.linear_logprob(hidden, weight, targets, rows, options)

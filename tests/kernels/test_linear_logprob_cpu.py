@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits, reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 IGNORED = -100
 ROWS = {
@@ -133,3 +135,24 @@ def test_frozen_inputs_need_no_gradient() -> None:
     linear_logprob(hidden, weight, torch.tensor([0, 1, 2])).logprobs.sum().backward()
     assert weight.grad.abs().sum() > 0
     assert not linear_logprob(hidden, weight.detach(), torch.tensor([0, 1, 2])).logprobs.requires_grad
+
+
+class CountProducts(TorchDispatchMode):
+    """Matrix products that run inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_the_vocabulary_is_cut_as_with_them() -> None:
+    """And so gives the same bits: the KL term of a policy against itself is 0."""
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(1000, 32)
+    targets = torch.randint(1000, (64,))
+    with_gradients = linear_logprob(hidden, weight, targets).logprobs
+    with torch.no_grad(), CountProducts() as products:
+        without = linear_logprob(hidden, weight, targets).logprobs
+    assert products.count <= 4
+    assert torch.equal(with_gradients, without)
