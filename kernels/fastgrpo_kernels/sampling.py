@@ -20,7 +20,7 @@ from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.sampling_kernels import scan_kernel, winner_kernel
 from fastgrpo_kernels.sampling_top_kernels import chunk_kernel, draw_kernel, hot_kernel
-from fastgrpo_kernels.tl_utils import bytes_of, launch
+from fastgrpo_kernels.tl_utils import bytes_of, launch, target_arch
 from fastgrpo_kernels.types import SampleOutput, SampleParams
 
 PROGRAMS = 1024
@@ -220,6 +220,8 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
     # Room for some ties. Larger chunks for fewer tokens: either way the chunks' tokens fit a program's registers.
     chunk, hot_room = (64, max(16, triton.next_power_of_2(wanted + 4))) if wanted <= 124 else (16, 512)
     chunks = triton.cdiv(vocabulary, chunk)
+    # Elsewhere than on sm_90, ptxas left to itself makes do with fewer and spills some.
+    registers = None if target_arch() == 90 else 128
     splits, split_size = _splits(max(rows, 32), vocabulary, CHUNK_BLOCK)  # more would fill the last kernel's registers
     maxima, sums, floors = (
         torch.empty(size, dtype=torch.float32, device=logits.device)
@@ -255,6 +257,7 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
         HOT=hot_room,
         BLOCK=triton.next_power_of_2(chunks),
         num_warps=8 if chunk == 64 else 16,
+        maxnreg=registers,
     )
     launch(
         draw_kernel,
@@ -283,6 +286,7 @@ def _launch_truncated(inputs: _Inputs, params: SampleParams, output: SampleOutpu
         BLOCK=WALK_BLOCK,
         moved=bytes_of(hot, sums, *output) + rows * wanted * logits.element_size(),
         num_warps=8 if chunk * hot_room <= 4096 else 16,
+        maxnreg=registers,
     )
 
 

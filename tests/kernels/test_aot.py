@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aot_compile import Launch
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +37,16 @@ def test_shipped_kernels_compile_without_spills():
     figures = record_of(run)["figures"]
     assert figures["kernels"] > 0
     assert (figures["failed"], figures["spilling_sm90"], figures["no_tensor_core_sm90"]) == (0, 0, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 89, 100, 120])
+def test_they_do_on_other_architectures(arch: int):
+    run = run_aot("--arch", str(arch), "--quick")
+    assert run.returncode == 0, run.stdout + run.stderr
+    figures = record_of(run)["figures"]
+    assert figures["kernels"] > 0
+    assert (figures["failed"], figures[f"spilling_sm{arch}"]) == (0, 0)
 
 
 def test_sound_kernels_pass_and_equal_launches_count_once():
