@@ -63,9 +63,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "questions", "accuracy", "answered", "accuracy of answered", "chance")
+    table = Table("task", "questions", "accuracy", "strict", "unreadable", "answered", "accuracy of answered", "chance")
     for task, score in [*evaluation.by_task.items(), ("total", evaluation.total)]:
-        rates = (score.accuracy, score.answered_rate, score.answered_accuracy, score.chance)
+        rates = [score.accuracy, score.accuracy_strict, score.unreadable_rate]
+        rates += [score.answered_rate, score.answered_accuracy, score.chance]
         table.add_row(task, str(score.count), *("–" if rate is None else f"{rate:.1%}" for rate in rates))
     console = Console()
     console.print(table)

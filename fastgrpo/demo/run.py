@@ -62,6 +62,8 @@ def _print(summary: dict[str, Any]) -> None:
     table = Table("held-out questions", "before", "after", title=f"{summary['steps']} steps, {summary['wall_s']:.0f} s")
     rows = {
         "accuracy": "accuracy",
+        "accuracy by the reward's grader": "accuracy_strict",
+        "no option readable": "unreadable_rate",
         "answered in the form": "answered_rate",
         "accuracy of those": "answered_accuracy",
         "reflective responses": "reflection_rate",

@@ -1,8 +1,9 @@
 """Scores a model on multiple-choice questions about pictures (CV-Bench, SAT and their like).
 
-Accuracy is told two ways, so that learning a form is not mistaken for learning to see: over all questions, and over
-those answered in the form `<think>…</think> <answer>…</answer>`. A third figure asks the same questions about the
-wrong pictures: what is left of the accuracy then came from the words.
+Accuracy is told apart, so that learning a form is not mistaken for learning to see: over all questions, as a person
+reads the answers and as the reward does (`figures.py`), and over those answered in the form `<think>…</think>
+<answer>…</answer>`. A last figure asks the same questions about the wrong pictures: what is left of the accuracy then
+came from the words.
 """
 
 import json
@@ -20,11 +21,9 @@ from fastgrpo.atomic_files import write_aside
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
-from fastgrpo.evaluation.figures import Evaluation, PassAtK, TaskScore
-from fastgrpo.scoring.answers import parse_answer
+from fastgrpo.evaluation.figures import Evaluation, Outcome, PassAtK, TaskScore, chance_of, mean
 from fastgrpo.scoring.golds import gold_text
 from fastgrpo.scoring.reflection import is_reflective
-from fastgrpo.scoring.rewards import format_reward, is_correct
 from fastgrpo.types import Completion, Engine, Prompt, Rollout, RowError, SamplingParams, SkippedRow
 
 Progress = Callable[[int, int], None]
@@ -90,16 +89,18 @@ def evaluate(
     moved = [pair for i in range(shuffles) for pair in _shuffle_pictures(usable, seed + i)]
     shuffled = [_record(prompt, group[0]) for prompt, group in ask(moved, greedy, 1, 1)]
     hits = [
-        any(_record(prompt, completion)["answered_correct"] for completion in group)
+        any(one["answered"] and one["correct_strict"] for one in (_record(prompt, drawn) for drawn in group))
         for prompt, group in (ask([(i, i) for i in usable], sampled, pass_at_k, 2) if pass_at_k else ())
     ]
     return Evaluation(
-        total=_score(records),
-        by_task={task: _score(group) for task, group in sorted(by_task.items())},
-        mean_length=_mean([record["length"] for record in records]),
-        reflection_rate=_mean([is_reflective(record["completion"]) for record in records]),
-        shuffled=_score(shuffled) if shuffled else None,
-        pass_at_k=PassAtK(pass_at_k, _mean(hits), _chance(records, pass_at_k)) if hits else None,
+        total=TaskScore.of(records),
+        by_task={task: TaskScore.of(group) for task, group in sorted(by_task.items())},
+        mean_length=mean([record["length"] for record in records]),
+        reflection_rate=mean([is_reflective(record["completion"]) for record in records]),
+        shuffled=TaskScore.of(shuffled) if shuffled else None,
+        pass_at_k=PassAtK(pass_at_k, mean(hits), chance_of([record["choices"] for record in records], pass_at_k))
+        if hits
+        else None,
         records=tuple(records),
         skipped=tuple(skipped[index] for index in sorted(skipped)),
     )
@@ -125,9 +126,7 @@ def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
             f"row {prompt.row_id} has no `solution` to score against: evaluate on data with such a column."
         )
     solution, choices = prompt.columns["solution"], prompt.columns.get("choices")
-    answer = parse_answer(completion.text)
-    answered = format_reward([prompt.text], [completion.text])[0] == 1.0
-    correct = is_correct(completion.text if answer is None else answer, solution, choices)
+    outcome = Outcome.of(prompt.text, completion.text, solution, choices)
     return {
         "row_id": prompt.row_id,
         "task": str(prompt.columns.get("task") or "all"),
@@ -135,34 +134,10 @@ def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
         "solution": gold_text(solution),
         "choices": 0 if choices is None else len(choices),
         "completion": completion.text,
-        "answer": answer,
-        "answered": answered,
-        "correct": correct,
-        "answered_correct": answered and correct,
+        **outcome._asdict(),
         "length": len(completion.token_ids),
         "thumbnail": prompt.thumbnail,
     }
-
-
-def _score(records: Sequence[dict[str, Any]]) -> TaskScore:
-    answered = [record for record in records if record["answered"]]
-    return TaskScore(
-        count=len(records),
-        accuracy=_mean([record["correct"] for record in records]),
-        answered_rate=len(answered) / max(len(records), 1),
-        answered_accuracy=_mean([record["correct"] for record in answered]) if answered else None,
-        chance=_chance(records),
-    )
-
-
-def _chance(records: Sequence[dict[str, Any]], tries: int = 1) -> float | None:
-    """Share of questions that even guesses get right in `tries` tries. Without options a guess is wrong."""
-    options = [record["choices"] for record in records]
-    return _mean([1 - (1 - 1 / n) ** tries if n else 0.0 for n in options]) if any(options) else None
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, name: str, *, step: int, dataset: str) -> None:

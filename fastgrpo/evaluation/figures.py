@@ -1,11 +1,54 @@
-"""The figures of an evaluation: their names, and how they are written to and read from `evals/{name}.json`."""
+"""The figures of an evaluation: what one answer counts for, their names, and how `evals/{name}.json` holds them.
+
+Two graders, never mixed. `accuracy` reads the option that a free-text answer settles on (`scoring/readings.py`);
+`accuracy_strict` is what the reward would give (`scoring/answers.py`).
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from fastgrpo.scoring.answers import answers_match, parse_answer
+from fastgrpo.scoring.golds import gold_text, option_texts
+from fastgrpo.scoring.readings import read_option
+from fastgrpo.scoring.rewards import format_reward, is_correct
 from fastgrpo.types import SkippedRow
+
+
+class Outcome(NamedTuple):
+    """What one answer counts for."""
+
+    answer: str | None
+    """What stands in its tags."""
+    reading: str | None
+    """The letter of the option read in it; without options the strict answer; None where there is nothing to read."""
+    answered: bool
+    """In the form `<think>…</think> <answer>…</answer>`."""
+    correct: bool
+    """What was read is right."""
+    correct_strict: bool
+
+    @classmethod
+    def of(cls, prompt: str, completion: str, solution: Any, choices: Any = None) -> "Outcome":
+        """
+        Args:
+            prompt: as the model reads it; it may open the `<think>`.
+            solution, choices: the row's, in any form that `golds` reads.
+
+        Raises:
+            RowError: a gold answer or options that cannot be read.
+        """
+        answer = parse_answer(completion)
+        strict = completion.strip() if answer is None else answer
+        correct_strict = is_correct(strict, solution, choices)
+        options = None if choices is None else option_texts(choices)
+        reading = read_option(completion, options) if options else strict or None
+        read_right = correct_strict
+        if options:
+            read_right = reading is not None and answers_match(f"({reading})", gold_text(solution), options)
+        answered = format_reward([prompt], [completion])[0] == 1.0
+        return cls(answer, reading, answered, read_right, correct_strict)
 
 
 @dataclass(frozen=True)
@@ -14,18 +57,38 @@ class TaskScore:
 
     count: int | None = None
     accuracy: float | None = None
-    """Correct ÷ all; an answer without tags counts when it stands alone as an option."""
+    """Right as read ÷ all."""
+    accuracy_strict: float | None = None
+    """Right by the reward's grader ÷ all; an answer without tags counts when it stands alone as an option."""
+    unreadable_rate: float | None = None
+    """Share in which no option could be read."""
     answered_rate: float | None = None
     """Share answered in the form."""
     answered_accuracy: float | None = None
-    """Correct ÷ answered in the form."""
+    """Right by the reward's grader ÷ answered in the form."""
     chance: float | None = None
     """Accuracy of guessing evenly among each question's options; None where no question has options."""
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> "TaskScore":
+        """Of questions with the fields of `Outcome`, and `choices`, how many options each has."""
+        answered = [record["correct_strict"] for record in records if record["answered"]]
+        return cls(
+            count=len(records),
+            accuracy=mean([record["correct"] for record in records]),
+            accuracy_strict=mean([record["correct_strict"] for record in records]),
+            unreadable_rate=mean([record["reading"] is None for record in records]),
+            answered_rate=len(answered) / max(len(records), 1),
+            answered_accuracy=mean(answered) if answered else None,
+            chance=chance_of([record["choices"] for record in records]),
+        )
 
     @classmethod
     def read(cls, content: object) -> "TaskScore":
         """From a file's mapping; what is missing or no number is None."""
         found: dict[str, Any] = {f.name: number(mapping(content).get(f.name)) for f in fields(cls)}
+        if "accuracy_strict" not in mapping(content):  # a file from before answers were read
+            found |= {"accuracy": None, "accuracy_strict": found["accuracy"]}
         # Files from before `chance` could be unknown hold a zero where no question had options.
         return cls(**found | {"count": integer(found["count"]), "chance": found["chance"] or None})
 
@@ -107,6 +170,16 @@ class Evaluation:
             step=integer(content.get("step")),
             dataset=None if content.get("dataset") is None else str(content["dataset"]),
         )
+
+
+def chance_of(options: Sequence[int], tries: int = 1) -> float | None:
+    """Share of questions that even guesses get right in `tries`; a guess at a question with 0 options is wrong."""
+    return mean([1 - (1 - 1 / n) ** tries if n else 0.0 for n in options]) if any(options) else None
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of no values it is 0."""
+    return sum(values) / len(values) if values else 0.0
 
 
 def number(value: object) -> float | None:

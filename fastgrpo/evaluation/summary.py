@@ -7,7 +7,10 @@ from typing import Any
 
 from fastgrpo.evaluation.figures import Evaluation, TaskScore, integer, mapping, number
 
-COMPARED = ("accuracy", "answered_rate", "answered_accuracy", "mean_length", "reflection_rate")
+COMPARED = (
+    *("accuracy", "accuracy_strict", "unreadable_rate", "answered_rate", "answered_accuracy"),
+    *("mean_length", "reflection_rate"),
+)
 """Figures of evaluations that a summary has as `{name}_before` and `{name}_after`."""
 WHOLE = ("num_questions", "steps", "seed")
 
@@ -28,6 +31,10 @@ class RunSummary:
 
     accuracy_before: float | None = None
     accuracy_after: float | None = None
+    accuracy_strict_before: float | None = None
+    accuracy_strict_after: float | None = None
+    unreadable_rate_before: float | None = None
+    unreadable_rate_after: float | None = None
     answered_rate_before: float | None = None
     answered_rate_after: float | None = None
     answered_accuracy_before: float | None = None
@@ -87,6 +94,12 @@ class RunSummary:
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> "RunSummary":
         """From what summary.json holds; what is missing or broken is None."""
+        if "accuracy_strict_after" not in content:  # a file from before answers were read
+            content = {
+                **{name: value for name, value in content.items() if name != "accuracy_by_task"},
+                **{f"accuracy_strict_{when}": content.get(f"accuracy_{when}") for when in ("before", "after")},
+                **{f"accuracy_{when}": None for when in ("before", "after")},
+            }
         plain: dict[str, Any] = {
             f.name: number(content.get(f.name))
             for f in fields(cls)

@@ -42,7 +42,7 @@ _LETTER_AND_TEXT = re.compile(_NAMED + r"(?:[(\[{<]([a-z])[)\]}>]|([a-z])(?=[).:
 _TEXT_AND_LETTER = re.compile(r"(.+?) ?[(\[]([a-z])[)\]]")
 _NUMBER = re.compile(r"([+-]?)([0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)?(\.[0-9]*)?")
 _FRACTION = re.compile(r"([+-]?[0-9]+) ?/ ?([0-9]+)")
-_WORDS = [
+NUMBER_WORDS = [
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 ]
@@ -79,7 +79,7 @@ def answers_match(answer: str, solution: str, choices: Sequence[str] | None = No
 def normalise(text: str) -> str:
     """The text without differences of case, white space, quotes, emphasis, end punctuation or a leading article."""
     if not text.isascii():
-        text = "".join(map(_compatible, text)).translate(_QUOTES)
+        text = "".join(map(plain_character, text)).translate(_QUOTES)
     text = " ".join(text.split()).casefold()
     before = None
     while text != before:
@@ -90,7 +90,7 @@ def normalise(text: str) -> str:
     return _ARTICLE.sub("", text)
 
 
-def _compatible(character: str) -> str:
+def plain_character(character: str) -> str:
     """The plain form of a full-width or styled character. Superscripts and fractions stay: 3² is not 32."""
     kind = unicodedata.decomposition(character).split(" ")[0]
     return character if kind in ("<super>", "<sub>", "<fraction>") else unicodedata.normalize("NFKC", character)
@@ -108,7 +108,7 @@ def _read(answer: str) -> str:
 
 
 def _last_letter(text: str) -> str:
-    return next((_compatible(character) for character in reversed(text) if character.isalnum()), "")
+    return next((plain_character(character) for character in reversed(text) if character.isalnum()), "")
 
 
 def letter_index(text: str) -> int | None:
@@ -160,8 +160,8 @@ def _warn_of_missing_math_verify() -> None:
 
 def _value(text: str) -> Fraction | None:
     """The number that a text is: "3", "-0.5", "1,000", "1/2", "50%", "three" (to twenty)."""
-    if text in _WORDS:
-        return Fraction(_WORDS.index(text))
+    if text in NUMBER_WORDS:
+        return Fraction(NUMBER_WORDS.index(text))
     if fraction := _FRACTION.fullmatch(text):
         return Fraction(int(fraction[1]), int(fraction[2])) if int(fraction[2]) else None
     number = _NUMBER.fullmatch(text.removesuffix("%").rstrip())

@@ -97,18 +97,22 @@ def test_every_question_is_asked_once_and_greedily(rows: RowDataset, run: Any) -
     assert evaluation.pass_at_k is None
 
 
-def test_accuracy_in_total_and_of_answered(run: Any) -> None:
-    """Of 24: 6 right in the form, 6 wrong in the form, 6 right without it, 6 that say nothing usable."""
+def test_two_graders_and_the_answered(run: Any) -> None:
+    """Of 24: 4 each right and wrong in the form, right without it, right and wrong in free text, and unreadable."""
 
     def script(prompt: Prompt, _: int) -> str:
-        kinds = [tagged(gold(prompt)), tagged(wrong(prompt)), gold(prompt), f"I think it is {gold(prompt)}"]
-        return kinds[prompt.row_id % 4]
+        kinds = [tagged(gold(prompt)), tagged(wrong(prompt)), gold(prompt)]
+        kinds += [f"I think it is {gold(prompt)}, there.", f"So it is {wrong(prompt)} that I see.", "I cannot tell."]
+        return kinds[prompt.row_id % 6]
 
     evaluation, _ = run(script)
     total = evaluation.total
-    assert (total.count, total.accuracy, total.answered_rate, total.answered_accuracy) == (24, 0.5, 0.5, 0.5)
-    assert [record["correct"] for record in evaluation.records] == [True, False, True, False] * 6
-    assert [record["answered"] for record in evaluation.records] == [True, True, False, False] * 6
+    assert (total.count, total.accuracy, total.accuracy_strict) == (24, 12 / 24, 8 / 24)
+    assert (total.unreadable_rate, total.answered_rate, total.answered_accuracy) == (4 / 24, 8 / 24, 0.5)
+    assert [record["correct"] for record in evaluation.records] == [True, False, True, True, False, False] * 4
+    assert [record["correct_strict"] for record in evaluation.records] == [True, False, True, False, False, False] * 4
+    assert [record["reading"] is None for record in evaluation.records] == [*[False] * 5, True] * 4
+    assert [record["answered"] for record in evaluation.records] == [True, True, False, False, False, False] * 4
     assert evaluation.mean_length == sum(record["length"] for record in evaluation.records) / 24
 
 
@@ -127,27 +131,31 @@ def test_scores_by_task(rows: RowDataset, run: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrap", "correct", "answered"),
+    ("wrap", "correct", "strict", "answered"),
     [
-        ("{}", True, False),
-        (" {}.\n", True, False),
-        ("The answer is {}", True, False),
-        ("{} because it is nearer", False, False),
-        ("", False, False),
-        ("x</think> <answer>{}</answer>", True, True),
-        ("x</think> <answer>{}</answer>\n", True, True),
-        ("x <answer>{}</answer>", True, False),  # no end of the thought
-        ("x</think> <answer>{}</answer> indeed", True, False),
-        ("x</think> <answer>{}</answer> <answer>{}</answer>", False, False),
-        ("x</think> <answer>it is {}</answer>", False, True),
-        ("x</think> <answer></answer>", False, True),
+        ("{}", True, True, False),
+        (" {}.\n", True, True, False),
+        ("The answer is {}", True, True, False),
+        ("{} because it is nearer", True, False, False),
+        ("", False, False, False),
+        ("x</think> <answer>{}</answer>", True, True, True),
+        ("x</think> <answer>{}</answer>\n", True, True, True),
+        ("x <answer>{}</answer>", True, True, False),  # no end of the thought
+        ("x</think> <answer>{}</answer> indeed", True, True, False),
+        ("x</think> <answer>{}</answer> <answer>{}</answer>", True, False, False),
+        ("x</think> <answer>it is {}</answer>", True, False, True),
+        ("x</think> <answer></answer>", False, False, True),
+        ("{}</think> <answer>none of them</answer>", False, False, True),
     ],
 )
-def test_what_counts_as_correct_and_as_answered(run: Any, wrap: str, correct: bool, answered: bool) -> None:
+def test_what_counts_as_correct_and_as_answered(
+    run: Any, wrap: str, correct: bool, strict: bool, answered: bool
+) -> None:
     evaluation, _ = run(lambda prompt, _: wrap.replace("{}", gold(prompt)))
     assert {record["correct"] for record in evaluation.records} == {correct}
+    assert {record["correct_strict"] for record in evaluation.records} == {strict}
     assert {record["answered"] for record in evaluation.records} == {answered}
-    assert evaluation.total.answered_accuracy == (float(correct) if answered else None)
+    assert evaluation.total.answered_accuracy == (float(strict) if answered else None)
 
 
 def test_an_article_is_no_option(run: Any) -> None:
@@ -248,9 +256,15 @@ def test_without_options_there_is_no_guessing(rows: RowDataset) -> None:
 
     engine, builder = Engine(lambda prompt, _: tagged("7")), cast(PromptBuilder, WithoutOptions(rows))
     evaluation = evaluate(engine, builder, rows, max_new_tokens=1, pass_at_k=2)
-    assert (evaluation.total.chance, evaluation.by_task["t"].chance) == (None, None)
+    total = evaluation.total
+    assert (total.chance, evaluation.by_task["t"].chance) == (None, None)
+    assert (total.accuracy, total.accuracy_strict, total.unreadable_rate) == (1, 1, 0)
     assert evaluation.pass_at_k == (2, 1.0, None)
-    assert Evaluation.read("", {"chance": 0.0, "num_questions": 3}).total.chance is None, "of an older file"
+
+
+def test_files_from_before_answers_were_read() -> None:
+    total = Evaluation.read("", {"chance": 0.0, "num_questions": 3, "accuracy": 0.25}).total
+    assert (total.chance, total.count, total.accuracy, total.accuracy_strict) == (None, 3, None, 0.25)
 
 
 def test_reflection_rate(run: Any) -> None:
@@ -273,7 +287,7 @@ def test_written_files(run: Any, tmp_path: Path) -> None:
     assert figures["pass_at_k"] == {"k": 2, "value": pytest.approx(12 / 23), "chance": evaluation.pass_at_k.chance}
     assert figures["skipped"] == [{"row_id": 23, "reason": "a bad row"}]
     assert set(figures["accuracy_by_task"]["Count"]) == {
-        "count", "accuracy", "answered_rate", "answered_accuracy", "chance",
+        "count", "accuracy", "accuracy_strict", "unreadable_rate", "answered_rate", "answered_accuracy", "chance",
     }  # fmt: skip
     records = pq.read_table(tmp_path / "evals" / "before.parquet").to_pylist()
     assert [record["row_id"] for record in records] == list(range(23))

@@ -105,11 +105,13 @@ def evaluation(name: str, step: int, figures: dict[str, Any], draws: np.random.G
     rate = figures[f"answered_rate_{name}"]
     return {
         "name": name, "step": step, "dataset": "CV-Bench", "num_questions": 2638,
-        "accuracy": figures[f"accuracy_{name}"], "answered_rate": rate,
+        "accuracy": figures[f"accuracy_{name}"], "accuracy_strict": figures[f"accuracy_strict_{name}"],
+        "unreadable_rate": figures[f"unreadable_rate_{name}"], "answered_rate": rate,
         "answered_accuracy": figures[f"answered_accuracy_{name}"], "chance": figures["chance"],
         "accuracy_by_task": {
             task: {
-                "count": 650, "accuracy": row[name], "answered_accuracy": min(1.0, row[name] / rate),
+                "count": 650, "accuracy": row[name], "accuracy_strict": row[name],
+                "answered_accuracy": min(1.0, row[name] / rate),
                 "answered_rate": rate, "chance": row["chance"],
             }
             for task, row in figures["accuracy_by_task"].items()
@@ -142,6 +144,8 @@ def fake_figures(seed: int, **changed: Any) -> dict[str, Any]:
     shift = float(0.02 * draws.normal())
     return {
         "accuracy_before": 0.3138, "accuracy_after": round(0.5947 + shift, 4),
+        "accuracy_strict_before": 0.2409, "accuracy_strict_after": round(0.5866 + shift, 4),
+        "unreadable_rate_before": 0.0822, "unreadable_rate_after": 0.0113,
         "answered_rate_before": 0.52, "answered_rate_after": 0.98,
         "answered_accuracy_before": 0.4615, "answered_accuracy_after": round(0.6068 + shift, 4),
         "answered_accuracy_shuffled_images": round(0.4712 + shift / 2, 4), "chance": 0.4375, "pass_at_8_before": 0.8721,

@@ -18,6 +18,8 @@ def write_run(folder: Path) -> None:
     for name, place in (("before", 0), ("after", 1)):
         figures = {
             "accuracy": [0.2, 0.7][place],
+            "accuracy_strict": [0.1, 0.6][place],
+            "unreadable_rate": [0.3, 0.05][place],
             "answered_accuracy": [0.5, 0.8][place],
             "answered_rate": [0.4, 0.9][place],
             "answered_accuracy_shuffled_images": [None, 0.45][place],
@@ -27,7 +29,7 @@ def write_run(folder: Path) -> None:
             "reflection_rate": [0.0, 0.1][place],
             "pass_at_k": [{"k": 8, "value": 0.75, "chance": 0.9}, None][place],
             "accuracy_by_task": {
-                task: {"accuracy": values[place], "chance": values[2], "count": values[3]}
+                task: {"accuracy": values[place], "accuracy_strict": 0.0, "chance": values[2], "count": values[3]}
                 for task, values in tasks.items()
             },
         }
@@ -46,6 +48,10 @@ def test_figures_of_a_summary(tmp_path: Path) -> None:
     assert summary == {
         "accuracy_before": 0.2,
         "accuracy_after": 0.7,
+        "accuracy_strict_before": 0.1,
+        "accuracy_strict_after": 0.6,
+        "unreadable_rate_before": 0.3,
+        "unreadable_rate_after": 0.05,
         "answered_accuracy_before": 0.5,
         "answered_accuracy_after": 0.8,
         "answered_rate_before": 0.4,

@@ -68,6 +68,10 @@ def test_headline_figures_equal_the_files(fake_run: FakeRun) -> None:
     for name in (
         "accuracy_before",
         "accuracy_after",
+        "accuracy_strict_before",
+        "accuracy_strict_after",
+        "unreadable_rate_before",
+        "unreadable_rate_after",
         "answered_accuracy_before",
         "answered_accuracy_after",
         "answered_accuracy_shuffled_images",
