@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ READ_BYTES = 1 << 20
 def load_rows(
     name_or_path: str,
     *,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     config_name: str | None = None,
     max_samples: int | None = None,
     seed: int = 0,
@@ -45,7 +45,8 @@ def load_rows(
     Args:
         name_or_path: a .parquet, .jsonl, .json or .csv file; a folder of such files, or one written by
             `datasets.save_to_disk`; a hub id; or "SAT" or "CV-Bench".
-        split: which split of a folder or hub data set; a single file has one only.
+        split: which split of a folder or hub data set; a single file has one only. Of several names, the first that
+            there is; where there is none of them but a single split, that.
         config_name: configuration of a hub data set.
         max_samples: read the first rows alone; nothing behind them is read or downloaded.
         seed: seed of the option shuffle (SAT schema only).
@@ -82,7 +83,7 @@ def _identity(file: str) -> str:
 
 
 def _load_records(
-    name_or_path: str, split: str, config_name: str | None, max_samples: int | None
+    name_or_path: str, split: str | Sequence[str], config_name: str | None, max_samples: int | None
 ) -> tuple[Any, list[str]]:
     """The records, and the files that they are read from."""
     path = Path(name_or_path).expanduser()
@@ -92,7 +93,7 @@ def _load_records(
         return _load_saved(path, split, max_samples)
     if split == "train" and name_or_path in ALIASES and not path.exists():
         split = ALIASES[name_or_path][1]
-    arguments = _builder_arguments(name_or_path, path, split, config_name)
+    arguments = _builder_arguments(name_or_path, path, split if isinstance(split, str) else split[0], config_name)
     try:
         builder = datasets.load_dataset_builder(**arguments)
     except Exception as error:  # no connection, offline mode, unknown id or configuration, empty folder, …
@@ -100,8 +101,7 @@ def _load_records(
         problem = "cannot be read" if path.exists() else problem
         raise ValueError(f"dataset_name={name_or_path!r} {problem}: {_one_line(error)}") from error
     splits = {str(name): [str(file) for file in files] for name, files in builder.config.data_files.items()}
-    if split not in splits:
-        raise ValueError(f"dataset_name={name_or_path!r} has no split {split!r}, only {', '.join(splits)}")
+    split = _pick_split(name_or_path, split, splits)
     try:
         # The builder's cache folder is named by a hash of the files' versions: a changed file is read anew.
         if all(file.endswith(".parquet") for file in splits[split]):
@@ -148,12 +148,21 @@ def _one_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
-def _load_saved(path: Path, split: str, max_samples: int | None) -> tuple[datasets.Dataset, list[str]]:
+def _pick_split(name_or_path: str, wanted: str | Sequence[str], splits: Collection[str]) -> str:
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    elif len(splits) == 1:
+        return next(iter(splits))
+    found = next((name for name in wanted if name in splits), None)
+    if found is None:
+        raise ValueError(f"dataset_name={name_or_path!r} has no split {wanted[0]!r}, only {', '.join(splits)}")
+    return found
+
+
+def _load_saved(path: Path, split: str | Sequence[str], max_samples: int | None) -> tuple[datasets.Dataset, list[str]]:
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, dict):
-        if split not in saved:
-            raise ValueError(f"dataset_name={str(path)!r} has no split {split!r}, only {', '.join(saved)}")
-        saved = saved[split]
+        saved = saved[_pick_split(str(path), split, saved)]
     files = [entry["filename"] for entry in saved.cache_files]
     return saved if max_samples is None else saved.select(range(min(max_samples, len(saved)))), files
 

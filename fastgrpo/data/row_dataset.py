@@ -11,11 +11,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastgrpo.data import cvbench, sat
+from fastgrpo.data import blink, cvbench, sat, vsr
+from fastgrpo.data.blink import convert_blink
 from fastgrpo.data.chat import IMAGE_COLUMNS, convert_chat
 from fastgrpo.data.cvbench import convert_cvbench
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
+from fastgrpo.data.vsr import convert_vsr
 from fastgrpo.scoring.golds import check_gold
 
 try:
@@ -28,12 +30,17 @@ logger = logging.getLogger(__name__)
 SCHEMAS = {
     "sat": sat.REQUIRED_COLUMNS,
     "cvbench": cvbench.REQUIRED_COLUMNS,
+    "blink": blink.REQUIRED_COLUMNS,
+    "vsr": vsr.REQUIRED_COLUMNS,
     "chat": frozenset({"prompt"}),
     "question": frozenset({"question", "solution"}),
     "problem": frozenset({"problem", "solution"}),
     "answer": frozenset({"question", "answer"}),
 }
 """Schema → the columns that show it; the first that fits counts."""
+
+CONVERTERS = {"cvbench": convert_cvbench, "blink": convert_blink, "vsr": convert_vsr}
+"""Schemas of published benchmarks, whose rows must have pictures."""
 
 BATCH_ROWS = 16
 """Rows decoded from a parquet file at a time: pictures make rows of 100 KB and more."""
@@ -86,8 +93,8 @@ class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
         """
         if self.schema == "sat":
             return convert_sat(raw, row_id, self.seed, self.folder)
-        if self.schema == "cvbench":
-            return convert_cvbench(raw, row_id, self.folder)
+        if self.schema in CONVERTERS:
+            return CONVERTERS[self.schema](raw, row_id, self.folder)
         row = convert_chat(raw, row_id, self.folder)
         if self.checks_golds:
             check_gold(row.columns.get("solution"), row.columns.get("choices"))
@@ -121,7 +128,7 @@ def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDa
     else:
         raise ValueError(f"{name} holds {type(dataset[0]).__name__} records; wanted dicts")
     rows = RowDataset(dataset, _detect_schema(columns, name), seed)
-    if rows.schema not in ("sat", "cvbench"):  # whose rows must have pictures
+    if rows.schema not in ("sat", *CONVERTERS):
         _warn_of_missing_pictures(dataset, [column for column in IMAGE_COLUMNS if column in columns], name)
     return rows
 

@@ -1,10 +1,13 @@
 """A data set's row in one form for all schemas: pictures, a question or a conversation, and columns for rewards."""
 
+import string
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from fastgrpo.scoring.answers import letter_index
 from fastgrpo.scoring.golds import option_texts
 from fastgrpo.types import RowError
 
@@ -47,3 +50,16 @@ def require_options(raw: dict[str, Any], column: str) -> list[str]:
     if len(options) < 2:
         raise RowError(f"{column} holds {len(options)} options; wanted at least two")
     return options
+
+
+def require_letter(raw: dict[str, Any], column: str, choices: Sequence[str]) -> str:
+    """The option that the column names by its letter, in any usual form, as "(A)".
+
+    Raises:
+        RowError: the value is no letter of one of the choices.
+    """
+    answer = require_text(raw, column)
+    index = letter_index(answer)
+    if index is None or index >= len(choices):
+        raise RowError(f"{column} {answer!r} is not a letter of the {len(choices)} choices")
+    return f"({string.ascii_uppercase[index]})"
