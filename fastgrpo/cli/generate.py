@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastgrpo.cli.console import say
-from fastgrpo.cli.inference import Inference, add_model_options, load_inference
+from fastgrpo.cli.inference import MODEL_HELP, Inference, add_model_options, load_inference
 from fastgrpo.cli.options import Parser, at_least, between
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ INTERACTIVE = "a question a line; /image FILE… changes the pictures, an empty 
 def run(argv: Sequence[str]) -> None:
     """Asks the questions and prints the answers."""
     parser = Parser(prog="fastgrpo generate", description=f"A model's answers. Without a question: {INTERACTIVE}.")
+    parser.add_argument("model", help=MODEL_HELP)
     add_model_options(parser)
     parser.add_argument("question", nargs="?", help="asked in the wording of --prompt_mode")
     parser.add_argument("--image", type=Path, action="append", default=[], help="a picture; once for each")

@@ -24,11 +24,15 @@ class Inference:
 
     engine: Engine
     builder: PromptBuilder
+    prompts: dict[str, Any]
+    """How it is asked: `prompt_mode` and `prompt_template`."""
+
+
+MODEL_HELP = "hub id or folder, of a model or of adapters"
 
 
 def add_model_options(parser: Parser) -> None:
-    """Adds the options of the model, its prompts and its device."""
-    parser.add_argument("model", help="hub id or folder, of a model or of adapters")
+    """Adds the options of a model, its prompts and its device."""
     parser.add_argument("--prompt_mode", choices=("base", "instruct"), help="as in the model's training, else base")
     parser.add_argument("--prompt_template", choices=("paper", "answer"), help="as in its training, else paper")
     parser.add_argument("--max_pixels", type=at_least(1), help="largest area of a picture, height × width")
@@ -72,7 +76,7 @@ def load_inference(options: Namespace, max_rows: int) -> Inference:
         mode=prompts["prompt_mode"],
         template=prompts["prompt_template"],
     )
-    return Inference(engine, builder)
+    return Inference(engine, builder, prompts)
 
 
 def usable_device(name: str | None) -> torch.device:

@@ -19,7 +19,7 @@ from fastgrpo.cli.quiet import quieten
 from fastgrpo.cli.train_help import help_text
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
-from fastgrpo.evaluation import evaluate, write_evaluation
+from fastgrpo.evaluation import Ranks, evaluate, write_evaluation
 from fastgrpo.report import finish_run
 from fastgrpo.training.checkpoints import find_checkpoint
 from fastgrpo.training.trainer import GRPOTrainer
@@ -81,17 +81,17 @@ def train_between_scores(
         trainer.run_log.start_over()
     if is_main:
         write_aside(output_dir / "settings.json", lambda path: path.write_text(_settings_json(config, script)))
-    has_before = (output_dir / "evals" / "before.json").exists()
+    # What the main process finds: nodes may have disks of their own.
+    has_before, *_ = _ranks(trainer).gather([(output_dir / "evals" / "before.json").exists()])
     if held_out is not None:
         trainer.engine.sync()  # all ranks: weights may lie in pieces on all of them
-    if held_out is not None and is_main and not (resuming and has_before):
+    if held_out is not None and not (resuming and has_before):
         _score(trainer, script, held_out, "before", pass_at_k=script.eval_pass_at_k, shuffles=0)
     trainer.accelerator.wait_for_everyone()
     trainer.train()
     trainer.save_model(config.output_dir)
     if held_out is not None:
         trainer.engine.sync()
-    if held_out is not None and is_main:
         _score(trainer, script, held_out, "after", pass_at_k=0, shuffles=script.eval_shuffles)
 
 
@@ -109,7 +109,8 @@ def how_to_resume(config: GRPOConfig) -> str:
 def _score(
     trainer: GRPOTrainer, script: ScriptArguments, rows: RowDataset, name: str, *, pass_at_k: int, shuffles: int
 ) -> None:
-    """Scores the model as it is and writes evals/{name}.json and .parquet."""
+    """Scores the model as it is, on all ranks, and writes evals/{name}.json and .parquet."""
+    is_main = trainer.is_world_process_zero()
     evaluation = evaluate(
         trainer.engine,
         trainer.builder,
@@ -119,15 +120,16 @@ def _score(
         pass_at_k=pass_at_k,
         shuffles=shuffles,
         seed=trainer.config.seed,
-        progress=progress_lines(f"scoring {name} training"),
+        progress=progress_lines(f"scoring {name} training") if is_main else None,
+        ranks=_ranks(trainer),
     )
-    write_evaluation(
-        evaluation,
-        Path(trainer.config.output_dir) / "evals",
-        name,
-        step=trainer.state.global_step,
-        dataset=str(script.eval_dataset_name),
-    )
+    if is_main:
+        folder, step = Path(trainer.config.output_dir) / "evals", trainer.state.global_step
+        write_evaluation(evaluation, folder, name, step=step, dataset=str(script.eval_dataset_name))
+
+
+def _ranks(trainer: GRPOTrainer) -> Ranks:
+    return Ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
 
 
 def _settings_json(config: GRPOConfig, script: ScriptArguments) -> str:

@@ -2,5 +2,6 @@
 
 from fastgrpo.evaluation.benchmark import evaluate, write_evaluation
 from fastgrpo.evaluation.figures import Evaluation, TaskScore
+from fastgrpo.evaluation.ranks import Ranks
 
-__all__ = ["Evaluation", "TaskScore", "evaluate", "write_evaluation"]
+__all__ = ["Evaluation", "Ranks", "TaskScore", "evaluate", "write_evaluation"]

@@ -9,7 +9,7 @@ came from the words.
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import RowDataset
-from fastgrpo.data.rows import Row
+from fastgrpo.evaluation.answer_log import AnswerLog
+from fastgrpo.evaluation.asking import Asker, Progress
 from fastgrpo.evaluation.figures import Evaluation, Outcome, PassAtK, TaskScore, chance_of, mean
+from fastgrpo.evaluation.ranks import Ranks
 from fastgrpo.scoring.golds import gold_text
 from fastgrpo.scoring.reflection import is_reflective
-from fastgrpo.types import Completion, Engine, Prompt, Rollout, RowError, SamplingParams, SkippedRow
-
-Progress = Callable[[int, int], None]
+from fastgrpo.types import Completion, Engine, Prompt, SamplingParams
 
 
 def evaluate(
@@ -40,6 +40,8 @@ def evaluate(
     shuffles: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    log: AnswerLog | None = None,
 ) -> Evaluation:
     """Asks every question once, greedily.
 
@@ -49,49 +51,35 @@ def evaluate(
         pass_at_k: also sample k responses a question at temperature 1; 0 for none.
         shuffles: times to ask all questions again about shuffled pictures; 0 for none.
         seed: of the sampling and of the shuffles.
-        progress: called with (questions answered, questions to answer) after each batch.
+        progress: called with (questions answered, questions to answer) on this rank after each.
+        ranks: the processes that share the questions: all of them call this, and all get the whole evaluation.
+        log: where answers are kept meanwhile; those it has are not asked for again.
 
     Raises:
         ValueError: no row can be used, or one has no `solution`.
     """
     rows = rows.with_checked_golds()
     greedy = SamplingParams(max_new_tokens, temperature=0.0, seed=seed)
-    sampled = replace(greedy, temperature=1.0)
-    everything = [(index, index) for index in range(len(rows))]
     total = len(rows) * (1 + shuffles + (pass_at_k > 0))
-    skipped: dict[int, SkippedRow] = {}
-    asked = 0
-
-    def ask(questions: Sequence[tuple[int, int]], params: SamplingParams, k: int, step: int) -> Iterator[Rollout]:
-        """`questions` are (row of the words, row of the pictures): built batch by batch, since pictures are large."""
-        nonlocal asked
-        for start in range(0, len(questions), batch_size):
-            batch = questions[start : start + batch_size]
-            prompts = []
-            for words, pictures in batch:
-                try:
-                    prompts.append(builder.build(_question(rows, words, pictures)))
-                except RowError as error:
-                    skipped[words] = SkippedRow(words, str(error))
-            yield from engine.generate(prompts, k, params, step)
-            asked += len(batch)
-            if progress is not None:
-                progress(asked, total)
-
-    records = sorted((_record(p, group[0]) for p, group in ask(everything, greedy, 1, 0)), key=lambda r: r["row_id"])
+    asker = Asker(
+        engine, builder, rows, _record, batch_size=batch_size, total=total, progress=progress, ranks=ranks, log=log
+    )
+    records = [answer for (answer,) in asker.ask("greedy", [(i, i) for i in range(len(rows))], greedy)]
     if not records:
-        first = skipped[min(skipped)]
+        first = asker.skipped[0]
         raise ValueError(f"none of the {len(rows)} rows can be used; row {first.row_id}: {first.reason}")
     by_task = defaultdict(list)
     for record in records:
         by_task[record["task"]].append(record)
     usable = [record["row_id"] for record in records]
-    moved = [pair for i in range(shuffles) for pair in _shuffle_pictures(usable, seed + i)]
-    shuffled = [_record(prompt, group[0]) for prompt, group in ask(moved, greedy, 1, 1)]
-    hits = [
-        any(one["answered"] and one["correct_strict"] for one in (_record(prompt, drawn) for drawn in group))
-        for prompt, group in (ask([(i, i) for i in usable], sampled, pass_at_k, 2) if pass_at_k else ())
+    shuffled = [
+        answer
+        for i in range(shuffles)
+        for (answer,) in asker.ask(f"shuffled {i}", _shuffle_pictures(usable, seed + i), greedy, step=1)
     ]
+    sampled = replace(greedy, temperature=1.0)
+    tries = asker.ask("sampled", [(i, i) for i in usable], sampled, pass_at_k, step=2) if pass_at_k else []
+    hits = [any(answer["answered"] and answer["correct_strict"] for answer in group) for group in tries]
     return Evaluation(
         total=TaskScore.of(records),
         by_task={task: TaskScore.of(group) for task, group in sorted(by_task.items())},
@@ -102,13 +90,8 @@ def evaluate(
         if hits
         else None,
         records=tuple(records),
-        skipped=tuple(skipped[index] for index in sorted(skipped)),
+        skipped=asker.skipped,
     )
-
-
-def _question(rows: RowDataset, words: int, pictures: int) -> Row:
-    row = rows.convert(*rows[words])
-    return row if words == pictures else replace(row, images=rows.convert(*rows[pictures]).images)
 
 
 def _shuffle_pictures(row_ids: Sequence[int], seed: int) -> list[tuple[int, int]]:

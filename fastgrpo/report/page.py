@@ -64,6 +64,11 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
 
 def render_page(runs: Sequence[Run]) -> str:
     """The report of the runs as HTML."""
+    return template("page.html.j2").render(_content(runs)).strip() + "\n"
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template, with the forms of figures and of text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -81,7 +86,7 @@ def render_page(runs: Sequence[Run]) -> str:
         picture=picture_uri,
         reflections=count_reflections,
     )
-    return environment.get_template("page.html.j2").render(_content(runs)).strip() + "\n"
+    return environment.get_template(name)
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:

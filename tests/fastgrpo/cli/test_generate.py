@@ -55,7 +55,7 @@ def test_pictures_and_wording_reach_the_model(tiny_model_dir: Path, picture: Pat
     processing, engine = load_processing(str(tiny_model_dir)), Asked()
     builder = PromptBuilder(processing.tokenizer, processing.image_processor, mode="instruct")
     params = SamplingParams(4, seed=3)
-    answers(Inference(engine, builder), QUESTION, 2 * [picture.read_bytes()], 5, params, step=7)
+    answers(Inference(engine, builder, {}), QUESTION, 2 * [picture.read_bytes()], 5, params, step=7)
     [prompt] = engine.prompts
     assert prompt.image_grid_thw.shape == (2, 3)
     assert f"{QUESTION} Output the thinking process" in prompt.text

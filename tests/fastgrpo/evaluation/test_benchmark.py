@@ -1,7 +1,7 @@
 import json
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +14,8 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
-from fastgrpo.evaluation import Evaluation, evaluate, write_evaluation
+from fastgrpo.evaluation import Evaluation, Ranks, evaluate, write_evaluation
+from fastgrpo.evaluation.answer_log import AnswerLog
 from fastgrpo.types import Completion, Prompt, Rollout, RowError, SamplingParams
 
 Script = Callable[[Prompt, int], str]
@@ -246,7 +247,75 @@ def test_progress_counts_every_question(run: Any) -> None:
         pass_at_k=2,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls == [(done, 72) for done in (10, 20, 24, 34, 44, 48, 58, 68, 72)]
+    assert calls == [(done, 72) for done in range(1, 73)]
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(rows: RowDataset, tmp_path: Path) -> None:
+    """Interrupted twice, the second time among sampled answers; the same figures, and no answer is asked for twice."""
+
+    def script(prompt: Prompt, index: int) -> str:
+        return tagged((gold if (prompt.row_id + index) % 3 else wrong)(prompt))
+
+    def answer_until(count: int, log: AnswerLog | None) -> tuple[Evaluation | None, Engine]:
+        def script_until(prompt: Prompt, index: int) -> str:
+            if len(engine.asked) > count:
+                raise KilledError
+            return script(prompt, index)
+
+        engine = Engine(script_until)
+        try:
+            builder = cast(PromptBuilder, Builder(rows, bad=[4]))
+            settings: dict[str, Any] = {"shuffles": 2, "pass_at_k": 2, "batch_size": 5}
+            return evaluate(engine, builder, rows, max_new_tokens=8, log=log, **settings), engine
+        except KilledError:
+            return None, engine
+
+    whole, _ = answer_until(1000, None)
+    asked = []
+    for count in (10, 70, 1000):
+        found, engine = answer_until(count, AnswerLog(tmp_path / "answers", {"seed": 0}))
+        asked.append(len(engine.asked))
+    assert found == whole
+    assert asked == [11, 71, 4 * 23 - 10 - 70]
+
+
+def test_ranks_share_the_questions(rows: RowDataset) -> None:
+    """Each asks its own, and both end with the same figures: here one after the other, what is gathered handed on."""
+
+    @dataclass(frozen=True)
+    class Recorded(Ranks):
+        """Stands in for two processes: the first run records what a rank hands out, the second reads it."""
+
+        shared: dict[tuple[int, int], list[Any]] = field(default_factory=dict)
+        calls: list[int] = field(default_factory=list)
+
+        def gather(self, mine: list[Any]) -> list[Any]:
+            self.calls.append(0)
+            self.shared[self.index, len(self.calls)] = mine
+            return [one for rank in range(2) for one in self.shared.get((rank, len(self.calls)), [])]
+
+    shared: dict[tuple[int, int], list[Any]] = {}
+
+    def run(index: int) -> tuple[Evaluation, Engine]:
+        engine = Engine(lambda prompt, _: tagged((gold if prompt.row_id % 3 else wrong)(prompt)))
+        builder = cast(PromptBuilder, Builder(rows, bad=[4, 5]))
+        return evaluate(engine, builder, rows, max_new_tokens=8, ranks=Recorded(index, 2, shared)), engine
+
+    _, first = run(0)
+    both, second = run(1)
+    alone = evaluate(
+        Engine(lambda prompt, _: tagged((gold if prompt.row_id % 3 else wrong)(prompt))),
+        cast(PromptBuilder, Builder(rows, bad=[4, 5])),
+        rows,
+        max_new_tokens=8,
+    )
+    assert both == alone
+    assert sorted(p.row_id for p, _, _ in first.asked) == [i for i in range(0, 24, 2) if i != 4]
+    assert sorted(p.row_id for p, _, _ in second.asked) == [i for i in range(1, 24, 2) if i != 5]
 
 
 def test_without_options_there_is_no_guessing(rows: RowDataset) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
+from fastgrpo.cli.main import main
 from fastgrpo.config import GRPOConfig
 from fastgrpo.training.setup import resolve_model
 
@@ -119,14 +120,22 @@ def test_zero_3_scores_trains_and_saves_what_zero_2_continues(
     assert len(train([ONE_NODE], out, sat_file, tmp_path / "zero2", *zero2)) == STEPS
 
 
-def test_two_nodes_train_together(tiny_model_dir: Path, sat_file: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_together_and_share_the_scoring(
+    tiny_model_dir: Path, sat_file: Path, cvbench_file: Path, tmp_path: Path
+) -> None:
     meet = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "test")
     nodes = [
         (*TORCHRUN, "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1", *meet, "-m", "fastgrpo")
         for rank in range(2)
     ]
-    lines = train(nodes, tiny_model_dir, sat_file, tmp_path / "out", "--save_strategy", "no")
+    scoring = ("--eval_dataset_name", str(cvbench_file), "--eval_max_samples", "5", "--eval_max_new_tokens", "3")
+    lines = train(nodes, tiny_model_dir, sat_file, tmp_path / "out", "--save_strategy", "no", *scoring)
     assert [line["step"] for line in lines] == [1, 2]
+    alone = ["--max_samples", "5", "--max_new_tokens", "3", "--device", "cpu", "--output_dir", str(tmp_path)]
+    assert main(["eval", str(tiny_model_dir), str(cvbench_file), *alone]) == 0
+    of_two = pq.read_table(tmp_path / "out" / "evals" / "before.parquet").to_pylist()
+    assert of_two == pq.read_table(tmp_path / "evals" / "eval.parquet").to_pylist()
+    assert pq.read_metadata(tmp_path / "out" / "evals" / "after.parquet").num_rows == 5
 
 
 @pytest.mark.slow

@@ -1,0 +1,104 @@
+"""The flags of `fastgrpo eval`: which models, on what."""
+
+from argparse import SUPPRESS, BooleanOptionalAction, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgrpo.cli.console import say
+from fastgrpo.cli.inference import MODEL_HELP, add_model_options
+from fastgrpo.cli.options import Parser, at_least
+
+TITLES = {"cvbench": "CV-Bench", "sat": "SAT", "blink": "BLINK", "vsr": "VSR"}
+"""Benchmark, as `--benchmark` has it → its name."""
+USAGE = """fastgrpo eval --benchmark NAME MODEL… [--data DATA]
+       fastgrpo eval MODEL… DATA"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is scored, on what."""
+
+    models: list[str]
+    benchmark: str | None
+    """A key of `TITLES`; None where the columns tell the schema."""
+    data: str | None
+    """A file, folder or hub id; None: where the benchmark is published."""
+    name: str
+    """Of the files that are written."""
+
+    @property
+    def dataset(self) -> str:
+        """What files and page say was asked."""
+        return self.data or TITLES[self.benchmark or ""]
+
+    @property
+    def title(self) -> str:
+        """Of the page."""
+        return TITLES[self.benchmark] if self.benchmark else Path(self.dataset).name
+
+
+def read_flags(argv: Sequence[str]) -> tuple[Namespace, Target]:
+    """Parses the command line.
+
+    Raises:
+        ValueError: a flag or value that does not fit, no model, or nothing to ask.
+    """
+    options = _parser().parse_args(argv)
+    published = _take_published(options)
+    models, data, benchmark = [*options.names, *options.model_path], options.data, options.benchmark
+    if benchmark is None and data is None:
+        if options.names and len(models) > 1:
+            data = models.pop(len(options.names) - 1)
+        elif options.model_path:
+            benchmark = "cvbench"
+            published.append("without a data set, CV-Bench is asked")
+        else:
+            raise ValueError("asked about what? Name a benchmark (--benchmark cvbench), or a data set behind the model")
+    if not models:
+        raise ValueError("no model is named: fastgrpo eval --benchmark cvbench MODEL")
+    name = options.name or benchmark or "eval"
+    if Path(name).name != name:
+        raise ValueError(f"--name {name} is no plain file name")
+    if published:
+        say(f"flags of the published evaluators: {'; '.join(published)}")
+    return options, Target(models, benchmark, data, name)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="fastgrpo eval", usage=USAGE, description="Greedy accuracy, in total and by task.")
+    parser.add_argument("names", nargs="*", metavar="MODEL", help=f"{MODEL_HELP}; several are compared")
+    parser.add_argument("--benchmark", choices=sorted(TITLES), help="what is asked, by its published name")
+    parser.add_argument("--data", help="parquet, JSON or JSONL file, folder or hub id of the questions")
+    parser.add_argument("--pictures", type=Path, help="folder of the pictures that the data names; beside it if unset")
+    add_model_options(parser)
+    parser.add_argument("--output_dir", type=Path, default=Path("."), help="gets the page and evals/NAME.*")
+    parser.add_argument("--name", help="of the files; the benchmark's, else eval")
+    parser.add_argument("--split", help="of a folder or hub data set; the one with answers if unset")
+    parser.add_argument("--max_samples", type=at_least(1), help="the first questions alone")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=1024)
+    parser.add_argument("--batch_size", type=at_least(1), default=64, help="questions answered at once")
+    parser.add_argument("--pass_at_k", type=at_least(0), default=0, help="also sample so many responses a question")
+    parser.add_argument(
+        "--shuffles", type=at_least(0), default=0, help="ask again about shuffled pictures, so many times"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model_path", action="append", default=[], help=SUPPRESS)
+    parser.add_argument("--bs", type=at_least(1), help=SUPPRESS)
+    parser.add_argument("--use_reasoning_prompt", action=BooleanOptionalAction, help=SUPPRESS)
+    return parser
+
+
+def _take_published(options: Namespace) -> list[str]:
+    """Takes over the flags of the published evaluators; what each stands for."""
+    told = []
+    if options.model_path:
+        told.append("--model_path is MODEL")
+    if options.bs is not None:
+        options.batch_size = options.bs
+        told.append("--bs is --batch_size")
+    if options.use_reasoning_prompt:
+        told.append("--use_reasoning_prompt is how questions are always asked, in the wording of --prompt_mode")
+    if options.use_reasoning_prompt is False:
+        raise ValueError("--no-use_reasoning_prompt is not supported: questions are asked as in training. Leave it out")
+    return told

@@ -1,0 +1,107 @@
+"""The page of `fastgrpo eval`: one model's accuracy, or several models' on the same questions."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from fastgrpo.atomic_files import write_aside
+from fastgrpo.evaluation.comparison import Accuracy, Comparison, PairedTest
+from fastgrpo.report.formats import count, percent, points
+from fastgrpo.report.page import template
+from fastgrpo.report.plots import PALETTE
+from fastgrpo.report.tables import Rows
+from fastgrpo.report.tasks import Mark
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model's dot on a gauge, as the macro `task` draws it."""
+
+    name: str
+    count: int
+    chance: float | None
+    after: Mark
+    text: str
+    is_total: bool = False
+    before: None = None
+
+
+def write_comparison(comparison: Comparison, folder: Path, name: str, *, title: str, dataset: str) -> Path:
+    """Writes {name}-comparison.json (figures) and {name}-comparison.html (the page) into `folder`; returns the page.
+
+    Args:
+        title: of the page: what was asked.
+        dataset: where the questions come from.
+    """
+    figures = json.dumps({"dataset": dataset, **comparison.to_json()}, indent=2) + "\n"
+    page = folder / f"{name}-comparison.html"
+    write_aside(page.with_suffix(".json"), lambda path: path.write_text(figures))
+    write_aside(page, lambda path: path.write_text(render_comparison(comparison, title, dataset), encoding="utf-8"))
+    return page
+
+
+def render_comparison(comparison: Comparison, title: str, dataset: str) -> str:
+    """The page as HTML that loads nothing else."""
+    names = list(comparison.evaluations)
+    groups = {**comparison.by_task, "All questions": comparison.total}
+    content = {
+        "palette": PALETTE,
+        "title": title,
+        "names": names,
+        "facts": _facts(comparison, dataset),
+        "figures": _figures(comparison),
+        "groups": {task: _model_rows(row) for task, row in groups.items()},
+        "tasks": [_task_row(task, row, names) for task, row in groups.items()],
+        "tests": [_test_row(test) for test in comparison.tests],
+        "skipped": {name: one.skipped for name, one in comparison.evaluations.items() if one.skipped},
+    }
+    return template("comparison.html.j2").render(content).strip() + "\n"
+
+
+def _facts(comparison: Comparison, dataset: str) -> list[tuple[str, str]]:
+    sizes = sorted({accuracy.count for accuracy in comparison.total.values()})
+    questions = count(sizes[0]) if len(sizes) == 1 else f"{count(sizes[0])} to {count(sizes[-1])}"
+    return [("data", dataset), ("questions", questions), ("decoding", "greedy"), ("date", date.today().isoformat())]
+
+
+def _figures(comparison: Comparison) -> Rows:
+    """A row for each model."""
+    rows = []
+    for name, evaluation in comparison.evaluations.items():
+        total, accuracy = evaluation.total, comparison.total[name]
+        rows.append([
+            name,
+            count(accuracy.count),
+            accuracy.text,
+            *map(percent, (total.accuracy_strict, total.unreadable_rate, total.chance)),
+            *map(percent, (total.answered_rate, total.answered_accuracy)),
+            count(evaluation.mean_length),
+            percent(evaluation.reflection_rate),
+        ])  # fmt: skip
+    return rows
+
+
+def _model_rows(accuracies: Mapping[str, Accuracy]) -> list[ModelRow]:
+    return [
+        ModelRow(name, one.count, one.chance, Mark(one.value, one.low, one.high), percent(one.value))
+        for name, one in accuracies.items()
+    ]
+
+
+def _task_row(task: str, accuracies: Mapping[str, Accuracy], names: list[str]) -> list[str]:
+    sizes = {one.count for one in accuracies.values()}
+    cells = [accuracies[name].text if name in accuracies else "–" for name in names]
+    return [task, count(max(sizes)), *cells]
+
+
+def _test_row(test: PairedTest) -> list[str]:
+    return [
+        f"{test.second} against {test.first}",
+        count(test.count),
+        f"{points(test.difference)} ({points(test.low)} to {points(test.high)})",
+        count(test.only_second),
+        count(test.only_first),
+        f"{test.p_value:.2g}",
+    ]
