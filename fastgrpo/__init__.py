@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgrpo.config import GRPOConfig
-    from fastgrpo.report.trainer import GRPOTrainer
+    from fastgrpo.report.trainer import GRPOTrainer, SFTTrainer
+    from fastgrpo.sft_config import SFTConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "__version__"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
 
-_MODULES = {"GRPOConfig": "fastgrpo.config", "GRPOTrainer": "fastgrpo.report.trainer"}
+_MODULES = {
+    "GRPOConfig": "fastgrpo.config",
+    "GRPOTrainer": "fastgrpo.report.trainer",
+    "SFTConfig": "fastgrpo.sft_config",
+    "SFTTrainer": "fastgrpo.report.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,15 @@
 from dataclasses import dataclass
 
 
+class PartialGroupsError(ValueError):
+    """A rank's completions are no whole groups."""
+
+    def __init__(self, message: str, completions: int, group: int) -> None:
+        super().__init__(message)
+        self.completions = completions
+        self.group = group
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Counts of one rank. A rollout is cut into slices, each the batch of one optimizer step, and may be used again.
@@ -24,10 +33,12 @@ class BatchPlan:
     def __post_init__(self) -> None:
         drawn = self.completions_per_micro_batch * self.micro_batches_per_rollout
         if drawn % self.num_generations:
-            raise ValueError(
+            raise PartialGroupsError(
                 f"per_device_train_batch_size={self.completions_per_micro_batch} × {self.micro_batches_per_rollout} "
                 f"accumulated is {drawn} completions a rank, which num_generations={self.num_generations} does not "
-                "divide. Make it a multiple, or pass --batch_unit prompts to count prompts instead of completions."
+                "divide. Make it a multiple, or pass --batch_unit prompts to count prompts instead of completions.",
+                drawn,
+                self.num_generations,
             )
         if self.micro_batches_per_rollout % self.accumulation:
             raise ValueError(

@@ -1,46 +1,18 @@
-"""`GRPOConfig`: transformers' training arguments plus those of GRPO, under the names TRL 1.16 gives them."""
+"""`GRPOConfig`: the settings of a run plus those of GRPO, under the names TRL 1.16 gives them."""
 
-import json
-import os
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from transformers import TrainingArguments
-from transformers.utils import logging
+from dataclasses import dataclass
+from typing import Literal
 
 from fastgrpo.batch_plan import BatchPlan
-from fastgrpo.limits import Limits, check_limits, option
+from fastgrpo.limits import option
+from fastgrpo.run_config import RunConfig
 from fastgrpo.trl_fields import TRLFields
 
-logger = logging.get_logger(__name__)
-
 LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
-ATTN_BACKENDS: tuple[str, ...] = ("auto", "varlen", "cpu", "math", "flash_attn")
-
-INHERITED = {
-    **dict.fromkeys(
-        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        Limits(at_least=1),
-    ),
-    **dict.fromkeys(("num_train_epochs", "eval_steps", "save_steps"), Limits(above=0)),
-    **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed", "data_seed"),
-        Limits(at_least=0),
-    ),
-    "max_steps": Limits(at_least=-1),
-}
-"""What transformers does not check of its own settings."""
-
-
-FILES_OF_JSON = ("deepspeed", "accelerator_config", "fsdp_config")
-"""Settings that may name a file instead of holding an object."""
 
 
 @dataclass
-class GRPOConfig(TRLFields, TrainingArguments):
+class GRPOConfig(TRLFields, RunConfig):
     """Settings of a GRPO run. Counts, lengths and batch sizes are in completions and tokens unless said otherwise.
 
     Raises:
@@ -48,47 +20,11 @@ class GRPOConfig(TRLFields, TrainingArguments):
     """
 
     learning_rate: float = option(1e-6, "Peak learning rate.", at_least=0)
-    remove_unused_columns: bool = option(False, "Reward functions see every column, so none is removed.")
-    bf16: bool | None = field(
-        default=None,
-        # The parser lets a flag stand without a value only where the default is no None.
-        metadata={
-            "help": "Mixed precision in bf16; by default on where a CUDA device supports it.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    gradient_checkpointing: str = field(
-        default="auto",
-        metadata={
-            "help": "Compute layers again in the backward pass instead of keeping their activations; auto: where a "
-            "step would not fit the GPU otherwise, by an estimate that is logged.",
-            "nargs": "?",
-            "const": "true",
-        },
-    )
-    dataloader_num_workers: int | None = option(
-        None, "Processes that prepare prompts and pictures ahead; by default 2 on a GPU, none elsewhere."
-    )
-    resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, or `last`: the newest of output_dir, from the start where there is none."
-    )
-
-    # The model and its prompts
-    model_init_kwargs: dict[str, Any] | str | None = option(None, "Keyword arguments of `from_pretrained` (JSON).")
-    trust_remote_code: bool = option(False, "Allow the model's repository to run its own code here.")
-    disable_dropout: bool = option(False, "Set every dropout of the policy to 0.")
-    prompt_mode: Literal["base", "instruct"] = option(
-        "base",
-        "`base`: plain text without roles, for a model never instruction-tuned; `instruct`: chat template.",
-        choices=("base", "instruct"),
-    )
     prompt_template: Literal["paper", "answer"] = option(
         "paper",
         "Wording of the base prompt: the paper's, or one that also names the <answer> tag.",
         choices=("paper", "answer"),
     )
-    chat_template_kwargs: dict[str, Any] | str | None = option(None, "Extra variables of the chat template (JSON).")
     max_prompt_length: int | None = option(
         None, "Rows whose prompt has more tokens are skipped and counted; never truncated.", at_least=1
     )
@@ -109,7 +45,6 @@ class GRPOConfig(TRLFields, TrainingArguments):
         None, "Micro-batches per rollout; gradient_accumulation_steps if unset, else a multiple of it.", at_least=1
     )
     num_iterations: int = option(1, "Times each rollout is trained on.", at_least=1)
-    shuffle_dataset: bool = option(True, "Draw the prompts in a seeded random order, anew each epoch.")
     temperature: float = option(1.0, "Sampling temperature.", above=0)
     top_p: float = option(1.0, "Nucleus sampling; 1 is off.", above=0, at_most=1)
     top_k: int = option(0, "Sample from the k likeliest tokens; 0 is off.", at_least=0)
@@ -117,34 +52,6 @@ class GRPOConfig(TRLFields, TrainingArguments):
         None, "Drop tokens less likely than min_p times the likeliest; None is off.", at_least=0, at_most=1
     )
     repetition_penalty: float = option(1.0, "Above 1 discourages tokens already in the text.", above=0)
-
-    # The machine: none of this changes what is trained, beyond floating-point order
-    engine: str = option(
-        "fast",
-        "`fast`: paged sampler and packed update; `plain`: HF generate and padded batches.",
-        choices=("fast", "plain"),
-    )
-    token_budget: int = option(
-        16_384, "Input tokens of a packed micro-batch; a group's prompt counts once.", at_least=1
-    )
-    attn_backend: str = option(
-        "auto", "Attention of the packed update: " + ", ".join(ATTN_BACKENDS) + ".", choices=ATTN_BACKENDS
-    )
-    logprob_bytes: int | None = option(
-        None,
-        "Scratch of the LM head's log-probs; with room for tokens × vocabulary × 2 nothing is computed twice. Half of "
-        "what a GPU has free if unset, 1 GiB on CPU.",
-        at_least=1,
-    )
-    vision_cache_bytes: int = option(
-        1 << 30,
-        "Features of pictures to keep, where the vision tower is frozen: none goes through it twice; 0 is off.",
-        at_least=0,
-    )
-    sampler_max_rows: int = option(256, "Completions that run at a time.", at_least=1)
-    sampler_max_cache_tokens: int | None = option(
-        None, "Size of the KV cache; what a rollout needs if unset, on a GPU within its free memory.", at_least=1
-    )
 
     # Objective
     loss_type: str = option(
@@ -180,67 +87,20 @@ class GRPOConfig(TRLFields, TrainingArguments):
     )
 
     # Logging
-    logging_steps: float = option(10, "Optimizer steps between log lines; metrics.jsonl holds every step.", at_least=0)
     log_completions: bool = option(True, "Write every completion to output_dir/completions (parquet).")
     log_multimodal: bool = option(True, "Keep a thumbnail of each prompt's pictures in that log.")
     num_completions_to_print: int | None = option(None, "Completions to print at each log; none if unset.", at_least=0)
 
-    profile_steps: str | None = option(
-        None, "FIRST:LAST, both included: write a Perfetto trace of these optimizer steps to output_dir/trace.json."
-    )
-
     def __post_init__(self) -> None:
-        self._check_objects()
-        # Without a GPU transformers trains on the CPU anyway, but refuses bf16 unless that was asked for.
-        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None:
-            launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch --mixed_precision`
-            self.fp16: bool = self.fp16 or launcher == "fp16"
-            on_cuda = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = not self.fp16 and (launcher == "bf16" or (on_cuda and torch.cuda.is_bf16_supported()))
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = 0 if self.use_cpu or not torch.cuda.is_available() else 2
-        self._resolve_checkpointing()
-        super().__post_init__()
-        if self.engine == "reference":
-            logger.warning("engine=reference is called plain now; plain is used.")
-            self.engine = "plain"
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
-        if self.load_best_model_at_end and getattr(self, "metric_for_best_model", None) in (None, "loss"):
+        if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
             self.metric_for_best_model: str = "reward"
             self.greater_is_better: bool = True
-        self._drop_missing_reporters()
-        if self.use_liger_kernel and (lacking := lacking_for_liger(self.use_cpu)):
-            logger.warning(f"use_liger_kernel: {lacking}; the model's own layers are used instead.")
-            self.use_liger_kernel: bool = False
+        super().__post_init__()
         self.check_trl_fields()
-        self._validate()
-
-    # transformers reads these fields from JSON when they come from the command line.
-    _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs")
-
-    @property
-    def model_kwargs(self) -> dict[str, Any]:
-        """`model_init_kwargs` as parsed."""
-        return _parsed("model_init_kwargs", self.model_init_kwargs)
-
-    @property
-    def template_kwargs(self) -> dict[str, Any]:
-        """`chat_template_kwargs` as parsed."""
-        return _parsed("chat_template_kwargs", self.chat_template_kwargs)
-
-    @property
-    def profiled_steps(self) -> tuple[int, int] | None:
-        """`profile_steps` as numbers."""
-        if self.profile_steps is None:
-            return None
-        first, _, last = self.profile_steps.partition(":")
-        valid = first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)
-        if not valid:
-            raise ValueError(
-                f"profile_steps={self.profile_steps!r} is not valid: use FIRST:LAST, such as 3:6, counted from 1."
-            )
-        return int(first), int(last)
+        for name in ("sync_ref_model", "ref_model_on_cpu"):
+            if getattr(self, name) and self.beta == 0:
+                raise ValueError(f"{name}=True, but with beta=0.0 there is no reference: set beta above 0.")
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -264,74 +124,12 @@ class GRPOConfig(TRLFields, TrainingArguments):
             num_iterations=self.num_iterations,
         )
 
-    def _resolve_checkpointing(self) -> None:
-        """transformers takes True or False; what `auto` means is decided when the model is known."""
-        newer_name = getattr(self, "activation_checkpointing", None)
-        choice = str(self.gradient_checkpointing if newer_name is None else newer_name).lower()
-        answers = {"auto": None, "none": False}
-        answers |= dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
-        if choice not in answers:
-            raise ValueError(f"gradient_checkpointing={choice!r} is not valid: use true, false or auto.")
-        self.decides_checkpointing = answers[choice] is None
-        self.gradient_checkpointing = answers[choice]  # type: ignore[assignment]
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen model's log-probs enter the loss."""
+        return self.beta > 0
 
-    def _drop_missing_reporters(self) -> None:
-        modules = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
-        reporters = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
-        missing = [name for name in reporters if name in modules and find_spec(modules[name]) is None]
-        if missing:
-            logger.warning(
-                f"report_to: {', '.join(missing)} not installed; metrics go to metrics.jsonl and TensorBoard instead."
-            )
-            kept = [name for name in reporters if name not in missing]
-            has_tensorboard = find_spec("tensorboard") is not None and "tensorboard" not in kept
-            self.report_to: list[str] = [*kept, *(["tensorboard"] if has_tensorboard else [])]
-
-    def _check_objects(self) -> None:
-        """What transformers would say of a slip in JSON names neither the setting nor the file."""
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                continue
-            is_file = name in FILES_OF_JSON and not value.startswith("{")
-            if is_file and value.endswith(".json") and not Path(value).is_file():
-                raise ValueError(f"{name}={value!r}: there is no such file.")
-            try:
-                if value.startswith("{") or (is_file and Path(value).is_file()):
-                    json.loads(Path(value).read_text() if is_file else value)
-            except ValueError as error:
-                raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
-
-    def _validate(self) -> None:
-        check_limits(self, INHERITED)
-        if self.max_steps == 0:
-            raise ValueError("max_steps=0 is not valid: use 1 or more, or -1 to go by num_train_epochs.")
-        if self.optim_args and not all("=" in part for part in self.optim_args.split(",")):
-            raise ValueError(
-                f"optim_args={self.optim_args!r} is not valid: use name=value, several set apart by commas."
-            )
-        _ = self.batch_plan  # raises where sizes do not divide
-        for name in ("sync_ref_model", "ref_model_on_cpu"):
-            if getattr(self, name) and self.beta == 0:
-                raise ValueError(f"{name}=True, but with beta=0.0 there is no reference: set beta above 0.")
-        _ = self.profiled_steps, self.model_kwargs, self.template_kwargs  # they raise when they cannot be read
-        if self.torch_compile and self.engine == "fast":
-            raise ValueError(
-                "torch_compile=True: no two packed micro-batches have one shape, so each would be compiled anew. Leave "
-                "it off, or set engine to plain."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size=True would split groups; set per_device_train_batch_size instead.")
-
-
-def lacking_for_liger(use_cpu: bool) -> str | None:
-    """What Liger's kernels lack here; None where they run."""
-    if find_spec("liger_kernel") is None:
-        return "liger-kernel is not installed"
-    return "its kernels need a CUDA device" if use_cpu or not torch.cuda.is_available() else None
-
-
-def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    if value is None or isinstance(value, dict):
-        return value or {}
-    raise ValueError(f"{name}={value!r} is not valid: use a JSON object such as '{{\"a\": 1}}'.")
+    @property
+    def longest(self) -> tuple[int | None, int]:
+        """Most tokens of a prompt (None: not bounded) and of its completion."""
+        return self.max_prompt_length, self.max_completion_length

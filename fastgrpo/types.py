@@ -146,6 +146,26 @@ class TrainingGroup:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A row to imitate: its tokens, and which of them the loss of supervised fine-tuning counts."""
+
+    prompt: Prompt
+    """Of the whole row but its last token, which predicts nothing."""
+    rows: Tensor
+    """[N] int64, rising: the tokens of `prompt` whose next token counts."""
+    targets: Tensor
+    """[N] int64: those next tokens."""
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """One optimizer step's examples on one rank, and the rows that were left out while building them."""
+
+    examples: list[Example]
+    skipped: list[SkippedRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class UpdateResult:
     """What one pass over an optimizer step's groups gives back, still on the device."""
 

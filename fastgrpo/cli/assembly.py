@@ -2,21 +2,28 @@
 
 import os
 import sys
-from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastgrpo.cli.arguments import ScriptArguments, changed
+from fastgrpo.cli.script_arguments import RunArguments, ScriptArguments, SFTArguments, adapter_flags, changed
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.model.adapters import adapter_base
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.rewards import resolve_reward_functions
+from fastgrpo.sft_config import SFTConfig
+from fastgrpo.training.sft import SFTTrainer
 from fastgrpo.training.trainer import GRPOTrainer
+
+FILES_OF_A_MODEL = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.py", "README.md"]
 
 
 def build_trainer(
@@ -34,24 +41,36 @@ def build_trainer(
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for a user's rewards: unlike a script, a command does not look there
     reward_functions = resolve_reward_functions(script.reward_funcs)  # a slip is told before a model is loaded
+    return trainer_class(
+        reward_funcs=reward_functions, args=config, train_dataset=rows, eval_dataset=eval_rows, **_model(config, script)
+    )
+
+
+def build_sft_trainer(
+    config: SFTConfig, script: SFTArguments, rows: RowDataset, eval_rows: RowDataset | None = None
+) -> SFTTrainer:
+    """A trainer on the flags' model, to imitate the answers of `rows`.
+
+    Raises:
+        ValueError: a model, a setting or a row that cannot work.
+    """
+    return SFTTrainer(args=config, train_dataset=rows, eval_dataset=eval_rows, **_model(config, script))
+
+
+def _model(config: RunConfig, script: RunArguments) -> dict[str, Any]:
+    """The arguments of a trainer that say what is trained."""
+    script.model_name_or_path = downloaded(script.model_name_or_path, script.model_revision)
     adapters = lora_config(script)
     model = load_model(config, script)
     if adapters is not None:
         _require_modules(model, script)
-    return trainer_class(
-        model=model,
-        reward_funcs=reward_functions,
-        args=config,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=load_processing(
-            script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
-        ),
-        peft_config=adapters,
+    processing = load_processing(
+        script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
     )
+    return {"model": model, "processing_class": processing, "peft_config": adapters}
 
 
-def load_model(config: GRPOConfig, script: ScriptArguments) -> PreTrainedModel:
+def load_model(config: RunConfig, script: RunArguments) -> PreTrainedModel:
     """The policy, with what the flags freeze frozen."""
     return load_policy(
         script.model_name_or_path,
@@ -64,15 +83,14 @@ def load_model(config: GRPOConfig, script: ScriptArguments) -> PreTrainedModel:
     )
 
 
-def lora_config(script: ScriptArguments) -> LoraConfig | None:
+def lora_config(script: RunArguments) -> LoraConfig | None:
     """The adapters to add and train, if any; a folder that holds some already gets no others.
 
     Raises:
         ValueError: a setting of new adapters, but the model has its own.
     """
     if adapter_base(script.model_name_or_path) is not None:
-        own = [field.name for field in fields(script) if field.name.startswith("lora_")] + ["use_rslora"]
-        if given := changed(script, own):
+        if given := changed(script, adapter_flags(script)):
             raise ValueError(
                 f"{', '.join(given)}: {script.model_name_or_path} holds adapters with settings of their own, which "
                 "train further. Leave these flags out, or name the base as model_name_or_path."
@@ -86,13 +104,28 @@ def lora_config(script: ScriptArguments) -> LoraConfig | None:
         lora_alpha=script.lora_alpha,
         lora_dropout=script.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_parameters=script.lora_target_parameters,
         modules_to_save=script.lora_modules_to_save,
         use_rslora=script.use_rslora,
-        task_type="CAUSAL_LM",
+        use_dora=script.use_dora,
+        task_type=script.lora_task_type,
     )
 
 
-def load_training_rows(script: ScriptArguments, seed: int) -> RowDataset:
+def downloaded(name_or_path: str, revision: str) -> str:
+    """A model on the hub as a folder of that revision; by its name where no revision is asked for.
+
+    Raises:
+        ValueError: a folder, which has no revisions.
+    """
+    if revision == "main":
+        return name_or_path
+    if Path(name_or_path).exists():
+        raise ValueError(f"model_revision={revision!r}: {name_or_path} is a folder, which has no revisions.")
+    return snapshot_download(name_or_path, revision=revision, allow_patterns=FILES_OF_A_MODEL)
+
+
+def load_training_rows(script: RunArguments, seed: int) -> RowDataset:
     """The rows to train on."""
     return load_rows(
         script.dataset_name,
@@ -104,14 +137,19 @@ def load_training_rows(script: ScriptArguments, seed: int) -> RowDataset:
     )
 
 
-def load_held_out(script: ScriptArguments, seed: int) -> RowDataset | None:
+def load_held_out(script: RunArguments, seed: int) -> RowDataset | None:
     """The rows to score before and after training, if any are named."""
     if script.eval_dataset_name is None:
         return None
     return load_rows(script.eval_dataset_name, split=script.eval_split, max_samples=script.eval_max_samples, seed=seed)
 
 
-def _require_modules(model: PreTrainedModel, script: ScriptArguments) -> None:
+def load_test_split(script: RunArguments, seed: int) -> RowDataset:
+    """The test split of the training data; a ValueError where it has none."""
+    return load_rows(script.dataset_name, split=script.dataset_test_split, config_name=script.dataset_config, seed=seed)
+
+
+def _require_modules(model: PreTrainedModel, script: RunArguments) -> None:
     """Checks that the model has every module that is named: peft ignores unknown names as long as it finds one."""
     known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     for flag in ("lora_target_modules", "lora_modules_to_save"):

@@ -7,26 +7,23 @@ import torch
 from fastgrpo_kernels.backend import pick_backend
 from torch import nn
 
-from fastgrpo.cli.arguments import ScriptArguments
 from fastgrpo.cli.chat_models import chat_warning
-from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.cli.script_arguments import RunArguments
 from fastgrpo.model.attention import pick_attention
 from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.training.live_figures import compute_dtype
+from fastgrpo.training.run_trainer import RunTrainer
 from fastgrpo.training.trainer import GRPOTrainer
-from fastgrpo.update.updater import PackedUpdater
+from fastgrpo.update.packed_passes import PackedPasses
 
 
-def banner(trainer: GRPOTrainer, script: ScriptArguments) -> list[str]:
-    """Lines on the model, the device, how rollouts and updates are computed and how questions are asked; warnings."""
-    config = trainer.config
-    prompts = config.batch_plan.prompts_per_rollout * trainer.accelerator.num_processes
-    drawn = f"{prompts} prompts × {config.num_generations} completions of at most {config.max_completion_length} tokens"
+def banner(trainer: RunTrainer, script: RunArguments) -> list[str]:
+    """Lines on the model, the device, what a step takes and how it is computed, how questions are asked; warnings."""
     facts = {
         "model": f"{script.model_name_or_path}: {_parameters(trainer.model)}",
         "device": _device(trainer),
-        "rollout": f"{drawn}, {_rollout(trainer)}",
+        **(_rollout(trainer) if isinstance(trainer, GRPOTrainer) else _examples(trainer)),
         "update": _update(trainer),
         "prompts": _prompts(trainer),
     }
@@ -48,7 +45,7 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _device(trainer: GRPOTrainer) -> str:
+def _device(trainer: RunTrainer) -> str:
     device, ranks = trainer.accelerator.device, trainer.accelerator.num_processes
     dtype = str(compute_dtype(trainer.model, trainer.config)).removeprefix("torch.")
     if device.type == "cuda":
@@ -62,19 +59,28 @@ def _device(trainer: GRPOTrainer) -> str:
     return f"{f'{ranks} ranks, each on ' if ranks > 1 else ''}{name}, {dtype}, {memory}"
 
 
-def _kernels(trainer: GRPOTrainer) -> str:
+def _kernels(trainer: RunTrainer) -> str:
     picked = pick_backend(torch.empty(0, device=trainer.accelerator.device))
     return "Triton kernels" if picked == "triton" else "torch kernels"
 
 
-def _rollout(trainer: GRPOTrainer) -> str:
-    if isinstance(trainer.engine, SamplerEngine):
-        return f"paged sampler, {_kernels(trainer)}"
-    return "transformers' generate (slow)"
+def _rollout(trainer: GRPOTrainer) -> dict[str, str]:
+    config = trainer.config
+    prompts = config.batch_plan.prompts_per_rollout * trainer.accelerator.num_processes
+    drawn = f"{prompts} prompts × {config.num_generations} completions of at most {config.max_completion_length} tokens"
+    is_ours = isinstance(trainer.engine, SamplerEngine)
+    how = f"paged sampler, {_kernels(trainer)}" if is_ours else "transformers' generate (slow)"
+    return {"rollout": f"{drawn}, {how}"}
 
 
-def _update(trainer: GRPOTrainer) -> str:
-    if not isinstance(trainer.updater, PackedUpdater):
+def _examples(trainer: RunTrainer) -> dict[str, str]:
+    rows = trainer.config.batch_plan.prompts_per_rollout * trainer.accelerator.num_processes
+    counted = "prompt and answer" if trainer.config.train_on_prompt else "answer"
+    return {"step": f"{rows} rows, loss on the {counted}"}
+
+
+def _update(trainer: RunTrainer) -> str:
+    if not isinstance(trainer.updater, PackedPasses):
         return "padded batches in plain transformers (slow)"
     config = text_model(trainer.model).config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -84,15 +90,16 @@ def _update(trainer: GRPOTrainer) -> str:
     return f"packed, {pick_attention(query, trainer.updater.attn_backend).name} attention, {_kernels(trainer)}"
 
 
-def _prompts(trainer: GRPOTrainer) -> str:
+def _prompts(trainer: RunTrainer) -> str:
     if _asks_for_itself(trainer):
         return "as the rows' `prompt` column has them"
     if trainer.config.prompt_mode == "instruct":
         return "instruct mode: the model's chat template"
-    return f"base mode: plain text without roles, template {trainer.config.prompt_template}"
+    template = f", template {trainer.config.prompt_template}" if isinstance(trainer, GRPOTrainer) else ""
+    return f"base mode: plain text without roles{template}"
 
 
-def _warnings(trainer: GRPOTrainer, script: ScriptArguments) -> Iterable[str]:
+def _warnings(trainer: RunTrainer, script: RunArguments) -> Iterable[str]:
     warning = chat_warning(script.model_name_or_path, trainer.config.prompt_mode)
     if warning and not _asks_for_itself(trainer):
         yield warning
@@ -102,5 +109,5 @@ def _warnings(trainer: GRPOTrainer, script: ScriptArguments) -> Iterable[str]:
         )
 
 
-def _asks_for_itself(trainer: GRPOTrainer) -> bool:
-    return isinstance(trainer.train_dataset, RowDataset) and trainer.train_dataset.schema == "chat"
+def _asks_for_itself(trainer: RunTrainer) -> bool:
+    return trainer.rows.schema == "chat"

@@ -10,6 +10,7 @@ from fastgrpo.cli.suggestions import did_you_mean
 
 COMMANDS = {
     "train": ("train a model with GRPO", "fastgrpo train --help lists the flags"),
+    "sft": ("fine-tune on a data set's answers", "fastgrpo sft --help lists the flags"),
     "eval": ("score models on a benchmark", "fastgrpo eval --benchmark cvbench MODEL…"),
     "generate": ("ask a model", 'fastgrpo generate MODEL --image FILE "question"'),
     "merge": ("make a whole model of adapters", "fastgrpo merge ADAPTER OUT"),

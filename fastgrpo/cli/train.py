@@ -1,61 +1,68 @@
 """`fastgrpo train`: score the base, train, score again, sum up, draw the report."""
 
 import json
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastgrpo.atomic_files import write_aside
-from fastgrpo.cli.arguments import ScriptArguments, parse
-from fastgrpo.cli.assembly import build_trainer, load_held_out, load_training_rows
+from fastgrpo.cli.arguments import parse
+from fastgrpo.cli.assembly import build_trainer, load_held_out, load_test_split, load_training_rows
 from fastgrpo.cli.banner import banner
 from fastgrpo.cli.console import progress_lines, say
+from fastgrpo.cli.launch import launch
 from fastgrpo.cli.options import require_writable
 from fastgrpo.cli.quiet import quieten
-from fastgrpo.cli.train_help import help_text
-from fastgrpo.config import GRPOConfig
+from fastgrpo.cli.script_arguments import RunArguments
+from fastgrpo.cli.train_help import TRAIN, asked_for_help
 from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
 from fastgrpo.evaluation import Ranks, evaluate, write_evaluation
 from fastgrpo.report import finish_run
+from fastgrpo.run_config import RunConfig
 from fastgrpo.training.checkpoints import find_checkpoint
-from fastgrpo.training.trainer import GRPOTrainer
-
-HELP_WIDTH = 120
+from fastgrpo.training.run_trainer import RunTrainer
 
 
 def run(argv: Sequence[str]) -> None:
     """Trains as the flags say."""
-    if {"-h", "--help", "--help_all"} & set(argv):
-        print(help_text("--help_all" in argv, min(shutil.get_terminal_size().columns, HELP_WIDTH)))
+    if asked_for_help(argv, TRAIN) or launch("train", argv):
         return
     quieten()
     config, script = parse(argv)
+    resumable(config, lambda: run_training(config, script))
+
+
+def resumable(config: RunConfig, train: Callable[[], Any]) -> None:
+    """Runs `train`; tells whoever interrupts it how to go on."""
     try:
-        run_training(config, script)
+        train()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_resume(config)) from None
 
 
-def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
+def run_training(config: RunConfig, script: RunArguments, build: Callable[..., Any] = build_trainer) -> dict[str, Any]:
     """Trains as `fastgrpo train` does; returns what summary.json holds (on the main process).
+
+    Args:
+        build: makes the trainer, as `assembly.build_trainer` does.
 
     Raises:
         ValueError: a setting, a file or a data set that cannot work; the message says how to mend it.
     """
     start = time.perf_counter()
     output_dir = Path(config.output_dir)
-    if config.eval_strategy != "no" and script.eval_dataset_name is None:
+    if config.eval_strategy != "no" and script.eval_dataset_name is None and Path(script.dataset_name).is_file():
         raise ValueError(f"eval_strategy={str(config.eval_strategy.value)!r} needs rows: set eval_dataset_name.")
     if config.load_best_model_at_end and config.eval_strategy == "no":
         raise ValueError("load_best_model_at_end=True needs evaluations to choose by: set eval_strategy.")
     require_writable(output_dir)
     resuming = find_checkpoint(config.resume_from_checkpoint, output_dir) is not None
     rows, held_out = load_training_rows(script, config.seed), load_held_out(script, config.seed)
-    trainer = build_trainer(config, script, rows, eval_rows=held_out if config.eval_strategy != "no" else None)
+    eval_rows = None if config.eval_strategy == "no" else held_out or load_test_split(script, config.seed)
+    trainer: RunTrainer = build(config, script, rows, eval_rows=eval_rows)
     trainer.get_train_dataloader()  # a data set smaller than a rollout is told now, not after the first scoring
     if trainer.is_world_process_zero():
         for line in banner(trainer, script):
@@ -73,7 +80,7 @@ def run_training(config: GRPOConfig, script: ScriptArguments) -> dict[str, Any]:
 
 
 def train_between_scores(
-    trainer: GRPOTrainer, script: ScriptArguments, held_out: RowDataset | None, *, resuming: bool
+    trainer: RunTrainer, script: RunArguments, held_out: RowDataset | None, *, resuming: bool
 ) -> None:
     """Scores the base on the held-out rows, trains, saves, scores again; without such rows, trains and saves."""
     config, output_dir, is_main = trainer.config, Path(trainer.config.output_dir), trainer.is_world_process_zero()
@@ -95,7 +102,7 @@ def train_between_scores(
         _score(trainer, script, held_out, "after", pass_at_k=0, shuffles=script.eval_shuffles)
 
 
-def how_to_resume(config: GRPOConfig) -> str:
+def how_to_resume(config: RunConfig) -> str:
     """What to tell whoever interrupted a run."""
     try:
         checkpoint = find_checkpoint("last", Path(config.output_dir))
@@ -107,7 +114,7 @@ def how_to_resume(config: GRPOConfig) -> str:
 
 
 def _score(
-    trainer: GRPOTrainer, script: ScriptArguments, rows: RowDataset, name: str, *, pass_at_k: int, shuffles: int
+    trainer: RunTrainer, script: RunArguments, rows: RowDataset, name: str, *, pass_at_k: int, shuffles: int
 ) -> None:
     """Scores the model as it is, on all ranks, and writes evals/{name}.json and .parquet."""
     is_main = trainer.is_world_process_zero()
@@ -128,9 +135,9 @@ def _score(
         write_evaluation(evaluation, folder, name, step=step, dataset=str(script.eval_dataset_name))
 
 
-def _ranks(trainer: GRPOTrainer) -> Ranks:
+def _ranks(trainer: RunTrainer) -> Ranks:
     return Ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
 
 
-def _settings_json(config: GRPOConfig, script: ScriptArguments) -> str:
+def _settings_json(config: RunConfig, script: RunArguments) -> str:
     return json.dumps({**config.to_dict(), **asdict(script)}, indent=2, default=str) + "\n"

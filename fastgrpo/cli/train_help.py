@@ -1,29 +1,47 @@
-"""`fastgrpo train --help`: our flags and the ones a run is usually given, in groups; `--help_all`: the rest as well."""
+"""`fastgrpo train|sft --help`: our flags and what a run is usually given, in groups; `--help_all`: the rest too."""
 
+import shutil
 import textwrap
 import types
-from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 
-from fastgrpo.cli.arguments import ScriptArguments
+from fastgrpo.cli.script_arguments import MAPPED, ScriptArguments, SFTArguments
 from fastgrpo.config import GRPOConfig
+from fastgrpo.sft_config import SFTConfig
 from fastgrpo.trl_fields import IGNORED, NOT_YET
+
+HELP_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a command's help is made of."""
+
+    command: str
+    records: tuple[type, ...]
+    """The dataclasses behind its flags."""
+
+
+TRAIN = Page("train", (ScriptArguments, GRPOConfig))
+SFT = Page("sft", (SFTArguments, SFTConfig))
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
-        *("model_name_or_path", "dtype", "attn_implementation", "freeze_vision", "freeze_llm", "trust_remote_code"),
-        *("model_init_kwargs", "disable_dropout"),
+        *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "freeze_vision", "freeze_llm"),
+        *("trust_remote_code", "model_init_kwargs", "disable_dropout"),
     ),
     "Adapters": (
-        *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
-        "use_rslora",
+        *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+        *("lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
     ),
     "Data and prompts": (
-        *("dataset_name", "dataset_config", "dataset_train_split", "max_samples", "single_image_only"),
+        *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_samples"),
+        *("single_image_only", "train_on_prompt", "max_length"),
         *("min_pixels", "max_pixels", "prompt_mode", "prompt_template", "chat_template_kwargs", "max_prompt_length"),
         "shuffle_dataset",
     ),
@@ -58,13 +76,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "profile_steps",
     ),
 }
-"""Title → flags. A flag of ours that no group names comes under `FURTHER`."""
+"""Title → flags, of which a command has most. A flag of ours that no group names comes under `FURTHER`."""
 FURTHER = "Further"
 SAID_BETTER = {
     "gradient_accumulation_steps": "Micro-batches of an optimizer step.",
     "max_steps": "Optimizer steps; overrides num_train_epochs where positive.",
     "output_dir": "Folder of the run: logs, checkpoints, scores, report. trainer_output if unset.",
-    "per_device_train_batch_size": "Completions (or prompts, see batch_unit) of a rank's micro-batch.",
+    "per_device_train_batch_size": "Completions (or prompts, see batch_unit; or rows) of a rank's micro-batch.",
     "per_device_eval_batch_size": "Questions that are scored at a time.",
     "use_cpu": "Train on the CPU, even where there is a GPU.",
 }
@@ -73,19 +91,29 @@ INDENT = 40
 """Columns before a flag's description."""
 
 
-def help_text(every_flag: bool, width: int) -> str:
+def asked_for_help(argv: Sequence[str], page: Page) -> bool:
+    """Prints the page if the flags ask for it; whether they did."""
+    asked = bool({"-h", "--help", "--help_all"} & set(argv))
+    if asked:
+        print(help_text("--help_all" in argv, min(shutil.get_terminal_size().columns, HELP_WIDTH), page))
+    return asked
+
+
+def help_text(every_flag: bool, width: int, page: Page = TRAIN) -> str:
     """The page; with `every_flag` also what only transformers documents, and what TRL has and we do not."""
     lines = [
-        "usage: fastgrpo train [--config FILE.yaml] --model_name_or_path MODEL --dataset_name DATA [--name value …]",
+        f"usage: fastgrpo {page.command} [--config FILE.yaml] --model_name_or_path MODEL --dataset_name DATA "
+        "[--name value …]",
         "",
         "A YAML file holds the same names; flags override it. In parentheses: what is used where a flag is not given.",
+        "--num_processes N or --accelerate_config FILE: start several processes.",
     ]
-    for title, known in help_groups(every_flag).items():
+    for title, known in help_groups(every_flag, page).items():
         lines += ["", f"{title}:"]
         for field in known:
             lines += _described(f"  {_flag(field)}", _help(field) + _default(field), width)
     if not every_flag:
-        lines += ["", "`fastgrpo train --help_all` adds the other settings of transformers' Trainer."]
+        lines += ["", f"`fastgrpo {page.command} --help_all` adds the other settings of transformers' Trainer."]
     return "\n".join(lines)
 
 
@@ -97,12 +125,13 @@ def _described(flag: str, text: str, width: int) -> list[str]:
     return [f"{flag:<{INDENT}}{first}".rstrip(), *(" " * INDENT + line for line in others)]
 
 
-def help_groups(every_flag: bool) -> dict[str, list[Field[Any]]]:
+def help_groups(every_flag: bool, page: Page = TRAIN) -> dict[str, list[Field[Any]]]:
     """Title → the fields behind its flags, in the order of the page."""
-    known = {field.name: field for record in (ScriptArguments, GRPOConfig) for field in fields(record)}
+    known = {field.name: field for record in page.records for field in fields(record)}
     of_transformers = {field.name for field in fields(TrainingArguments)}
     without_effect = {name for name, field in known.items() if field.metadata.get("help") in (IGNORED, NOT_YET)}
-    groups = {title: [known[name] for name in names] for title, names in GROUPS.items()}
+    without_effect |= known.keys() & MAPPED.keys()
+    groups = {title: [known[name] for name in names if name in known] for title, names in GROUPS.items()}
     grouped = {name for names in GROUPS.values() for name in names}
 
     def rest(names: Iterable[str]) -> list[Field[Any]]:
@@ -111,7 +140,7 @@ def help_groups(every_flag: bool) -> dict[str, list[Field[Any]]]:
     groups[FURTHER] = rest(known.keys() - of_transformers - without_effect)
     if every_flag:
         groups["transformers' Trainer"] = rest(of_transformers)
-        groups["TRL's, without effect or not supported yet"] = rest(without_effect)
+        groups["TRL's, mapped, without effect or not supported yet"] = rest(without_effect)
     return {title: found for title, found in groups.items() if found}
 
 

@@ -1,4 +1,4 @@
-"""Conversation rows as TRL takes them (`prompt`, optional `image` or `images`), and bare question rows."""
+"""Conversation rows as TRL takes them (`prompt` or `messages`, optional `image` or `images`) and bare question rows."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,18 @@ ROLES = ("system", "user", "assistant", "tool")
 QUESTION_COLUMNS = ("question", "problem")
 IMAGE_COLUMNS = ("image", "images")
 PICTURE_KEYS = ("image", "path", "base64")
+IMAGE_PLACE = "<image>"
+"""A picture's place in the text of `messages`, as in files that LLaVA's and VisualThinker's preparation writes."""
 
 
 def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
-    """Turns a record with a `prompt` (messages or text), or a question, into a row; other columns are kept.
+    """Turns a record with a `prompt` (messages or text), `messages` or a question into a row; other columns are kept.
 
     Of a question, the column is `question` or `problem`, the gold answer's `solution` or `answer`; the row's columns
     have it as `solution`.
+
+    `messages` end with the assistant's answer, which becomes `solution`; a single question before it is a bare
+    question, put into the prompt of the run's mode like any other.
 
     Messages follow TRL's conventions: where contents are plain strings, the row's images go in front of the
     first user message; where contents are lists of parts, every {"type": "image"} part without a picture of
@@ -27,19 +32,21 @@ def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -
     `base64`. The records are left unchanged.
 
     Args:
-        raw: `prompt` (list of role/content messages, or a finished text) or a question; `image` or
+        raw: `prompt` (list of role/content messages, or a finished text), `messages` or a question; `image` or
             `images`, or neither for a text-only row; anything else.
         folder: where relative paths of pictures start.
 
     Raises:
-        RowError: neither prompt nor question, a malformed message, a bad picture, or image parts and images
-            that differ in number.
+        RowError: neither prompt nor question, a malformed message, messages without an answer, a bad picture, or image
+            parts and images that differ in number.
     """
     if raw.get("image") is not None and raw.get("images") is not None:
         raise RowError("the row has both `image` and `images`; wanted one of them")
     images = decode_images(raw["images"] if raw.get("images") is not None else raw.get("image"), folder)
     columns = {name: value for name, value in raw.items() if name not in ("prompt", *IMAGE_COLUMNS)}
     prompt = raw.get("prompt")
+    if prompt is None and raw.get("messages") is not None:
+        return _from_messages(raw["messages"], row_id, images, columns, folder)
     if prompt is None:
         asked = next((name for name in QUESTION_COLUMNS if raw.get(name) is not None), QUESTION_COLUMNS[0])
         columns.pop(asked, None)
@@ -52,15 +59,52 @@ def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -
     return Row(row_id=row_id, images=images, messages=messages, columns=columns)
 
 
+def _from_messages(
+    given: Any, row_id: int, images: list[Image.Image], columns: dict[str, Any], folder: Path | None
+) -> Row:
+    marked = [_with_places(message) for message in given] if images and isinstance(given, list) else given
+    messages, images = _prepare_messages(marked, images, folder, have_places=marked != given)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise RowError(f"messages end with {messages[-1]!r}; wanted a question and the assistant's answer")
+    *asked, answer = messages
+    columns = {name: value for name, value in columns.items() if name != "messages"}
+    columns["solution"] = message_text(answer).strip()
+    if [message["role"] for message in asked] == ["user"]:
+        question = require_text({"messages": message_text(asked[0])}, "messages")
+        return Row(row_id=row_id, images=images, question=question, columns=columns)
+    return Row(row_id=row_id, images=images, messages=asked, columns=columns)
+
+
+def _with_places(message: Any) -> Any:
+    """The message with every `IMAGE_PLACE` of its text as an image part."""
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str) or IMAGE_PLACE not in text:
+        return message
+    first, *others = (piece.strip() for piece in text.split(IMAGE_PLACE))
+    parts = [{"type": "text", "text": first}]
+    for piece in others:
+        parts += [{"type": "image"}, {"type": "text", "text": piece}]
+    return message | {"content": [part for part in parts if part.get("text") != ""]}
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """The texts of a message, a line each."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "\n".join(part.get("text") or "" for part in content)
+
+
 def _prepare_messages(
-    prompt: Any, images: list[Image.Image], folder: Path | None
+    prompt: Any, images: list[Image.Image], folder: Path | None, *, have_places: bool = False
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
-    """Messages whose pictures became {"type": "image"} parts, and the pictures in the parts' order."""
+    """Messages whose pictures became {"type": "image"} parts, and the pictures in the parts' order.
+
+    Unless they `have_places` already, all pictures go in front of the first user message that is a string.
+    """
     if not isinstance(prompt, list) or not prompt:
         raise RowError(f"prompt is {prompt!r}; wanted a text or a list of messages")
     messages: list[dict[str, Any]] = []
     carried: list[Any] = []  # per image part: its own picture, or None
-    loose_images = [{"type": "image"} for _ in images]
+    loose_images = [] if have_places else [{"type": "image"} for _ in images]
     for index, message in enumerate(prompt):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise RowError(f"message {index + 1} is {message!r}; wanted one of the roles {', '.join(ROLES)}")

@@ -1,14 +1,15 @@
 """Rows into prompts: text is rendered and tokenized, pictures are cut into patches, here and nowhere else."""
 
 import re
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import xxhash
 from fastgrpo_profiling import span
 from torch import Tensor
 
+from fastgrpo.data.chat import message_text
 from fastgrpo.data.images import make_thumbnail
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.data.rows import Row
@@ -32,15 +33,22 @@ BASE_PROMPT_NAMED = (
 ) + _TURNS
 """The same, naming the tags: the published wording never mentions <answer>, although the reward asks for it."""
 
-BASE_PROMPTS = {"paper": BASE_PROMPT, "answer": BASE_PROMPT_NAMED}
+DIRECT_PROMPT = (
+    "A conversation between User and Assistant. The user asks a question about the image, and the Assistant solves it."
+    "\nUser: {question}\nAssistant:"
+)
+"""The base prompt without reasoning: the answer follows at once."""
+
+BASE_PROMPTS = {"paper": BASE_PROMPT, "answer": BASE_PROMPT_NAMED, "direct": DIRECT_PROMPT}
 
 INSTRUCT_PROMPT = (
     "{question} Output the thinking process in <think> </think> and final answer (option) in <answer> </answer> tags."
 )
 """The user turn's text for an instruction-tuned model (arXiv 2503.05132)."""
 
+Built = TypeVar("Built")
 Mode = Literal["base", "instruct"]
-Template = Literal["paper", "answer"]
+Template = Literal["paper", "answer", "direct"]
 
 
 def mrope_position_ids(
@@ -132,6 +140,7 @@ class PromptBuilder:
         self.image_processor = image_processor
         self.mode = mode
         self.base_prompt = BASE_PROMPTS[template]
+        self.instruct_prompt = "{question}" if template == "direct" else INSTRUCT_PROMPT
         self.max_prompt_length = max_prompt_length
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.merge_size: int = getattr(image_processor, "merge_size", 1)
@@ -193,32 +202,35 @@ class PromptBuilder:
             return None, row.messages if has_places else self.family.image_place * len(row.images) + row.messages
         if row.messages is not None:
             for message in row.messages:
-                self._check_text(_message_text(message))
-            return row.messages, self._apply_chat_template(row.messages)
+                self.check_text(message_text(message))
+            return row.messages, self.render(row.messages)
         assert row.question is not None, "a row has a question or messages"
-        self._check_text(row.question)
+        self.check_text(row.question)
         if self.mode == "base":
             return None, self.family.image_place * len(row.images) + self.base_prompt.format(question=row.question)
-        text = INSTRUCT_PROMPT.format(question=row.question)
+        text = self.instruct_prompt.format(question=row.question)
         parts = [*({"type": "image"} for _ in row.images), {"type": "text", "text": text}]
         messages = [{"role": "user", "content": parts if row.images else text}]
-        return messages, self._apply_chat_template(messages)
+        return messages, self.render(messages)
 
-    def _check_text(self, text: str) -> None:
+    def check_text(self, text: str) -> None:
+        """Raises a RowError for a text with a special token in it."""
         if found := self._special_pattern.search(text):
             raise RowError(f"the text holds the special token {found[0]}, which the model would take for structure")
 
-    def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], *, complete: bool = False) -> str:
+        """The conversation in the model's template, up to where its answer begins; `complete`: with its last turn
+        ended."""
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "this model's tokenizer has no chat template, which instruct mode and conversations need: "
                 "use base mode with a `question` column, or an instruction-tuned model"
             )
-        prefilled = messages[-1]["role"] == "assistant"
+        prefilled = messages[-1]["role"] == "assistant" and not complete
         return self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=not prefilled,
+            add_generation_prompt=not (prefilled or complete),
             continue_final_message=prefilled,
             **self.chat_template_kwargs,
         )
@@ -267,9 +279,17 @@ def _added_in_front(tokenizer: Any) -> list[int]:
     return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(text)] == text), [])
 
 
-def _message_text(message: dict[str, Any]) -> str:
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "\n".join(part.get("text") or "" for part in content)
+def build_rows(
+    dataset: RowDataset, build: Callable[[Row], Built], items: Sequence[tuple[int, dict[str, Any]]]
+) -> tuple[list[Built], list[SkippedRow]]:
+    """What `build` makes of records, in their order, and those that raise `RowError`."""
+    built, skipped = [], []
+    for row_id, raw in items:
+        try:
+            built.append(build(dataset.convert(row_id, raw)))
+        except RowError as error:
+            skipped.append(SkippedRow(row_id, str(error)))
+    return built, skipped
 
 
 class PromptCollator:
@@ -281,10 +301,4 @@ class PromptCollator:
 
     def __call__(self, items: Sequence[tuple[int, dict[str, Any]]]) -> PromptBatch:
         """Prompts in the order of their rows. A row that raises `RowError` becomes a `SkippedRow`."""
-        prompts, skipped = [], []
-        for row_id, raw in items:
-            try:
-                prompts.append(self.builder.build(self.dataset.convert(row_id, raw)))
-            except RowError as error:
-                skipped.append(SkippedRow(row_id, str(error)))
-        return PromptBatch(prompts, skipped)
+        return PromptBatch(*build_rows(self.dataset, self.builder.build, items))

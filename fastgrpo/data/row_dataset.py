@@ -33,6 +33,7 @@ SCHEMAS = {
     "blink": blink.REQUIRED_COLUMNS,
     "vsr": vsr.REQUIRED_COLUMNS,
     "chat": frozenset({"prompt"}),
+    "messages": frozenset({"messages"}),
     "question": frozenset({"question", "solution"}),
     "problem": frozenset({"problem", "solution"}),
     "answer": frozenset({"question", "answer"}),

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgrpo.config import ATTN_BACKENDS
 from fastgrpo.model.segments import Segments
+from fastgrpo.run_config import ATTN_BACKENDS
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def varlen_attention(
         q: [Tq, H, D].
         k, v: [Tk, Hkv, D], H a multiple of Hkv.
         scale: None is 1 / √D.
-        backend: one of `config.ATTN_BACKENDS`.
+        backend: one of `run_config.ATTN_BACKENDS`.
 
     Returns:
         [Tq, H, D].

@@ -40,7 +40,7 @@ def fused_vision(*towers: Any, backend: str = "auto") -> Iterator[None]:
     """Within this context, these vision towers (None is skipped) run fused kernels where their classes are known.
 
     Args:
-        backend: of the attention, one of `config.ATTN_BACKENDS`.
+        backend: of the attention, one of `run_config.ATTN_BACKENDS`.
     """
     known = [tower for tower in dict.fromkeys(towers) if takes_host_grids(tower)]  # two models may be one
     blocks = [block for tower in known for block in tower.blocks]

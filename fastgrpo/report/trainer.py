@@ -1,4 +1,4 @@
-"""What `from fastgrpo import GRPOTrainer` gives: the trainer, which sums up its run when it has trained."""
+"""What `from fastgrpo import GRPOTrainer, SFTTrainer` gives: trainers which sum up their run when they have trained."""
 
 import json
 import time
@@ -9,14 +9,15 @@ from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.report import finish_run
-from fastgrpo.training import trainer
+from fastgrpo.training import sft, trainer
+from fastgrpo.training.run_trainer import RunTrainer
 
 
-class GRPOTrainer(trainer.GRPOTrainer):
-    __doc__ = trainer.GRPOTrainer.__doc__
+class SummedUp(RunTrainer):
+    """Leaves settings.json, summary.json and report.html, as `fastgrpo train` does."""
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains as the base does; leaves settings.json, summary.json and report.html, as `fastgrpo train` does."""
+        """Trains as the base does, then sums up."""
         start = time.perf_counter()
         output = super().train(*args, **kwargs)
         if self.is_world_process_zero():
@@ -27,7 +28,15 @@ class GRPOTrainer(trainer.GRPOTrainer):
         """Writes settings.json."""
         settings = self.config.to_dict() | {
             "model_name_or_path": getattr(self.model.config, "_name_or_path", None),
-            "reward_funcs": self.reward_names,
+            **({"reward_funcs": self.reward_names} if self.reward_names else {}),
         }
         text = json.dumps(settings, indent=2, default=str) + "\n"
         write_aside(Path(self.config.output_dir) / "settings.json", lambda path: path.write_text(text))
+
+
+class GRPOTrainer(SummedUp, trainer.GRPOTrainer):
+    __doc__ = trainer.GRPOTrainer.__doc__
+
+
+class SFTTrainer(SummedUp, sft.SFTTrainer):
+    __doc__ = sft.SFTTrainer.__doc__

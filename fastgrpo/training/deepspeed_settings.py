@@ -2,10 +2,10 @@
 
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from fastgrpo.config import GRPOConfig
+from fastgrpo.run_config import RunConfig
 
 
-def take_whole_steps(config: GRPOConfig) -> None:
+def take_whole_steps(config: RunConfig) -> None:
     """Fills in what says "auto" from `config`, then sets DeepSpeed's accumulation to 1. No DeepSpeed: nothing to do.
 
     Settings come from `--deepspeed FILE`, which transformers has filled in already, or from `accelerate launch

@@ -9,8 +9,8 @@ from fastgrpo_profiling.phases import part_shares
 from fastgrpo_profiling.roofline import NOTHING, ModelShape, StepWork, Update, measure_flops, step_flops
 from torch import nn
 
-from fastgrpo.config import GRPOConfig
-from fastgrpo.types import ScoredRollout, TrainingGroup
+from fastgrpo.run_config import RunConfig
+from fastgrpo.types import Prompt, ScoredRollout, TrainingGroup
 from fastgrpo.update.packing import contributes
 
 
@@ -21,14 +21,13 @@ class LiveFigures:
     rate of a large matrix product in the run's dtype, measured here once, before the first step).
     """
 
-    def __init__(self, model: nn.Module, config: GRPOConfig, device: str) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, device: str) -> None:
         """
         Args:
             model: the policy; where its family's sizes are not known there is no MFU.
             device: "cpu" or "cuda", where it trains.
         """
         self.shape = ModelShape.known(getattr(model, "config", None))
-        self.beta = config.beta
         self.update = update_of(model, config)
         self.device, self.dtype = device, compute_dtype(model, config)
         self.ceiling: float | None = None
@@ -44,9 +43,9 @@ class LiveFigures:
         """The step under way began with this rollout."""
         self._drawn = work_of(groups)
 
-    def trains_on(self, groups: Sequence[TrainingGroup]) -> None:
-        """The step under way updates the policy with these groups."""
-        self._trained = trained_part(groups, self.beta)
+    def trains_on(self, work: StepWork) -> None:
+        """The step under way updates the policy with so much."""
+        self._trained = work
 
     def of_step(self, totals: Mapping[str, SpanTotal], seconds: float) -> dict[str, float]:
         """The figures of the step that ends: `mfu`, `share/<part>`, and seconds as `time/<span>`."""
@@ -64,7 +63,7 @@ def work_of(groups: Sequence[ScoredRollout]) -> StepWork:
     """What a rollout's lengths ask of a step."""
     return StepWork(
         prompts=[len(group.prompt.input_ids) for group in groups],
-        pictures=[patches for group in groups for patches in _patches(group)],
+        pictures=[patches for group in groups for patches in patches_of(group.prompt)],
         completions=[[len(completion.token_ids) for completion in group.completions] for group in groups],
     )
 
@@ -75,23 +74,24 @@ def trained_part(groups: Sequence[TrainingGroup], beta: float) -> StepWork:
     chosen = [(group, indices) for group, indices in zip(groups, kept, strict=True) if indices]
     return StepWork(
         prompts=[len(group.prompt.input_ids) for group, _ in chosen],
-        pictures=[patches for group, _ in chosen for patches in _patches(group)],
+        pictures=[patches for group, _ in chosen for patches in patches_of(group.prompt)],
         completions=[[len(group.completions[i].token_ids) for i in indices] for group, indices in chosen],
     )
 
 
-def _patches(group: ScoredRollout | TrainingGroup) -> list[int]:
-    grid = group.prompt.image_grid_thw
+def patches_of(prompt: Prompt) -> list[int]:
+    """Patches of each of a prompt's pictures."""
+    grid = prompt.image_grid_thw
     return [] if grid is None else [int(picture.prod()) for picture in grid]
 
 
-def update_of(model: nn.Module, config: GRPOConfig) -> Update:
+def update_of(model: nn.Module, config: RunConfig) -> Update:
     """The passes of a run's updates, from what its objective asks for and what trains in `model`."""
     training = [name for name, p in model.named_parameters() if p.requires_grad]
     trained = [name for name in training if "lora_" not in name]
     in_tower = [name for name in training if "visual." in name and "merger" not in name]
     return Update(
-        reference_pass=config.beta > 0,
+        reference_pass=config.needs_reference,
         old_logprobs_pass=config.batch_plan.updates_per_rollout > 1,
         text_trains=any("visual." not in name for name in trained),
         vision_trains=any("lora_" not in name for name in in_tower),
@@ -99,7 +99,7 @@ def update_of(model: nn.Module, config: GRPOConfig) -> Update:
     )
 
 
-def compute_dtype(model: nn.Module, config: GRPOConfig) -> torch.dtype:
+def compute_dtype(model: nn.Module, config: RunConfig) -> torch.dtype:
     """What a run's matrix products are computed in."""
     if config.bf16 or config.fp16:
         return torch.bfloat16 if config.bf16 else torch.float16

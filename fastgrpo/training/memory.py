@@ -8,19 +8,19 @@ from fastgrpo_profiling.roofline import ModelShape
 from torch import nn
 from transformers.utils import logging
 
-from fastgrpo.config import GRPOConfig
+from fastgrpo.run_config import RunConfig
 
 logger = logging.get_logger(__name__)
 
 USABLE = 0.94
 """Of a GPU's memory, what an estimate may fill: it leaves out what allocators lose between tensors."""
 DEFAULT_PROMPT = 1024
-"""Tokens of a prompt where `max_prompt_length` does not bound it."""
+"""Tokens of a prompt where no setting bounds it."""
 LOGPROB_BYTES = 4 << 30
 """Of the head's scratch where the run leaves it to what is free."""
 
 
-def needs_checkpointing(model: Any, config: GRPOConfig, memory: float | None = None) -> bool:
+def needs_checkpointing(model: Any, config: RunConfig, memory: float | None = None) -> bool:
     """Whether a step without checkpointing would not fit the GPU; says so in the log, with the estimate.
 
     On a CPU nothing is checkpointed: memory is seldom what is short there. A model whose sizes are not known, or which
@@ -45,24 +45,25 @@ def needs_checkpointing(model: Any, config: GRPOConfig, memory: float | None = N
     return wanted > room
 
 
-def step_setting(model: Any, config: GRPOConfig) -> StepSetting:
+def step_setting(model: Any, config: RunConfig) -> StepSetting:
     """A run's bounds, not checkpointed: every prompt and completion as long as it may be, all of a prompt pictures."""
     plan, plugin = config.batch_plan, config.deepspeed_plugin
-    prompt_tokens = config.max_prompt_length or DEFAULT_PROMPT
+    longest_prompt, completion_tokens = config.longest
+    prompt_tokens = longest_prompt or DEFAULT_PROMPT
     vision = getattr(model.config, "vision_config", None)
     parameters = list(model.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     return StepSetting(
         prompts=plan.prompts_per_rollout,
-        group=config.num_generations,
+        group=plan.num_generations,
         prompt_tokens=prompt_tokens,
-        completion_tokens=config.max_completion_length,
+        completion_tokens=completion_tokens,
         picture_patches=0 if vision is None else prompt_tokens * getattr(vision, "spatial_merge_size", 1) ** 2,
         token_budget=config.token_budget,
         logprob_bytes=float(config.logprob_bytes or LOGPROB_BYTES),
         checkpointing=False,
-        has_reference=config.beta > 0 and not hasattr(model, "disable_adapter"),
-        half_reference=not config.sync_ref_model,
+        has_reference=config.needs_reference and not hasattr(model, "disable_adapter"),
+        half_reference=not (config.needs_reference and config.sync_ref_model),
         trained_share=trained / sum(parameter.numel() for parameter in parameters),
         world_size=config.world_size,
         zero_stage=0 if plugin is None else plugin.zero_stage,

@@ -10,20 +10,23 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from peft import PeftModel
 
-from fastgrpo.config import GRPOConfig
 from fastgrpo.model.families import base_model, is_multimodal
+from fastgrpo.run_config import RunConfig
 from fastgrpo.training.run_log import RunLog
 
 SETTINGS = (
     *("loss_type", "beta", "epsilon", "scale_rewards", "num_generations", "num_iterations", "learning_rate"),
     *("lr_scheduler_type", "warmup_steps", "per_device_train_batch_size", "batch_unit", "gradient_accumulation_steps"),
     *("max_completion_length", "max_prompt_length", "temperature", "top_p", "top_k", "prompt_mode", "prompt_template"),
+    *("max_length", "train_on_prompt"),
     *("bf16", "fp16", "freeze_vision", "freeze_llm", "lora_r", "lora_alpha", "seed"),
 )
 """Those a card shows, where a run has them."""
-FIGURES = ("reward", "completions/mean_length", "completions/clipped_ratio", "reflection_rate", "kl", "entropy")
+FIGURES = ("loss", "reward", "completions/mean_length", "completions/clipped_ratio", "reflection_rate", "kl", "entropy")
 """Metrics that a card shows, beside the mean of every reward function."""
 
+
+METHODS = {"grpo": "group-relative policy optimization (arXiv 2402.03300)", "sft": "supervised fine-tuning"}
 
 LAST_STEPS = 10
 """Metrics are means of so many."""
@@ -34,7 +37,9 @@ class RunFacts:
     """What a card says of a run that is not in the run's files."""
 
     model: Any
-    config: GRPOConfig
+    config: RunConfig
+    method: str
+    """A key of `METHODS`."""
     reward_names: Sequence[str]
     step: int
     """Optimizer steps taken."""
@@ -48,6 +53,7 @@ def write_model_card(folder: Path, run: RunFacts, log: RunLog, scores: Mapping[s
         adapters=isinstance(run.model, PeftModel),
         multimodal=is_multimodal(run.model),
         step=run.step,
+        method=run.method,
         reward_names=run.reward_names,
         settings=json.loads(settings.read_text()) if settings.exists() else run.config.to_dict(),
         metrics=log.last_metrics(LAST_STEPS),
@@ -62,6 +68,7 @@ def model_card(
     adapters: bool,
     multimodal: bool,
     step: int,
+    method: str,
     reward_names: Sequence[str],
     settings: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
@@ -72,6 +79,7 @@ def model_card(
     Args:
         base: hub id or folder of the model that was trained.
         adapters: the folder holds adapters alone.
+        method: a key of `METHODS`.
         settings: of the run, by name.
         metrics: of the last steps, as metrics.jsonl has them: shown are their means.
         scores: figures on held-out rows by what they are, fractions or tokens.
@@ -82,21 +90,20 @@ def model_card(
         base_model=base if _is_hub_id(base) else None,
         datasets=[data] if _is_hub_id(data) else None,
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=["grpo", "fastgrpo", *(["lora"] if adapters else [])],
+        tags=[method, "fastgrpo", *(["lora"] if adapters else [])],
     )
     made_of = [
         ("base model", base),
         ("training data", data or "not named"),
-        ("reward functions", ", ".join(reward_names)),
+        ("reward functions", ", ".join(reward_names) or None),
         ("optimizer steps", step),
     ]
     shown = [*FIGURES, *(f"rewards/{name}/mean" for name in reward_names)]
     figures = [(name, _mean([line[name] for line in metrics if line.get(name) is not None])) for name in shown]
     parts = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {Path(base).name}, trained with GRPO",
-        f"{'Adapters of' if adapters else 'Weights of'} a model trained with fastgrpo, by group-relative policy "
-        "optimization (arXiv 2402.03300).",
+        f"# {Path(base).name}, trained with {method.upper()}",
+        f"{'Adapters of' if adapters else 'Weights of'} a model trained with fastgrpo, by {METHODS[method]}.",
         _table("made of", made_of),
         "## Settings",
         _table("setting", [(name, settings[name]) for name in SETTINGS if settings.get(name) is not None]),

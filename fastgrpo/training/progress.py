@@ -17,7 +17,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from fastgrpo.config import GRPOConfig
+from fastgrpo.run_config import RunConfig
 from fastgrpo.training.completion_records import CompletionRecord
 
 SHOWN = {
@@ -35,7 +35,7 @@ SMALLEST_SHARE = 0.01
 class ProgressDisplay(TrainerCallback):
     """A live bar on a terminal, a plain line per log elsewhere (a file, a batch job)."""
 
-    def __init__(self, config: GRPOConfig, console: Console | None = None) -> None:
+    def __init__(self, config: RunConfig, console: Console | None = None) -> None:
         self.config = config
         self.console = console or Console(stderr=True)
         self.progress: Progress | None = None

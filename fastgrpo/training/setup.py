@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.data.examples import ExampleBuilder, ExampleCollator
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.row_dataset import RowDataset, as_rows
 from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
@@ -18,14 +19,18 @@ from fastgrpo.model.load import Processing, load_config, load_policy, load_proce
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.plain.engine import PlainEngine
+from fastgrpo.plain.supervised import PlainSupervisedUpdater
 from fastgrpo.plain.updater import PlainUpdater
+from fastgrpo.run_config import RunConfig
 from fastgrpo.sampler.decoder import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.scoring.rewards import RewardFunction, reads_golds
+from fastgrpo.sft_config import SFTConfig
 from fastgrpo.training.deepspeed_settings import take_whole_steps
 from fastgrpo.training.memory import needs_checkpointing
 from fastgrpo.types import Engine, RowError, SamplingParams, Updater
 from fastgrpo.update.objective import loss_params
+from fastgrpo.update.supervised import SupervisedUpdater
 from fastgrpo.update.updater import PackedUpdater
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,7 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
     )
 
 
-def settle(config: GRPOConfig, model: PreTrainedModel) -> None:
+def settle(config: RunConfig, model: PreTrainedModel) -> None:
     """Decides, in place, what the settings leave open until the model and the machine are known."""
     take_whole_steps(config)
     if config.decides_checkpointing:
@@ -60,7 +65,7 @@ def settle(config: GRPOConfig, model: PreTrainedModel) -> None:
         config.ddp_find_unused_parameters = False  # the updaters run the vision tower on ranks without pictures too
 
 
-def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing:
+def resolve_processing(model: Any, given: Any, config: RunConfig) -> Processing:
     """Tokenizer and image processor, from a processor, a tokenizer, or the model's own folder.
 
     Raises:
@@ -78,11 +83,11 @@ def resolve_processing(model: Any, given: Any, config: GRPOConfig) -> Processing
     return load_processing(path, trust_remote_code=config.trust_remote_code)
 
 
-def resolve_model(model: Any, config: GRPOConfig, peft_config: Any) -> PreTrainedModel:
+def resolve_model(model: Any, config: RunConfig, peft_config: Any) -> PreTrainedModel:
     """The policy: loaded when named, wrapped in adapters when asked, dropout off when asked."""
     if isinstance(model, str):
         model = load_policy(model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs)
-    elif config.beta > 0 and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    elif config.needs_reference and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             f"beta={config.beta} needs a frozen copy, but the model is partitioned by ZeRO-3. Pass its name or folder "
             "as model, or load it before GRPOConfig(deepspeed=…) is made."
@@ -120,8 +125,8 @@ def resolve_rows(dataset: Any, name: str, config: GRPOConfig, reward_functions: 
     return rows.with_checked_golds() if reads_golds(reward_functions) else rows
 
 
-def require_a_good_row(rows: RowDataset, builder: PromptBuilder) -> None:
-    """Looks for the first row that becomes a prompt, so that a data set without any fails before training."""
+def require_a_good_row(rows: RowDataset, builder: PromptBuilder | ExampleBuilder) -> None:
+    """Looks for the first row that can be built, so that a data set without any fails before training."""
     first_reason = ""
     for index in range(len(rows)):
         row_id, raw = rows[index]
@@ -147,7 +152,9 @@ def build_prompt_builder(processing: Processing, config: GRPOConfig) -> PromptBu
     )
 
 
-def build_loader(rows: RowDataset, collate: PromptCollator, config: GRPOConfig, rank: int, ranks: int) -> RolloutLoader:
+def build_loader(
+    rows: RowDataset, collate: PromptCollator | ExampleCollator, config: RunConfig, rank: int, ranks: int
+) -> RolloutLoader:
     """A rank's prompts, in the run's order of rows; the micro-batches are those that transformers counts.
 
     Raises:
@@ -174,7 +181,7 @@ def build_loader(rows: RowDataset, collate: PromptCollator, config: GRPOConfig, 
     )
 
 
-def build_vision_cache(model: Any, config: GRPOConfig) -> VisionCache | None:
+def build_vision_cache(model: Any, config: RunConfig) -> VisionCache | None:
     """What engine and updater share where the vision tower is frozen; None for text models and where it is off."""
     if config.engine != "fast" or config.vision_cache_bytes == 0 or unsupported(model) is not None:
         return None
@@ -185,7 +192,7 @@ def build_vision_cache(model: Any, config: GRPOConfig) -> VisionCache | None:
 def build_engine(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    config: GRPOConfig,
+    config: RunConfig,
     accelerator: Accelerator,
     vision_cache: VisionCache | None = None,
     memory_to_come: Callable[[], int] = lambda: 0,
@@ -209,16 +216,14 @@ def build_engine(
             "prompt is processed once per completion) and completions that depend on their own seed alone.",
             reason,
         )
-    plugin = accelerator.state.deepspeed_plugin
+    plugin, plan = accelerator.state.deepspeed_plugin, config.batch_plan
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError("deepspeed: ZeRO stage 3 leaves no rank whole weights for transformers' generate. Use 2.")
     return PlainEngine(
         model,
         tokenizer,
         rank=accelerator.process_index,
-        max_batch=max(
-            config.batch_plan.completions_per_micro_batch, config.per_device_eval_batch_size * config.num_generations
-        ),
+        max_batch=max(plan.completions_per_micro_batch, config.per_device_eval_batch_size * plan.num_generations),
         autocast=accelerator.autocast,
     )
 
@@ -252,3 +257,22 @@ def build_updater(
     return PlainUpdater(
         model, loss_params(config), micro_batch_size=config.batch_plan.completions_per_micro_batch, **shared
     )
+
+
+def build_supervised_updater(
+    model: Any, config: SFTConfig, accelerator: Accelerator, vision_cache: VisionCache | None = None
+) -> SupervisedUpdater | PlainSupervisedUpdater:
+    """The packed update; an example at a time for `engine="plain"`, and with a warning for models it cannot pack."""
+    if config.engine == "fast":
+        try:
+            return SupervisedUpdater(
+                model,
+                token_budget=config.token_budget,
+                accelerator=accelerator,
+                attn_backend=config.attn_backend,
+                logprob_bytes=config.logprob_bytes,
+                vision_cache=vision_cache,
+            )
+        except ValueError as error:
+            logger.warning("The packed update cannot train this model: %s Rows go one at a time, slower.", error)
+    return PlainSupervisedUpdater(model, accelerator=accelerator)

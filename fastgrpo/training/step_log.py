@@ -10,14 +10,14 @@ from accelerate.utils import gather_object
 from fastgrpo_profiling import SpanTotal
 from transformers import TrainerState
 
-from fastgrpo.config import GRPOConfig
+from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.advantages import Advantages
 from fastgrpo.training.completion_records import records_of
-from fastgrpo.training.live_figures import LiveFigures
+from fastgrpo.training.live_figures import LiveFigures, trained_part
 from fastgrpo.training.metrics import rollout_metrics, update_metrics
 from fastgrpo.training.progress import ProgressDisplay
 from fastgrpo.training.run_log import RunLog
-from fastgrpo.types import PromptBatch, ScoredRollout, TrainingGroup, UpdateResult
+from fastgrpo.types import PromptBatch, ScoredRollout, SkippedRow, TrainingGroup, UpdateResult
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class StepLog:
 
     def __init__(
         self,
-        config: GRPOConfig,
+        config: RunConfig,
         reward_names: Sequence[str],
         accelerator: Accelerator,
         figures: LiveFigures,
@@ -83,6 +83,14 @@ class StepLog:
         """A figure of the step, from a reward function; a number, or a tensor or array of one."""
         self._of_rewards[name] = float(value)
 
+    def skip(self, rows: Sequence[SkippedRow]) -> None:
+        """Counts this rank's rows that were left out, and tells each once. All ranks call it together."""
+        skipped = gather_object(list(rows))
+        self.skipped_rows += len(skipped)
+        self._step["skipped_rows"] = float(self.skipped_rows)
+        for row in skipped:
+            self._warn_once(f"row {row.row_id}", f"row {row.row_id} skipped: {row.reason}")  # it comes again each epoch
+
     def rollout(
         self, batch: PromptBatch, rollouts: Sequence[ScoredRollout], advantages: Advantages, state: TrainerState
     ) -> None:
@@ -90,24 +98,22 @@ class StepLog:
         mine = records_of(
             rollouts, self.reward_names, advantages, thumbnails=self.config.log_multimodal, extra=self._extra
         )
-        records, skipped = gather_object(mine), gather_object(list(batch.skipped))
+        records = gather_object(mine)
         self._extra = {}
-        self.skipped_rows += len(skipped)
+        self.skip(batch.skipped)
         state.num_input_tokens_seen += sum(record.length + record.prompt_length for record in records)
         self._step |= rollout_metrics(records)
         self._drawn_tokens = sum(record.length for record in records)
         self.figures.drew(rollouts)
         if self.files is None:
             return
-        for row in skipped:
-            self._warn_once(f"row {row.row_id}", f"row {row.row_id} skipped: {row.reason}")  # it comes again each epoch
         self.display.print_completions(records)
         if self.config.log_completions:
             self.files.completions(state.global_step + 1, records)
 
     def update(self, groups: Sequence[TrainingGroup], result: UpdateResult, state: TrainerState) -> bool:
         """The step's update; returns whether any rank trained on anything. All ranks call it together."""
-        self.figures.trains_on(groups)
+        self.figures.trains_on(trained_part(groups, self.config.beta))
         metrics = update_metrics(result, self.config.beta, self.accelerator)
         self._step |= metrics
         self._step |= {"num_tokens": float(state.num_input_tokens_seen), "skipped_rows": float(self.skipped_rows)}

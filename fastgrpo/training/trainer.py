@@ -4,8 +4,7 @@ Everything around the step (optimizer, schedule, clipping, logging, checkpoints,
 accelerate's. What is GRPO stands in `GRPOTrainer.take_step`.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,29 +13,22 @@ import torch
 from accelerate.utils import gather_object
 from fastgrpo_profiling import span
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptCollator
 from fastgrpo.data.row_dataset import warn_of_shared_rows
 from fastgrpo.scoring.advantages import Advantages, group_advantages, nan_std
 from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, score
-from fastgrpo.training.checkpoints import find_checkpoint, load_state
 from fastgrpo.training.completion_records import distinct_names
 from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
 from fastgrpo.training.memory import memory_to_come
 from fastgrpo.training.metrics import rollout_metrics
-from fastgrpo.training.model_card import RunFacts, write_model_card
-from fastgrpo.training.progress import ProgressDisplay, StepTrace
 from fastgrpo.training.reward_evaluation import score_rows
-from fastgrpo.training.run_log import RunLog
+from fastgrpo.training.run_trainer import RunTrainer
 from fastgrpo.training.setup import (
     build_engine,
-    build_loader,
     build_prompt_builder,
     build_updater,
     build_vision_cache,
@@ -49,13 +41,12 @@ from fastgrpo.training.setup import (
     settle,
 )
 from fastgrpo.training.step_log import StepLog
-from fastgrpo.training.transformers_hooks import TransformersHooks
 from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.update.plan import plan_updates, token_masks
 
 
-class GRPOTrainer(TransformersHooks):
+class GRPOTrainer(RunTrainer):
     """Trains a vision-language (or text) model with GRPO. A drop-in for `trl.GRPOTrainer`.
 
     Args:
@@ -73,6 +64,9 @@ class GRPOTrainer(TransformersHooks):
     Raises:
         ValueError: a setting, a data set or a reward function that cannot work; the message says how to mend it.
     """
+
+    config: GRPOConfig
+    method = "grpo"
 
     def __init__(
         self,
@@ -99,7 +93,7 @@ class GRPOTrainer(TransformersHooks):
         )
         self.reward_weights = resolve_reward_weights(self.config, len(self.reward_functions))
         self.builder = build_prompt_builder(self.processing, self.config)
-        rows = resolve_rows(train_dataset, "train_dataset", self.config, self.reward_functions)
+        self.rows = rows = resolve_rows(train_dataset, "train_dataset", self.config, self.reward_functions)
         require_a_good_row(rows, self.builder)
         if eval_dataset is not None:
             eval_dataset = resolve_rows(eval_dataset, "eval_dataset", self.config, self.reward_functions)
@@ -109,7 +103,6 @@ class GRPOTrainer(TransformersHooks):
 
         super().__init__(
             model=model,
-            args=self.config,
             data_collator=PromptCollator(rows, self.builder),
             train_dataset=rows,
             eval_dataset=eval_dataset,
@@ -117,12 +110,6 @@ class GRPOTrainer(TransformersHooks):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        for shown_by_trainer in (ProgressCallback, PrinterCallback):
-            self.remove_callback(shown_by_trainer)
-        display = ProgressDisplay(self.config)
-        self.add_callback(display)
-        if self.config.profiled_steps:
-            self.add_callback(StepTrace(Path(self.config.output_dir), self.config.profiled_steps))
         if self.reference_model is not None:
             self.reference_model = place_reference(self.reference_model, self.config, self.accelerator)
             if self.config.sync_ref_model:
@@ -138,9 +125,8 @@ class GRPOTrainer(TransformersHooks):
             memory_to_come=lambda: memory_to_come(self.model, self.optimizer),
         )
         self.reward_names = distinct_names(self.reward_functions)
-        self.run_log = RunLog(Path(self.config.output_dir)) if self.is_world_process_zero() else None
         figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
-        self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, display)
+        self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, self.display)
         self.updates: list[list[TrainingGroup]] = []
         """The optimizer steps still to take on the last rollout."""
 
@@ -228,52 +214,13 @@ class GRPOTrainer(TransformersHooks):
         with span("log"):
             self.step_log.rollout(batch, rollouts, advantages, self.state)
 
-    def step_ended(self, **of_step: Any) -> None:
-        """Logs the step that has ended."""
-        self.step_log.step_ended(self.state, **of_step)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs carry our metrics too."""
-        if "loss" in logs:
-            logs |= self.step_log.line()
-        super().log(logs, start_time)
-
     # Resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trains; `resume_from_checkpoint` (or the setting of that name) continues the same run, logs included.
-
-        Raises:
-            ValueError: no such checkpoint, or another run is writing into the output folder.
-        """
-        with nullcontext() if self.run_log is None else self.run_log.lock.held():
-            checkpoint = self.begin(resume_from_checkpoint or self.config.resume_from_checkpoint)
-            try:
-                return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
-            finally:
-                self.step_log.display.close()
-
-    def begin(self, resume: str | bool | None) -> Path | None:
-        """Clears the output folder, or cuts its logs back to the checkpoint that the run goes on from: returned."""
-        output_dir = Path(self.config.output_dir)
-        checkpoint = find_checkpoint(resume, output_dir)
-        state = load_state(checkpoint)
-        self.step_log.start(state)
+    def restore(self, checkpoint: Path | None) -> None:
+        """What is left to train on of a checkpoint's rollout, and a reference that had moved."""
         self.updates = [] if checkpoint is None else self.load_updates(checkpoint)
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)
-        if self.run_log is not None:
-            if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
-                self.run_log.continue_after(state.get("step", 0))
-            else:
-                self.run_log.start_over()
-            self.run_begins()
-        self.accelerator.wait_for_everyone()
-        self.step_log.figures.measure_ceiling()
-        return checkpoint
-
-    def run_begins(self) -> None:
-        """For subclasses: the main process has cleared the output folder, or cut its logs back to the checkpoint."""
 
     def load_updates(self, checkpoint: Path) -> list[list[TrainingGroup]]:
         """What is left to train on of a checkpoint's rollout."""
@@ -282,12 +229,6 @@ class GRPOTrainer(TransformersHooks):
             checkpoint, rank, ranks, lambda ids: self.data_collator([self.train_dataset[i] for i in ids]).prompts
         )
 
-    def state_to_save(self) -> dict[str, Any]:
-        """What `train` needs, beside transformers' own state, to continue."""
-        if self.run_log is not None:
-            self.run_log.sync()  # a checkpoint never knows of steps that the log lost
-        return {"step": self.state.global_step, **self.step_log.state()}
-
     def save_more(self, folder: Path) -> None:
         """Beside `state_to_save`, a rollout that is half used, and a reference model that has moved."""
         if self.args.save_only_model:
@@ -295,19 +236,6 @@ class GRPOTrainer(TransformersHooks):
         save_updates(self.updates, folder, self.accelerator.process_index, self.accelerator.num_processes)
         if self.config.sync_ref_model and self.reference_model is not None and self.args.should_save:
             save_reference(self.reference_model, folder)
-
-    def write_card(self, folder: Path, scores: Mapping[str, float | None] | None = None) -> None:
-        """Writes README.md beside a saved model; `scores` are figures on held-out rows, by what they are."""
-        if self.run_log is not None:
-            run = RunFacts(self.model, self.config, self.reward_names, self.state.global_step)
-            write_model_card(folder, run, self.run_log, scores or {})
-
-    # Data
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Prompts stay on the host and every rank picks its own, so accelerate has nothing to prepare."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        return build_loader(self.train_dataset, self.data_collator, self.config, rank, ranks)
 
     # Evaluation
 

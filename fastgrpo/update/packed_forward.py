@@ -57,7 +57,7 @@ def packed_logprobs(
     Args:
         model: a transformers model, or one wrapped in peft, DDP or a DeepSpeed engine.
         batch: on the model's device.
-        attn_backend: one of `config.ATTN_BACKENDS`.
+        attn_backend: one of `run_config.ATTN_BACKENDS`.
         logprob_bytes: scratch of the head, `linear_logprob`'s byte budget; None: by free memory.
         vision_cache: features of pictures, if the tower is frozen.
     """

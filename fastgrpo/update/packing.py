@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.model.segments import Segments, moved, offsets
-from fastgrpo.types import Prompt, TrainingGroup
+from fastgrpo.types import Example, Prompt, TrainingGroup
 
 ONE_TOKEN = Prompt(-1, torch.zeros(1, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64), None, None, "")
 """The shortest prompt, for a forward pass whose output is not used."""
@@ -125,6 +125,33 @@ def pack(
         every = range(len(group.completions))
         kept = [i for i in every if skip_beta is None or contributes(group, i, skip_beta)]
         pieces += _pieces(group, g, kept, token_budget)
+    return [_collate(groups, chosen, dummy_image) for chosen in _first_fit(pieces, token_budget)]
+
+
+def pack_examples(
+    examples: Sequence[Example], token_budget: int, *, weight: float, dummy_image: Prompt | None = None
+) -> list[PackedBatch]:
+    """Packs examples as `pack` does prompts, whole; every target weighs `weight`."""
+    pieces = [_Piece(i, (), len(example.prompt.input_ids)) for i, example in enumerate(examples)]
+    groups = [TrainingGroup(example.prompt, (), torch.zeros(0), (), ()) for example in examples]
+    batches = []
+    for chosen in _first_fit(pieces, token_budget):
+        starts = accumulate((piece.tokens for piece in chosen), initial=0)
+        packed = [examples[piece.group] for piece in chosen]
+        rows = torch.cat([example.rows + start for example, start in zip(packed, starts, strict=False)])
+        batch = replace(
+            _collate(groups, chosen, dummy_image),
+            rows=rows,
+            targets=torch.cat([example.targets for example in packed]),
+            weights=torch.full((len(rows),), weight),
+            mask=torch.ones(len(rows), dtype=torch.bool),
+        )
+        batches.append(batch)
+    return batches
+
+
+def _first_fit(pieces: Sequence[_Piece], token_budget: int) -> list[list[_Piece]]:
+    """First fit by decreasing size; the pieces of a micro-batch in their own order."""
     bins: list[list[_Piece]] = []
     room: list[int] = []
     for piece in sorted(pieces, key=lambda piece: -piece.tokens):
@@ -134,7 +161,7 @@ def pack(
             room.append(token_budget)
         bins[fit].append(piece)
         room[fit] -= piece.tokens
-    return [_collate(groups, sorted(chosen), dummy_image) for chosen in bins]
+    return [sorted(chosen) for chosen in bins]
 
 
 def idle_batch(dummy_image: Prompt | None) -> PackedBatch:

@@ -32,7 +32,7 @@ class SharedPrefix:
 
     layout: SharedPrefixLayout
     backend: str = "auto"
-    """One of `config.ATTN_BACKENDS`."""
+    """One of `run_config.ATTN_BACKENDS`."""
 
 
 def shared_prefix_attention(

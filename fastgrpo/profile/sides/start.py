@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fastgrpo_profiling.worker import WorkerSide
 
-from fastgrpo.cli.arguments import ScriptArguments
 from fastgrpo.cli.assembly import build_trainer as build_our_trainer
 from fastgrpo.cli.assembly import load_training_rows
+from fastgrpo.cli.script_arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.updater import PlainUpdater

@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen2VLProcessor, Qwen2VLVideoProcessor
 from transformers.utils import logging
 
-from fastgrpo.cli.arguments import ScriptArguments, parse
+from fastgrpo.cli.arguments import parse
 from fastgrpo.cli.assembly import load_model, load_training_rows
+from fastgrpo.cli.script_arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_order import RolloutSampler

@@ -45,8 +45,7 @@ def test_the_published_command_runs_as_written_and_says_nothing_needless(
         --max_prompt_length 1024 --max_completion_length 6 --per_device_train_batch_size 1
         --gradient_accumulation_steps 2 --logging_steps 1 --bf16 --gradient_checkpointing 1
         --attn_implementation flash_attention_2 --max_pixels 401408 --num_train_epochs 2
-        --run_name Qwen2-VL-2B-GRPO-SAT --save_steps 100 --save_only_model true --report_to wandb
-        --batch_unit prompts --max_steps 2"""
+        --run_name Qwen2-VL-2B-GRPO-SAT --save_steps 100 --save_only_model true --report_to wandb --max_steps 2"""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, "-m", "fastgrpo", *command.split()],
@@ -58,8 +57,9 @@ def test_the_published_command_runs_as_written_and_says_nothing_needless(
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    wandb, attention, *banner, warning, first, second, summary, report = done.stderr.splitlines()
+    wandb, mapped, attention, *banner, warning, first, second, summary, report = done.stderr.splitlines()
     assert wandb == "report_to: wandb not installed; metrics go to metrics.jsonl and TensorBoard instead."
+    assert mapped.startswith("per_device_train_batch_size=1 is taken for prompts (--batch_unit prompts)")
     assert attention.startswith("attn_implementation=flash_attention_2 is not available")
     assert [line.split()[0] for line in banner] == ["model", "device", "rollout", "update", "prompts"]
     assert warning.endswith("pass --bf16 false to compute in the model's own dtype")

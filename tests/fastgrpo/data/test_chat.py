@@ -155,3 +155,49 @@ def test_message_without_content() -> None:
     row = convert_chat({"prompt": [*USER, {"role": "assistant", "tool_calls": [{"name": "f"}]}]}, 0)
     assert row.messages is not None
     assert row.messages[1] == {"role": "assistant", "tool_calls": [{"name": "f"}], "content": ""}
+
+
+def prepared(user: str, answer: str = "left", images: Any = ("a",)) -> dict[str, Any]:
+    """As VisualThinker's preparation of SAT writes rows."""
+    messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": [picture(3 + i) for i in range(len(images))]}
+
+
+def test_messages_with_one_question_are_a_bare_question() -> None:
+    row = convert_chat(prepared("<image> Answer in natural language. Where? left or right"), row_id=4)
+    assert (row.question, row.messages) == ("Answer in natural language. Where? left or right", None)
+    assert row.columns == {"solution": "left"}
+    assert widths(row.images) == [3]
+    assert convert_chat({"messages": prepared("Where?")["messages"]}, row_id=0).images == []
+
+
+def test_longer_messages_keep_their_turns_and_the_places_of_pictures() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "<image>\nThis is one, <image> this another."},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Which is larger?"},
+        {"role": "assistant", "content": [text("The first.")]},
+    ]
+    row = convert_chat({"messages": messages, "images": [picture(3), picture(4)]}, row_id=0)
+    assert row.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [IMAGE, text("This is one,"), IMAGE, text("this another.")]},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Which is larger?"},
+    ]
+    assert row.columns == {"solution": "The first."}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [{"role": "user", "content": "Where?"}]}, "wanted a question and the assistant's answer"),
+        ({"messages": []}, "wanted a text or a list of messages"),
+        (prepared("<image> <image> Where?"), "2 image parts for 1 images"),
+        (prepared("<image>"), "wanted a text"),
+    ],
+)
+def test_messages_that_cannot_be_used(record: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        convert_chat(record, row_id=0)

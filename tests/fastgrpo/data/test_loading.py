@@ -293,9 +293,10 @@ def test_wrong_columns(tmp_path: Path) -> None:
         load_rows(path)
     assert "sat: answers, correct_answer, image_bytes, question, question_type;" in str(info.value)
     assert "cvbench: answer, choices, image, prompt, task;" in str(info.value)
-    assert "chat: prompt; question: question, solution; problem: problem, solution; answer: answer, question" in str(
+    assert "chat: prompt; messages: messages; question: question, solution; problem: problem, solution;" in str(
         info.value
     )
+    assert "answer: answer, question" in str(info.value)
 
 
 @pytest.mark.parametrize("name", ["SAT", "CV-Bench", "someone/something"])

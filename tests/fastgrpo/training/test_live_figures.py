@@ -86,7 +86,7 @@ def test_mfu_is_the_steps_flops_over_its_time_and_the_ceiling(tiny_model_dir, co
     assert "mfu" not in figures.of_step({}, 1.0)
     figures.ceiling = 1e9
     figures.drew(ROLLOUT)
-    figures.trains_on([weighted(ROLLOUT[0], [1.0, -1.0])])
+    figures.trains_on(trained_part([weighted(ROLLOUT[0], [1.0, -1.0])], beta=0.0))
     spans = {"rollout": SpanTotal(1, 1.5, 0.5), "rollout/decode": SpanTotal(3, 1.0, 1.0)}
     found = figures.of_step(spans, 2.0)
     shape, trained = ModelShape.from_config(model.config), StepWork([7], [24, 4], [[3, 5]])

@@ -15,7 +15,7 @@ from fastgrpo.training.trainer import GRPOTrainer
 
 def card(**changes: object) -> str:
     fields = {
-        "base": "Qwen/Qwen2-VL-2B", "adapters": False, "multimodal": True, "step": 1500,
+        "base": "Qwen/Qwen2-VL-2B", "adapters": False, "multimodal": True, "step": 1500, "method": "grpo",
         "reward_names": ["accuracy_reward", "format_reward"],
         "settings": {"dataset_name": "array/SAT", "beta": 0.04, "learning_rate": 1e-6, "epsilon": None, "hub_token": 1},
         "metrics": [{"reward": 0.5, "rewards/accuracy_reward/mean": 0.25}, {"reward": 1.0, "kl": None}],
