@@ -13,6 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet
 import xxhash
 
+from fastgrpo.data.mossbench import published_files, read_published
 from fastgrpo.data.row_dataset import BATCH_ROWS, RowDataset, as_rows, undecoded
 
 try:
@@ -87,6 +88,8 @@ def _load_records(
 ) -> tuple[Any, list[str]]:
     """The records, and the files that they are read from."""
     path = Path(name_or_path).expanduser()
+    if published := published_files(path):
+        return read_published(published)[:max_samples], list(map(str, published))
     if datasets is None:
         return _read_without_datasets(name_or_path, path, max_samples), [name_or_path]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fastgrpo.data import blink, cvbench, sat, vsr
+from fastgrpo.data import blink, cvbench, mossbench, sat, vsr
 from fastgrpo.data.blink import convert_blink
 from fastgrpo.data.chat import IMAGE_COLUMNS, convert_chat
 from fastgrpo.data.cvbench import convert_cvbench
+from fastgrpo.data.mossbench import convert_mossbench
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
 from fastgrpo.data.vsr import convert_vsr
@@ -32,6 +33,7 @@ SCHEMAS = {
     "cvbench": cvbench.REQUIRED_COLUMNS,
     "blink": blink.REQUIRED_COLUMNS,
     "vsr": vsr.REQUIRED_COLUMNS,
+    "mossbench": mossbench.REQUIRED_COLUMNS,
     "chat": frozenset({"prompt"}),
     "messages": frozenset({"messages"}),
     "question": frozenset({"question", "solution"}),
@@ -40,7 +42,7 @@ SCHEMAS = {
 }
 """Schema → the columns that show it; the first that fits counts."""
 
-CONVERTERS = {"cvbench": convert_cvbench, "blink": convert_blink, "vsr": convert_vsr}
+CONVERTERS = {"cvbench": convert_cvbench, "blink": convert_blink, "vsr": convert_vsr, "mossbench": convert_mossbench}
 """Schemas of published benchmarks, whose rows must have pictures."""
 
 BATCH_ROWS = 16
