@@ -30,6 +30,7 @@ _PUNCTUATION = str.maketrans(
 )
 _LATEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_QUOTED_LETTER = re.compile(r"(?<![\w\"'])([\"'])([A-Z])\1(?!\w)")
 _EMPHASIS = re.compile(r"[*`$]|__|(?m:^[ \t]*(?:#{1,6}|>|[-•])[ \t]+)")
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*(?:#+ *)?(?:question|user|human|instruction|q)\b *\d* *:", re.IGNORECASE)
@@ -54,7 +55,7 @@ _POLAR = {"yes", "no", "none", "one", "a", "i"}
 
 _END = r"(?=\s*(?:[.,:;!?)}\"\]…\n\u4e00-\u9fff]|'(?!\w)|-\s|\([A-Za-z]\)|(?:because|since)\b|\Z))"
 _ARTICLE = re.compile(r"(?:the|an?) (?!(?:is|are|was|were|has|and|or)\b)")  # "A is closer" starts with a name
-_IS = r"(?:\1|appears?|seems?|looks?)(?: to be)?(?: likely| clearly| actually| slightly)?"
+_IS = r"(?:\1|appears?|seems?|looks?)(?: to be)?(?: (?!hard|bare|equal|unlike)(?:\\w+ly|indeed|much|the)){0,2}"
 _NEITHER = r"(?:neither|both|none|all of|unclear|unknown|cannot|not (?:possible|clear|certain))\b"
 _GOOD = r"(?:final|correct|right|best|likely|appropriate|accurate|suitable)"
 _SUBJECT = r"(?:answer|option|choice|verdict|conclusion)"
@@ -62,18 +63,21 @@ _ANSWER_IS = (
     rf"\b{_SUBJECT}\b[\"']?(?:[^.:;=?!\n{_MARK[1:-1]}]{{0,60}}?\b(?:is|be|was)\b)?"
     rf"[ ,]*[:=-]?\s*(?:that |the |{_SUBJECT} )*"
 )
+_NOUN = r"(?:(?:point|circle|image|picture|object|region|letter) )?"
+"""Of what options may be the names."""
 _SO = r"\b(?:so|therefore|thus|hence|consequently|overall|in conclusion|in summary)\b"
 _LEAD_IN = "|".join(
     [
         _ANSWER_IS,
         r"\b(?:i|we)(?:'d|'ll| would| will| must)? (?:choose|select|pick|say|answer|opt for|go with) (?:that |the )?",
-        rf"(?:\A|(?<=[.!?:\n]))\s*{_SO},? (?:it(?:'s| is) )?(?:the )?",
         r"(?:答案|正确选项)(?:应该|应)?(?:是|为|选)?[ :]*|选(?:择|项)?[ :]*",
     ]
 )
 _REJECTED = r"(?<!wrong )(?<!incorrect )(?<!not the )(?<!not the correct )(?<!if the )(?<!if the correct )"
 _ANNOUNCED = re.compile(
-    rf"{_REJECTED}(?:(?:{_LEAD_IN})[\"'(\[]*({_MARK})|{_ANSWER_IS}[\"'(\[]*{_NEITHER})", re.IGNORECASE
+    rf"{_REJECTED}(?:(?:{_LEAD_IN}){_NOUN}[\"'(\[]*(?P<option>{_MARK})|{_ANSWER_IS}[\"'(\[]*{_NEITHER})"
+    rf"|(?:\A|(?<=[.!?:\n]))\s*{_SO},? (?:it(?:'s| is) )?[\"'(\[]*(?P<letter>{_LETTER}|{_CAPITAL})",
+    re.IGNORECASE,
 )
 _FINAL = re.compile(rf"\bfinal {_SUBJECT}(?: is)?[ :]*\s*[\"'(\[]*(?:({_MARK})|{_NEITHER})", re.IGNORECASE)
 _CALLED_CORRECT = re.compile(
@@ -87,7 +91,7 @@ _OPENING = re.compile(
     rf"(?:({_LETTER}|{_NOT_OFFERED})|({_CAPITAL}|{_TEXT}){_END}|({_TEXT}) (?:the|it|there|they|this|that|he|she)\b)",
     re.IGNORECASE,
 )
-_LONE_LINE = re.compile(rf"^[\s\"'(\[]*({_MARK})[\s.!\"')\]]*$", re.MULTILINE)
+_LONE_LINE = re.compile(rf"^[\s\"'(\[]*{_NOUN}({_MARK})[\s.!\"')\]]*$", re.MULTILINE | re.IGNORECASE)
 _CONCLUDING = re.compile(_SO, re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:\b(?:not|neither|nor|never|no|cannot|without|rather than|instead of|than|or|whether|which|if|between)|n't)"
@@ -105,9 +109,10 @@ class Rule(NamedTuple):
 
 
 def _stated(text: str) -> list[str]:
-    announced = [*_ANNOUNCED.finditer(text), *_CALLED_CORRECT.finditer(text), *_LONE_LINE.finditer(text)]
+    announced = [match["option"] or match["letter"] or "" for match in _ANNOUNCED.finditer(text)]
+    named = [match[1] for pattern in (_CALLED_CORRECT, _LONE_LINE) for match in pattern.finditer(text)]
     opening = _OPENING.match(text)
-    return [match[1] or "" for match in announced] + ([opening[opening.lastindex or 0]] if opening else [])
+    return announced + named + ([opening[opening.lastindex or 0]] if opening else [])
 
 
 def _concluded(text: str) -> list[str]:
@@ -164,7 +169,7 @@ def _letter(mark: str) -> str | None:
 
 def _tidied(text: str) -> str:
     text = "".join(map(plain_character, _SPECIAL.sub(" ", text.translate(_PUNCTUATION))))
-    text = _EMPHASIS.sub("", _LATEX.sub(r"\1", text))
+    text = _QUOTED_LETTER.sub(r"\2", _EMPHASIS.sub("", _LATEX.sub(r"\1", text)))
     before, closed, behind = text.rpartition("</think>")
     text = (behind if behind.strip() else before) if closed else text
     for part in (_TAGGED, _BOXED):
@@ -274,6 +279,12 @@ def _pattern(text: str, *, anywhere: bool) -> str:
     article = _ARTICLE.match(text)
     forms = re.escape(text[article.end() :] if article else text)
     forms = re.sub(r"\b(is|are)\b", _IS, forms)
+    subject, is_, predicate = text.partition(" is ")
+    if is_ and len(subject) == 1:  # "the one closer to the camera is A"
+        forms += (
+            rf"|{re.escape(predicate)}(?: [\w']+){{0,4}} (?:is|would be)(?: the)? {_NOUN}{re.escape(subject)}(?!\w)"
+        )
+        forms = f"(?:{forms})"
     if text.isdigit() and int(text) < len(NUMBER_WORDS):
         forms = f"(?:{text}|{NUMBER_WORDS[int(text)]})"
     if article or text.isdigit():

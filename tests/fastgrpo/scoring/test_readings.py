@@ -143,6 +143,21 @@ CLOSER_READ = [
     ("(A) A is closer: it is in front.\n(B) B is closer: it is not.\nTherefore, the answer is (A).", "A"),
     ("is B closer? I say B.", "B"),
     ("The person labeled B is closer.", "B"),
+    ("The point labeled 'B' is closer to the camera.", "B"),
+    ('Point "A" appears to be slightly closer.', "A"),
+    ("A is hardly closer.", None),
+    ("The one closer to the camera is A.", "A"),
+    ("So the point closer to the camera is point B, since it is large.", "B"),
+    ("Point B", "B"),
+    ("The answer is point A.", "A"),
+    ("A is the closer point.", "A"),
+    ("A and B are equally close.", None),
+    ("Point A: 3 m away. Point B: 5 m away.", None),
+    ("B is not closer.", None),
+    ("Which is closer, A or B?", None),
+    ("It cannot be determined whether A is closer.", None),
+    ("Point A is closer than point B. Point B is closer than point C.", None),
+    ("Therefore, A is closer. Therefore, B is closer. So, the answer is (B).", "B"),
 ]
 
 SIDES_READ = [
