@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -74,7 +74,7 @@ def parse_sft(argv: Sequence[str]) -> tuple[SFTConfig, SFTArguments]:
 def _read(argv: Sequence[str], command: str, *records: Any) -> tuple[_Parser, list[str]]:
     """The parser of the records, and the flags of files and command line, names checked."""
     parser = _Parser(records, allow_abbrev=False, add_help=False, prog=f"fastgrpo {command}")
-    known = sorted(option for action in parser._actions for option in action.option_strings)
+    known = _flags_of(parser)
     flags = _normalise(argv)
     config_files, flags = _take_config(flags)
     hint = Hint(command, known)
@@ -82,6 +82,16 @@ def _read(argv: Sequence[str], command: str, *records: Any) -> tuple[_Parser, li
     if unknown := next((token for token in flags if token.startswith("--") and token not in known), None):
         raise ValueError(f"unknown argument {unknown}{hint(unknown)}")
     return parser, [*(token for file in config_files for token in _yaml_flags(file, hint)), *flags]
+
+
+def known_settings(command: str) -> list[str]:
+    """The names of all settings of a program: train or sft."""
+    records = {"train": (GRPOConfig, ScriptArguments), "sft": (SFTConfig, SFTArguments)}[command]
+    return [flag.removeprefix("--") for flag in _flags_of(_Parser(records, add_help=False))]
+
+
+def _flags_of(parser: _Parser) -> list[str]:
+    return sorted(option for action in parser._actions for option in action.option_strings)
 
 
 def _parsed(parser: _Parser, tokens: Sequence[str]) -> Any:
@@ -127,28 +137,41 @@ def _take_config(tokens: list[str]) -> tuple[list[Path], list[str]]:
     return files, rest
 
 
-def _yaml_flags(file: Path, hint: Hint) -> list[str]:
-    """A YAML mapping as flags, so that both are checked in one way. Its `env` goes into the environment."""
+def read_settings(file: Path) -> dict[str, Any]:
+    """A YAML file that maps names to values.
+
+    Raises:
+        ValueError: no such file, not YAML, a name given twice, or no mapping.
+    """
     try:
         settings = yaml.load(file.read_text(), _StrictLoader)  # a SafeLoader
     except OSError as error:
-        raise ValueError(f"--config {file}: {error.strerror}") from error
+        raise ValueError(f"{file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"--config {file} should map setting names to values")
-    flags: list[str] = []
-    for name, value in settings.items():
-        if name == "env" and isinstance(value, dict):
-            os.environ.update({key: str(text) for key, text in value.items()})
-            continue
-        if name in LAUNCH_FLAGS:
-            continue
-        if f"--{name}" not in hint.known:
-            raise ValueError(f"--config {file}: unknown setting {name}{hint(f'--{name}')}")
-        if value is not None:
-            flags += [f"--{name}", *_flag_values(value)]
-    return flags
+        raise ValueError(f"{file} should map setting names to values")
+    return settings
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line's tokens; those that are None are left out."""
+    given = {name: _flag_values(value) for name, value in settings.items() if value is not None}
+    return [token for name, values in given.items() for token in (f"--{name}", *values)]
+
+
+def _yaml_flags(file: Path, hint: Hint) -> list[str]:
+    """A YAML mapping as flags, so that both are checked in one way. Its `env` goes into the environment."""
+    try:
+        settings = read_settings(file)
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from error
+    if isinstance(settings.get("env"), dict):
+        os.environ.update({key: str(text) for key, text in settings.pop("env").items()})
+    settings = {name: value for name, value in settings.items() if name not in LAUNCH_FLAGS}
+    if unknown := next((name for name in settings if f"--{name}" not in hint.known), None):
+        raise ValueError(f"--config {file}: unknown setting {unknown}{hint(f'--{unknown}')}")
+    return as_flags(settings)
 
 
 def _flag_values(value: Any) -> list[str]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("score models on a benchmark", "fastgrpo eval --benchmark cvbench MODEL…"),
     "generate": ("ask a model", 'fastgrpo generate MODEL --image FILE "question"'),
     "merge": ("make a whole model of adapters", "fastgrpo merge ADAPTER OUT"),
+    "lab": ("run an experiment: arms × seeds", "fastgrpo lab configs/lab_aha.yaml"),
     "profile": ("see where a step's time goes", "fastgrpo profile CONFIG --against plain"),
     "report": ("draw a run's report, or several", "fastgrpo report RUN…"),
     "demo": ("train a tiny model on this machine", "fastgrpo demo"),

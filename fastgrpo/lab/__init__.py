@@ -1,0 +1,1 @@
+"""Experiments: arms × seeds of ordinary runs from one YAML file, and where they stand."""
