@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> None:
     from fastgrpo.cli.console import say
     from fastgrpo.lab.config import read_lab
     from fastgrpo.lab.runner import run_lab
-    from fastgrpo.report import write_report
+    from fastgrpo.report.lab_page import write_lab_report
 
     lab = read_lab(options.config)
     require_writable(lab.output_dir)
@@ -27,8 +27,7 @@ def run(argv: Sequence[str]) -> None:
         failed = run_lab(lab, options.jobs)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it stopped") from None
-    runs = [file.parent for file in sorted(lab.output_dir.glob("*/seed-*/metrics.jsonl"))]
-    if runs:
-        say(f"report: {write_report(runs, lab.output_dir)}")
+    if any(lab.output_dir.glob("*/seed-*/metrics.jsonl")):
+        say(f"report: {write_lab_report(lab.output_dir)}")
     if failed:
         raise ValueError(f"failed: {', '.join(run.name for run in failed)}. The same command tries these again.")

@@ -24,8 +24,9 @@ from fastgrpo.evaluation.answer_log import AnswerLog
 from fastgrpo.evaluation.asking import Asker, Progress
 from fastgrpo.evaluation.figures import Evaluation, Outcome, PassAtK, TaskScore, chance_of, mean
 from fastgrpo.evaluation.ranks import Ranks
-from fastgrpo.scoring.golds import gold_text
-from fastgrpo.scoring.reflection import is_reflective
+from fastgrpo.scoring.golds import gold_text, option_texts
+from fastgrpo.scoring.reflection import count_reflections
+from fastgrpo.scoring.self_correction import self_correction
 from fastgrpo.types import Completion, Engine, Prompt, SamplingParams
 
 
@@ -84,7 +85,7 @@ def evaluate(
         total=TaskScore.of(records),
         by_task={task: TaskScore.of(group) for task, group in sorted(by_task.items())},
         mean_length=mean([record["length"] for record in records]),
-        reflection_rate=mean([is_reflective(record["completion"]) for record in records]),
+        reflection_rate=mean([record["reflections"] > 0 for record in records]),
         shuffled=TaskScore.of(shuffled) if shuffled else None,
         pass_at_k=PassAtK(pass_at_k, mean(hits), chance_of([record["choices"] for record in records], pass_at_k))
         if hits
@@ -119,6 +120,8 @@ def _record(prompt: Prompt, completion: Completion) -> dict[str, Any]:
         "completion": completion.text,
         **outcome._asdict(),
         "length": len(completion.token_ids),
+        "reflections": count_reflections(completion.text),
+        "correction": self_correction(completion.text, option_texts(choices), gold_text(solution)) if choices else None,
         "thumbnail": prompt.thumbnail,
     }
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from fastgrpo.cli.arguments import read_settings, training_settings
 from fastgrpo.cli.suggestions import did_you_mean
+from fastgrpo.report.claims import read_claim
 
 COMMANDS = ("train", "sft")
-OF_A_RUN = ("seed", "output_dir", "resume_from_checkpoint")
+OF_A_RUN = ("seed", "output_dir", "resume_from_checkpoint", "run_name")
 """Settings that the lab gives each run itself."""
 
 
@@ -70,6 +71,12 @@ def read_lab(file: Path) -> Lab:
         _known(arm, [*(f.name for f in fields(Arm) if f.name != "name"), "axes"], where)
         arms += _expanded(str(name), arm, content, evaluations, where)
     names = [arm.name for arm in arms]
+    claims = [_mapping(one, f"{file}: claims") for one in _list(content.get("claims"), f"{file}: claims")]
+    for claim in claims:
+        try:
+            read_claim(claim, names)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{file}: arms: two are called {twice!r} as folders: name one otherwise")
     return Lab(
@@ -79,7 +86,7 @@ def read_lab(file: Path) -> Lab:
         title=_text(content.get("title", ""), f"{file}: title"),
         prepare=_texts(content.get("prepare", ()), f"{file}: prepare"),
         evaluations=evaluations,
-        claims=tuple(_mapping(one, f"{file}: claims") for one in _list(content.get("claims"), f"{file}: claims")),
+        claims=tuple(claims),
     )
 
 
@@ -90,11 +97,15 @@ def _expanded(
     command = given.get("command", "train")
     if command not in COMMANDS:
         raise ValueError(f"{where}: command is {command!r}{did_you_mean(str(command), COMMANDS, ': use train or sft')}")
-    known = training_settings()
+    known = training_settings() if command == "train" else ()  # `fastgrpo sft` checks its own
+    from_files: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    for source, place in ((lab, ""), (lab, f"{command}_"), (given, "")):
-        at = f"{where}: settings" if source is given else f"{place}settings"
-        settings |= _settings(source.get(f"{place}settings"), known, at)
+    for source, name_of in ((lab, "settings"), (lab, f"{command}_settings"), (given, "settings")):
+        at = f"{where}: settings" if source is given else name_of
+        from_file, written = _settings(source.get(name_of), known, at)
+        from_files |= from_file
+        settings |= written
+    settings = {**from_files, **settings}
     axes = {**_mapping(lab.get("axes"), "axes"), **_mapping(given.get("axes"), f"{where}: axes")}
     _settings(axes, known, f"{where}: axes")
     for axis, values in axes.items():
@@ -120,23 +131,21 @@ def _expanded(
     return arms
 
 
-def _settings(given: Any, known: Sequence[str], where: str) -> dict[str, Any]:
-    """Flags by name. `config: FILE` stands for what that file holds, under the other settings."""
+def _settings(given: Any, known: Sequence[str], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flags by name: those of the file that `config` names, and those that are written here."""
     settings = _mapping(given, where)
     file = settings.pop("config", None)
-    if file is not None:
-        settings = {**read_settings(Path(_text(file, f"{where}: config"))), **settings}
+    from_file = {} if file is None else read_settings(Path(_text(file, f"{where}: config")))
     if own := next((name for name in settings if name in OF_A_RUN), None):
-        if file is None or own in _mapping(given, where):
-            raise ValueError(f"{where}: {own} is given to each run by the lab: leave it out")
-        settings = {name: value for name, value in settings.items() if name not in OF_A_RUN}
+        raise ValueError(f"{where}: {own} is given to each run by the lab: leave it out")
     _known(settings, known, where)
-    return settings
+    _known(from_file, known, f"{where}: {file}")
+    return {name: value for name, value in from_file.items() if name not in OF_A_RUN}, settings
 
 
 def _known(given: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     names = list(names)
-    if unknown := next((name for name in given if name not in names), None):
+    if names and (unknown := next((name for name in given if name not in names), None)):
         raise ValueError(f"{where}: unknown field {unknown}{did_you_mean(str(unknown), names, '')}")
 
 

@@ -18,11 +18,10 @@ from fastgrpo.atomic_files import write_aside
 from fastgrpo.cli.console import console, say
 from fastgrpo.lab.config import Lab
 from fastgrpo.lab.runs import LabRun, Stage, runs_of
+from fastgrpo.report.arms import LAB_FILE
 from fastgrpo.training.run_lock import RunLock
 
 POLL_S = 0.5
-LAB_FILE = "lab.json"
-"""In the lab's folder: what its page needs to know."""
 
 
 def run_lab(lab: Lab, jobs: int | None = None) -> list[LabRun]:

@@ -13,6 +13,8 @@ from fastgrpo.lab.config import Arm, Lab
 
 SETTINGS_FILE = "lab_settings.json"
 """What a run was started with: settings of the same arm that differ belong to another run."""
+HOW_ASKED = ("prompt_mode", "prompt_template", "min_pixels", "max_pixels")
+"""Settings of an arm that its evaluations have too."""
 TAIL_BYTES = 8192
 
 
@@ -52,7 +54,8 @@ class LabRun:
     @property
     def stages(self) -> list[Stage]:
         """Evaluations of the untrained model, training, evaluations of the trained one."""
-        flags = as_flags({**self.arm.settings, "output_dir": self.folder, "seed": self.seed})
+        own = {"output_dir": self.folder, "seed": self.seed, "run_name": self.name}
+        flags = as_flags({**self.arm.settings, **own})
         # `last` begins anew where no checkpoint was saved yet.
         training = [self.arm.command, *flags, "--resume_from_checkpoint", "last"]
         train = Stage(self.arm.command, training, (self.folder / "summary.json").is_file)
@@ -67,7 +70,8 @@ class LabRun:
         for name in self.arm.evaluations:
             folder = self.folder / "evaluations" / f"{name}-{when}"
             marker = folder / "done"
-            flags = as_flags({**self.lab.evaluations[name], "output_dir": folder})
+            asked = {key: self.arm.settings[key] for key in HOW_ASKED if key in self.arm.settings}
+            flags = as_flags({**asked, **self.lab.evaluations[name], "output_dir": folder})
             stages.append(Stage(f"{name} {when}", ["eval", str(model), *flags], marker.is_file, marker))
         return stages
 

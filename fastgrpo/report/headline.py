@@ -113,14 +113,15 @@ def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ("hardware", _of_runs(runs, "hardware")),
         ("date", _of_runs(runs, "date")),
         ("commit", _of_runs(runs, "commit")),
-        ("versions", ", ".join(_of_runs(runs, name, label=True) for name in _versions(runs))),
+        ("versions", ", ".join(versions_of(runs))),
     ]
     return [(name, value) for name, value in found if value]
 
 
-def _versions(runs: Sequence[Run]) -> list[str]:
+def versions_of(runs: Sequence[Run]) -> list[str]:
+    """Like "torch 2.13.0"."""
     named = dict.fromkeys(name for run in runs for name in run.headline.environment)
-    return [name for name in named if name not in ("date", "commit", "hardware")]
+    return [_of_runs(runs, name, label=True) for name in named if name not in ("date", "commit", "hardware")]
 
 
 def _of_runs(runs: Sequence[Run], name: str, *, label: bool = False) -> str:

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from fastgrpo.report import charts, formats, headline, tables
 from fastgrpo.report.curves import enclosing_spans
 from fastgrpo.report.examples import pick_held_out, pick_trajectories
 from fastgrpo.report.markup import completion_html, picture_uri, question_of
-from fastgrpo.report.plots import PALETTE
+from fastgrpo.report.plots import PALETTE, export
 from fastgrpo.report.run import Run, read_run
+from fastgrpo.report.run_card import run_card
 from fastgrpo.report.tasks import task_rows
 from fastgrpo.report.trends import judge_responses
 from fastgrpo.report.verdict import Verdict, judge_answers
@@ -36,13 +37,14 @@ class SpanRow:
     """Of all step time, 0..1."""
 
 
-def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(run_dirs: Sequence[Path], out: Path | None = None, figures: Path | None = None) -> Path:
     """Writes the report of one run, or of several side by side (seeds of one configuration, or an ablation).
 
     Args:
         run_dirs: run folders. What one of them lacks is said on the page.
         out: the file to write, or a folder to write `report.html` into. Default: `report.html` inside the run folder
             of a single run, in the working directory for several.
+        figures: a folder that also gets each chart as SVG and PNG.
 
     Returns:
         The file written.
@@ -58,13 +60,12 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     elif out.is_dir():
         out = out / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render_page(runs), encoding="utf-8", errors="replace")
+    content = _content(runs)
+    page = template("page.html.j2").render(content).strip() + "\n"
+    out.write_text(page, encoding="utf-8", errors="replace")
+    if figures is not None:
+        export([*content["curves"], *content["time_charts"], *content["health"]], figures)
     return out
-
-
-def render_page(runs: Sequence[Run]) -> str:
-    """The report of the runs as HTML."""
-    return template("page.html.j2").render(_content(runs)).strip() + "\n"
 
 
 def template(name: str) -> jinja2.Template:
@@ -124,6 +125,7 @@ def _content(runs: Sequence[Run]) -> dict[str, Any]:
         "trajectories_of": names[shown],
         "held_out": held_out,
         "held_out_of": names[held_out_run],
+        "cards": {name: run_card(run) for name, run in zip(names, runs, strict=True) if run.config},
         "configs": {name: tables.config_rows(run) for name, run in zip(names, runs, strict=True) if run.config},
     }
 
@@ -137,7 +139,9 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _overall(verdicts: Sequence[Verdict]) -> Verdict:
     """A single run's verdict; of several, how many came to which."""
     if len(verdicts) == 1:
-        return verdicts[0]
+        one = verdicts[0]
+        also = " Nor that another seed would show the same: this is one run."
+        return replace(one, not_claimed=one.not_claimed + also) if one.not_claimed else one
     counts = Counter(verdict.label for verdict in verdicts).most_common()
     label = f"{counts[0][0]}: {counts[0][1]} of {len(verdicts)} runs"
     rest = "; ".join(f"{name.lower()}: {count}" for name, count in counts[1:])

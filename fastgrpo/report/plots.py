@@ -4,11 +4,13 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup, escape
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -74,10 +76,29 @@ _STYLE = {
 class Chart:
     """A chart ready for the page."""
 
+    name: str
     title: str
     svg: Markup
     caption: str
     """What it shows and what to look for."""
+    size: tuple[float, float]
+    """Inches."""
+    draw: Callable[[Figure], str]
+
+
+def export(charts: Sequence[Chart], folder: Path) -> list[Path]:
+    """Writes each chart as a file of its own, `{name}.svg` and `{name}.png` at 300 dots an inch, on white."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with matplotlib.rc_context({**_STYLE, "savefig.facecolor": "white"}):
+        for chart in charts:
+            figure = Figure(figsize=chart.size, layout="constrained")
+            chart.draw(figure)
+            for canvas, ending in ((FigureCanvasSVG, "svg"), (FigureCanvasAgg, "png")):
+                canvas(figure)
+                files.append(folder / f"{chart.name}.{ending}")
+                figure.savefig(files[-1], dpi=300, metadata={"Date": None} if ending == "svg" else None)
+    return files
 
 
 def render(name: str, title: str, size: tuple[float, float], draw: Callable[[Figure], str], caption: str) -> Chart:
@@ -90,7 +111,7 @@ def render(name: str, title: str, size: tuple[float, float], draw: Callable[[Fig
         alt = draw(figure)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return Chart(title, _inline(buffer.getvalue(), name, alt), caption)
+    return Chart(name, title, _inline(buffer.getvalue(), name, alt), caption, size, draw)
 
 
 def _inline(svg: str, name: str, alt: str) -> Markup:

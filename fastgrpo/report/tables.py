@@ -108,6 +108,11 @@ def config_rows(run: Run) -> Rows:
 
 def _value(key: str, value: Any) -> str:
     """A setting as text; a report is passed around, so access tokens are left out."""
-    if value and _SECRET.search(key):
+    if value and is_secret(key):
         return "(hidden)"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a setting of this name holds an access token or its like."""
+    return _SECRET.search(key) is not None

@@ -85,9 +85,19 @@ def judge_responses(metrics: Metrics) -> Verdict:
     if length.rose and clipped is not None and clipped.last > 0.2:
         told += f"; {percent(clipped.last)} of the last ones were cut off at the limit"
     told += "."
+    better, worse = (trend(metrics.get(f"self_correction/{kind}")) for kind in ("wrong_to_right", "right_to_wrong"))
+    if better is not None and worse is not None:
+        told += (
+            f" Answers that differ from the option proposed first went from {percent(better.first)} to "
+            f"{percent(better.last)} for the better {better.change(scale=100, unit=' points')}, from "
+            f"{percent(worse.first)} to {percent(worse.last)} for the worse."
+        )
     if length.rose and reflection.rose:
         if accuracy is None or not accuracy.rose:
             return Verdict("partly", "Longer and more reflective, not more often right", told, NOT_REASONING)
+        if better is not None and not better.rose:
+            label = "Longer, more reflective, more often right; no more self-correction"
+            return Verdict("partly", label, told, NOT_REASONING)
         return Verdict("yes", "Longer, more reflective, and more often right", told, NOT_REASONING)
     if reflection.rose:
         return Verdict("partly", "More reflective, not longer", told, NOT_REASONING)

@@ -1,52 +1,14 @@
 """Phrases in which a model doubts or re-examines its own reasoning (the "aha moment")."""
 
 import re
+from pathlib import Path
 
-REFLECTIVE_PHRASES = (
-    "wait",
-    "hmm",
-    "hold on",
-    "actually",
-    "on second thought",
-    "on closer inspection",
-    "let me check",
-    "let me double-check",
-    "let me think again",
-    "let me look again",
-    "let me look closer",
-    "let me look more closely",
-    "let me re-examine",
-    "let me reconsider",
-    "let me rethink",
-    "let me try again",
-    "let me verify",
-    "let's check",
-    "let's double-check",
-    "let's think again",
-    "let's look again",
-    "let's look closer",
-    "let's re-examine",
-    "let's reconsider",
-    "let's rethink",
-    "let's verify",
-    "re-check",
-    "re-evaluate",
-    "re-examine",
-    "reconsider",
-    "rethink",
-    "double-check",
-    "check again",
-    "look again",
-    "think again",
-    "i made a mistake",
-    "i was wrong",
-    "that's not right",
-    "that is not right",
-    "that's wrong",
-    "however, upon",
-    "but upon",
+REFLECTIVE_PHRASES = tuple(
+    line.strip()
+    for line in (Path(__file__).parent / "reflective_phrases.txt").read_text(encoding="utf-8").splitlines()
+    if line.strip() and not line.startswith("#")
 )
-"""Lower case. A space stands for any white space, an apostrophe also for ’, a hyphen may be left out or a space."""
+"""From reflective_phrases.txt, which says how they are written."""
 
 
 def _pattern(phrase: str) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastgrpo.scoring.advantages import ZERO_STD, Advantages
-from fastgrpo.scoring.reflection import is_reflective
+from fastgrpo.scoring.golds import option_texts
+from fastgrpo.scoring.reflection import count_reflections
 from fastgrpo.scoring.rewards import RewardFunction, reward_name
+from fastgrpo.scoring.self_correction import Correction, self_correction
 from fastgrpo.types import FinishReason, ScoredRollout
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,12 @@ class CompletionRecord:
     """JPEG; on a rollout's first completion alone, since eight copies would be most of a file."""
     zero_std: bool = False
     """Its rollout's rewards do not differ."""
-    reflective: bool = False
+    reflections: int = 0
+    """Reflective phrases."""
+    has_options: bool = False
+    """Its question names the options to choose from, and which of them is right."""
+    correction: Correction | None = None
+    """How the answer differs from what the reasoning proposed first; None where it does not, or has no options."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What reward functions logged of it (`log_extra`), by the names they gave."""
 
@@ -56,6 +63,7 @@ class CompletionRecord:
             "advantage": self.advantage,
             "reward": self.reward,
             **{f"rewards/{name}": value for name, value in self.rewards.items()},
+            "correction": self.correction,
             "task": self.task,
             "solution": self.solution,
             "thumbnail": self.thumbnail,
@@ -103,6 +111,8 @@ def records_of(
     records = []
     for n, (r, rollout, completion) in enumerate(places):
         prompt = rollout.prompt
+        choices, solution = prompt.columns.get("choices"), _text_or_none(prompt.columns.get("solution"))
+        options = None if choices is None or solution is None else option_texts(choices)
         scores = [_none_if_nan(value) for value in rollout.rewards[completion.index].tolist()]
         records.append(
             CompletionRecord(
@@ -117,10 +127,12 @@ def records_of(
                 reward=_none_if_nan(totals[n]),
                 rewards=dict(zip(reward_names, scores, strict=True)),
                 task=_text_or_none(prompt.columns.get("task")),
-                solution=_text_or_none(prompt.columns.get("solution")),
+                solution=solution,
                 thumbnail=prompt.thumbnail if thumbnails and completion.index == 0 else None,
                 zero_std=stds[r] <= ZERO_STD,
-                reflective=is_reflective(completion.text),
+                reflections=count_reflections(completion.text),
+                has_options=options is not None,
+                correction=self_correction(completion.text, options, str(solution)) if options else None,
                 extra={name: column[n] for name, column in (extra or {}).items()},
             )
         )

@@ -59,8 +59,12 @@ def rollout_metrics(records: Sequence[CompletionRecord]) -> dict[str, float]:
         "reward": rewards.nanmean().item(),
         "reward_std": _nan_std(rewards.tolist()),
         "frac_reward_zero_std": _mean(record.zero_std for record in records),
-        "reflection_rate": _mean(record.reflective for record in records),
+        "reflection_rate": _mean(record.reflections > 0 for record in records),
+        "reflections_per_1k_tokens": 1000 * sum(record.reflections for record in records) / max(sum(lengths), 1),
     }
+    corrections = [record.correction for record in records if record.has_options]
+    for kind in ("wrong to right", "right to wrong") if corrections else ():
+        metrics[f"self_correction/{kind.replace(' ', '_')}"] = corrections.count(kind) / len(corrections)
     for name in records[0].rewards:
         values = [reward for record in records if (reward := record.rewards[name]) is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)

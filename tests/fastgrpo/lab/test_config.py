@@ -33,7 +33,7 @@ def test_an_axis_makes_an_arm_of_each_combination(lab_file):
 def test_a_config_file_stands_under_the_settings_beside_it(lab_file, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("beta: 0.04\ntop_k: 50\noutput_dir: elsewhere\nseed: 3\n")
-    (arm,) = read_lab(lab_file(settings={"config": str(config), "beta": 0.1})).arms
+    (arm,) = read_lab(lab_file(settings={"beta": 0.1}, train_settings={"config": str(config)})).arms
     assert arm.settings == {"beta": 0.1, "top_k": 50}
 
 

@@ -76,6 +76,9 @@ def metrics_line(step: int, progress: float, draws: np.random.Generator) -> dict
         "completions/max_length": 2.2 * length,
         "completions/clipped_ratio": abs(near(0.08 * (1 - progress), 0.01)), "skipped_rows": step // 50,
         "reflection_rate": min(1.0, abs(near(0.04 + 0.4 * progress**2, 0.02))),
+        "reflections_per_1k_tokens": abs(near(0.4 + 3 * progress**2, 0.2)),
+        "self_correction/wrong_to_right": abs(near(0.01 + 0.05 * progress, 0.005)),
+        "self_correction/right_to_wrong": abs(near(0.02, 0.005)),
         "sampling/sampling_logp_difference/mean": abs(near(0.003, 0.0005)),
         **{f"time/{name}": seconds for name, seconds in spans.items()},
     }  # fmt: skip
@@ -134,7 +137,9 @@ def evaluation_table(name: str, draws: np.random.Generator) -> pa.Table:
         rows.append({
             "row_id": row_id, "task": task, "prompt": prompt(row_id, task), "solution": "blue", "completion": text,
             "answer": ("blue" if right else "red") if answered else None, "answered": answered,
-            "correct": right and answered, "length": len(text) // 4, "thumbnail": thumbnail(1000 + row_id),
+            "correct": right and answered, "length": len(text) // 4, "reflections": text.count("Wait"),
+            "correction": "wrong to right" if right and row_id % 8 == 0 else None,
+            "thumbnail": thumbnail(1000 + row_id),
         })  # fmt: skip
     return pa.Table.from_pylist(rows)
 
@@ -203,3 +208,27 @@ def fake_run(tmp_path: Path) -> Callable[..., Path]:
         return write_fake_run(tmp_path / name, **options)
 
     return write
+
+
+@pytest.fixture
+def fake_lab(tmp_path: Path) -> Callable[..., Path]:
+    """fake_lab({arm: options of each of its runs}, seeds, claims) writes `tmp_path/lab` and returns it."""
+
+    def write(arms: dict[str, dict[str, Any]], seeds: tuple[int, ...] = (0, 1, 2), claims: Any = ()) -> Path:
+        return write_fake_lab(tmp_path / "lab", arms, seeds, claims)
+
+    return write
+
+
+def write_fake_lab(folder: Path, arms: dict[str, dict[str, Any]], seeds: tuple[int, ...], claims: Any) -> Path:
+    """Writes a lab's folder; with the option `command`, an arm of that program."""
+    folder.mkdir(parents=True)
+    told = [
+        {"name": name, "about": f"what {name} is", "command": one.pop("command", "train")} for name, one in arms.items()
+    ]
+    content = {"title": "A lab", "arms": told, "seeds": seeds, "claims": claims}
+    (folder / "lab.json").write_text(json.dumps(content))
+    for name, options in arms.items():
+        for seed in seeds:
+            write_fake_run(folder / name / f"seed-{seed}", seed=seed, **options)
+    return folder

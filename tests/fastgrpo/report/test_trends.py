@@ -35,6 +35,21 @@ def test_responses(
     assert (verdict.tone, verdict.label) == (tone, label)
 
 
+def test_longer_more_reflective_answers_that_change_no_answer_are_no_yes() -> None:
+    def with_corrections(last: float) -> Metrics:
+        found = metrics((90, 250), (0.02, 0.4), (0.3, 0.6))
+        corrected = {"self_correction/wrong_to_right": np.linspace(0, last, 100)}
+        return Metrics(found.steps, {**found.columns, **corrected, "self_correction/right_to_wrong": np.zeros(100)})
+
+    assert judge_responses(with_corrections(0.2)).tone == "yes"
+    verdict = judge_responses(with_corrections(0.0))
+    assert (verdict.tone, verdict.label) == (
+        "partly",
+        "Longer, more reflective, more often right; no more self-correction",
+    )
+    assert "differ from the option proposed first" in verdict.sentence
+
+
 def test_responses_are_told_with_intervals_and_what_is_not_claimed() -> None:
     verdict = judge_responses(metrics((90, 250), (0.02, 0.4), (0.3, 0.6)))
     sentence = verdict.sentence.replace("\N{NO-BREAK SPACE}", " ")

@@ -1,10 +1,13 @@
 """What the logs keep of each completion."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastgrpo.scoring.advantages import group_advantages
 from fastgrpo.training.completion_records import distinct_names, records_of
+from fastgrpo.training.metrics import rollout_metrics
 from fastgrpo.types import Completion, Prompt, ScoredRollout
 
 
@@ -32,10 +35,24 @@ def test_a_record_per_completion() -> None:
     assert records[0].advantage > 0 > records[1].advantage
     assert [record.advantage for record in records[2:]] == [0.0, 0.0]
     assert [record.zero_std for record in records] == [False, False, True, True]
-    assert [record.reflective for record in records] == [False, True, False, False]
+    assert [record.reflections for record in records] == [0, 2, 0, 0]
     assert [record.thumbnail for record in records] == [b"jpeg", None, b"jpeg", None]
     assert [(record.length, record.prompt_length) for record in records[:2]] == [(1, 4), (2, 4)]
     assert (records[0].task, records[0].solution) == ("depth", "2")
+
+
+def test_self_corrections_are_told_where_the_options_are_known() -> None:
+    texts = ["so 1. wait, so 2 <answer>2</answer>", "so 2 <answer>1</answer>", "so 2 <answer>2</answer>"]
+    scored = group(7, [[1.0], [0.0], [1.0]], texts)
+    advantages = group_advantages(scored.rewards, 3)
+    known = replace(scored, prompt=replace(scored.prompt, columns={"solution": 2, "choices": [1, 2]}))
+    records = records_of([known], ["accuracy"], advantages, thumbnails=False)
+    assert [record.correction for record in records] == ["wrong to right", "right to wrong", None]
+    metrics = rollout_metrics(records)
+    assert metrics["self_correction/wrong_to_right"] == metrics["self_correction/right_to_wrong"] == 1 / 3
+    unknown = records_of([scored], ["accuracy"], advantages, thumbnails=False)
+    assert [record.has_options for record in unknown] == [False] * 3
+    assert not [name for name in rollout_metrics(unknown) if name.startswith("self_correction")]
 
 
 def test_thumbnails_can_be_left_out() -> None:

@@ -14,7 +14,8 @@ METRICS = {
     "clip_ratio/high_max", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean",
     "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min",
     "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max", "loss", "grad_norm",
-    "learning_rate", "epoch", "tokens_per_second", "reflection_rate", "skipped_rows", "time/rollout", "time/reward",
+    "learning_rate", "epoch", "tokens_per_second", "reflection_rate", "reflections_per_1k_tokens",
+    "self_correction/wrong_to_right", "self_correction/right_to_wrong", "skipped_rows", "time/rollout", "time/reward",
     "step",
 }  # fmt: skip
 
@@ -56,7 +57,7 @@ def test_the_completions_log(build: Any) -> None:
         rows = completions_of(trainer.args.output_dir, step)
         assert list(rows[0]) == [
             "step", "row_id", "index", "prompt", "completion", "finish_reason", "length", "advantage", "reward",
-            "rewards/token_sum", "rewards/accuracy_reward", "task", "solution", "thumbnail",
+            "rewards/token_sum", "rewards/accuracy_reward", "correction", "task", "solution", "thumbnail",
         ]  # fmt: skip
         assert [row["step"] for row in rows] == [step] * 8
         assert [row["index"] for row in rows] == [0, 1, 2, 3] * 2

@@ -176,12 +176,15 @@ def test_nothing_at_all_gives_finite_figures_only() -> None:
 def test_names_are_those_of_trl() -> None:
     assert set(metrics_of(result_of(tokens()))) == OF_UPDATES
     assert set(metrics_of(result_of(tokens()), beta=0.0)) == OF_UPDATES - {"kl"}
-    assert set(rollout_metrics([completion(), completion()])) == OF_ROLLOUTS | {"reflection_rate"}
+    assert set(rollout_metrics([completion(), completion()])) == OF_ROLLOUTS | {
+        "reflection_rate",
+        "reflections_per_1k_tokens",
+    }
 
 
 def test_rollout_metrics_against_their_definitions() -> None:
     records = [
-        completion(length=2, accuracy=1.0, format=0.0, reward=1.0, reflective=True),
+        completion(length=2, accuracy=1.0, format=0.0, reward=1.0, reflections=2),
         completion(length=6, finish_reason="length", accuracy=0.0, format=None, reward=0.0),
         completion(length=4, accuracy=None, format=1.0, reward=1.0, zero_std=True),
         completion(length=9, finish_reason="abort", accuracy=None, format=None, reward=None, zero_std=True),
@@ -200,6 +203,7 @@ def test_rollout_metrics_against_their_definitions() -> None:
             "reward_std": math.sqrt(1 / 3),
             "frac_reward_zero_std": 0.5,
             "reflection_rate": 0.25,
+            "reflections_per_1k_tokens": 2000 / 21,
             "rewards/accuracy/mean": 0.5,
             "rewards/accuracy/std": math.sqrt(0.5),
             "rewards/format/mean": 0.5,

@@ -45,7 +45,7 @@ def test_each_step_is_one_line_and_one_file(tmp_path: Path) -> None:
     assert completion_files(tmp_path / "out") == ["completions_00001.parquet", "completions_00002.parquet"]
     [row] = rows_of(tmp_path / "out", 2)
     assert (row["step"], row["row_id"], row["completion"]) == (2, 2, "text")
-    assert not {"prompt_length", "zero_std", "reflective"} & row.keys(), "only metrics need them"
+    assert not {"prompt_length", "zero_std", "reflections"} & row.keys(), "only metrics need them"
 
 
 def test_names_that_users_choose_overwrite_nothing(tmp_path: Path) -> None:

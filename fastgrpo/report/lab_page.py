@@ -1,0 +1,92 @@
+"""The aha page: a lab's arms side by side, and what its claims come to."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastgrpo.report import headline, tables
+from fastgrpo.report.arm_charts import arm_charts
+from fastgrpo.report.arm_table import COLUMNS, TEST_COLUMNS, arm_rows, paired_rows
+from fastgrpo.report.arms import ArmRuns, LabRuns, read_lab_runs
+from fastgrpo.report.claims import claims_of, judge
+from fastgrpo.report.examples import Trajectory, pick_trajectories
+from fastgrpo.report.formats import duration
+from fastgrpo.report.page import template
+from fastgrpo.report.plots import PALETTE, Chart, export
+from fastgrpo.report.run_card import run_card
+
+
+def write_lab_report(folder: Path, out: Path | None = None, figures: Path | None = None) -> Path:
+    """Writes the page of a lab.
+
+    Args:
+        folder: the lab's, with the runs made so far.
+        out: the file to write, or a folder to write `report.html` into. Default: the lab's folder.
+        figures: a folder that also gets each chart as SVG and PNG.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: no lab's folder, or none of its runs has begun.
+    """
+    lab = read_lab_runs(folder)
+    page, charts = render_lab(lab)
+    target = out or folder
+    target = target / "report.html" if target.is_dir() else target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8", errors="replace")
+    if figures is not None:
+        export(charts, figures)
+    return target
+
+
+def render_lab(lab: LabRuns) -> tuple[str, list[Chart]]:
+    """The page as HTML that loads nothing else, and its charts."""
+    arms = {arm.name: arm for arm in lab.arms}
+    begun = [arm for arm in lab.arms if arm.runs]
+    charts = arm_charts(begun)
+    notes: list[str] = list(lab.missing)
+    content = {
+        "palette": PALETTE,
+        "title": lab.title,
+        "names": list(arms),
+        "facts": _facts(begun),
+        "judgements": [judge(claim, arms) for claim in claims_of(lab.claims, lab.arms)],
+        "charts": charts,
+        "arms": begun,
+        "columns": COLUMNS,
+        "rows": arm_rows(begun),
+        "test_columns": TEST_COLUMNS,
+        "tests": paired_rows(begun),
+        "trajectories": _trajectories(begun, notes),
+        "differences": _differences(begun),
+        "differing": [arm.name for arm in begun],
+        "cards": {arm.name: run_card(arm.one) for arm in begun if arm.one is not None},
+        "notes": notes,
+    }
+    return template("lab.html.j2").render(content).strip() + "\n", charts
+
+
+def _facts(arms: Sequence[ArmRuns]) -> list[tuple[str, str]]:
+    runs = [run for arm in arms for run in arm.runs.values()]
+    seeds = sorted({seed for arm in arms for seed in arm.runs})
+    wall = sum(run.headline.wall_s or 0.0 for run in runs)
+    shared = [fact for fact in headline.facts(runs) if fact[0] in ("hardware", "date", "commit", "versions")]
+    own = [("arms", str(len(arms))), ("seeds", ", ".join(map(str, seeds))), ("runs", str(len(runs)))]
+    return [*own, ("time of all runs", duration(wall)), *shared]
+
+
+def _trajectories(arms: Sequence[ArmRuns], notes: list[str]) -> dict[str, Trajectory]:
+    """One of each arm's first seed, early and late."""
+    found = {}
+    for arm in arms:
+        if arm.one is not None and arm.one.completion_files:
+            for one in pick_trajectories(arm.one.completion_files, notes, prompts=1):
+                found[f"{arm.name}, seed {next(iter(arm.runs))}"] = one
+    return found
+
+
+def _differences(arms: Sequence[ArmRuns]) -> tables.Rows:
+    """Settings in which the arms' first runs differ."""
+    firsts = [arm.one for arm in arms if arm.one is not None]
+    return tables.differences(firsts, [arm.name for arm in arms])

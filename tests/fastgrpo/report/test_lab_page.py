@@ -1,0 +1,79 @@
+"""The aha page, and what stands in its table."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fastgrpo.cli.main import main
+from fastgrpo.report.arm_table import arm_rows, paired_rows, question_differences, seed_differences
+from fastgrpo.report.arms import read_lab_runs
+
+PLAIN = str.maketrans({"\N{NO-BREAK SPACE}": " ", "\N{MINUS SIGN}": "-"})
+
+
+def test_page_of_a_lab(fake_lab, tmp_path, capsys):
+    claims = [{
+        "says": "Responses grow longer under RL on base",
+        "conditions": [{"arm": "rl_base", "measure": "training/length", "direction": "up"}],
+    }]  # fmt: skip
+    folder = fake_lab({"rl_base": {}, "control": {"accuracy_after": 0.31}}, claims=claims)
+    assert main(["report", str(folder), "--export", str(tmp_path / "figures")]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    page = (folder / "report.html").read_text()
+    for text in (
+        "Responses grow longer under RL on base",
+        "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}3 seeds",
+        "what control is",
+    ):
+        assert text in page
+    assert "<script" not in page
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    charts = ("accuracy", "length", "reflection", "correction", "entropy", "kl")
+    assert names == {f"arms-{name}.{ending}" for name in charts for ending in ("svg", "png")}
+    assert (tmp_path / "figures" / "arms-length.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_lab_under_way_says_what_is_missing(fake_lab):
+    folder = fake_lab({"rl": {}}, seeds=(0, 1))
+    (folder / "rl" / "seed-1" / "summary.json").unlink()
+    content = json.loads((folder / "lab.json").read_text())
+    (folder / "lab.json").write_text(json.dumps({**content, "seeds": [0, 1, 2]}))
+    assert main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert "rl seed 1: not finished" in page
+    assert "rl seed 2: nothing yet" in page
+
+
+def test_a_lab_and_a_run_have_no_common_page(fake_lab, fake_run, capsys):
+    assert main(["report", str(fake_lab({"rl": {}}, seeds=(0,))), str(fake_run())]) == 2
+    assert "which has a page of its own" in capsys.readouterr().err
+
+
+def test_accuracies_with_student_intervals(fake_lab):
+    folder = fake_lab({"rl": {"steps": 5}, "sft": {"steps": 5}})
+    for arm, values in {"rl": (0.5, 0.6, 0.7), "sft": (0.4, 0.45, 0.65)}.items():
+        for seed, value in enumerate(values):
+            (folder / arm / f"seed-{seed}" / "summary.json").write_text(json.dumps({"accuracy_after": value}))
+    rl, sft = read_lab_runs(folder).arms
+    assert arm_rows([rl])[0][3].translate(PLAIN) == "60.0 % ± 24.8"  # 4.303 × 0.1 / √3
+    differences = seed_differences(rl, sft)
+    assert differences.values == pytest.approx((-0.1, -0.15, -0.05))
+    row = [cell.translate(PLAIN) for cell in paired_rows([rl, sft])[0]]
+    # Mean -10.0 points, standard deviation 5, half width 4.303 × 5 / √3 = 12.4; t = -3.464, p = 0.0742.
+    assert row[:5] == ["sft", "-10.0", "-22.4 to +2.4", "0.074", "3"]
+
+
+def test_questions_are_paired_by_row_and_averaged_over_seeds(fake_lab):
+    folder = fake_lab({"a": {"steps": 5}, "b": {"steps": 5}}, seeds=(0, 1))
+    answers = {
+        "a": ({1: True, 2: False, 3: False, 9: True}, {1: True, 2: False, 3: True}),
+        "b": ({1: True, 2: True, 3: False, 8: True}, {1: False, 2: True, 3: True}),
+    }
+    for arm, by_seed in answers.items():
+        for seed, rows in enumerate(by_seed):
+            table = pa.table({"row_id": list(rows), "correct": list(rows.values()), "length": [1] * len(rows)})
+            pq.write_table(table, folder / arm / f"seed-{seed}" / "evals" / "after.parquet")
+    a, b = read_lab_runs(folder).arms
+    assert sorted(question_differences(a, b).values) == [-0.5, 0.0, 1.0]
