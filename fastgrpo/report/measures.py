@@ -149,6 +149,8 @@ MEASURES = {
         Measure("training/entropy", "entropy in training", _logged("entropy"), unit="nats", digits=3),
         Measure("training/kl", "KL from the starting model", _logged("kl"), unit="nats", digits=3),
         Measure("held_out/accuracy", "held-out accuracy", _evaluated("accuracy"), is_share=True),
+        Measure("held_out/accuracy_strict", "held-out accuracy as the reward reads it", _evaluated("accuracy_strict"),
+                is_share=True),
         Measure("held_out/answered_rate", "held-out questions answered in the form", _evaluated("answered_rate"),
                 is_share=True),
         Measure("held_out/answered_accuracy", "held-out accuracy among answered questions",
