@@ -69,7 +69,7 @@ def settings_yaml(config: dict[str, Any]) -> str:
     kept = {
         name: value
         for name, value in config.items()
-        if value is not None
+        if value not in (None, "", [], {})
         and not (name in defaults and value == defaults[name])
         and name not in _OF_THIS_MACHINE
         and not name.startswith("_")

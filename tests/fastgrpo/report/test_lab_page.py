@@ -55,7 +55,8 @@ def test_accuracies_with_student_intervals(fake_lab):
     folder = fake_lab({"rl": {"steps": 5}, "sft": {"steps": 5}})
     for arm, values in {"rl": (0.5, 0.6, 0.7), "sft": (0.4, 0.45, 0.65)}.items():
         for seed, value in enumerate(values):
-            (folder / arm / f"seed-{seed}" / "summary.json").write_text(json.dumps({"accuracy_after": value}))
+            summary = {"accuracy_after": value, "accuracy_strict_after": value}
+            (folder / arm / f"seed-{seed}" / "summary.json").write_text(json.dumps(summary))
     rl, sft = read_lab_runs(folder).arms
     assert arm_rows([rl])[0][3].translate(PLAIN) == "60.0 % ± 24.8"  # 4.303 × 0.1 / √3
     differences = seed_differences(rl, sft)
