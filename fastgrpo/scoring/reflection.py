@@ -23,11 +23,6 @@ REFLECTION = re.compile(
 """Matches each phrase as whole words, in any case: "waiting" is not "wait"."""
 
 
-def is_reflective(text: str) -> bool:
-    """Whether the text holds a reflective phrase."""
-    return REFLECTION.search(text) is not None
-
-
 def count_reflections(text: str) -> int:
     """How many reflective phrases the text holds; overlapping ones count once."""
     return sum(1 for _ in REFLECTION.finditer(text))
