@@ -5,6 +5,8 @@ from pathlib import Path
 
 from fastgrpo.report import headline, tables
 from fastgrpo.report.arm_charts import arm_charts
+from fastgrpo.report.arm_evaluations import COLUMNS as EVALUATION_COLUMNS
+from fastgrpo.report.arm_evaluations import evaluation_rows
 from fastgrpo.report.arm_table import COLUMNS, TEST_COLUMNS, arm_rows, paired_rows
 from fastgrpo.report.arms import ArmRuns, LabRuns, read_lab_runs
 from fastgrpo.report.claims import claims_of, judge
@@ -58,6 +60,8 @@ def render_lab(lab: LabRuns) -> tuple[str, list[Chart]]:
         "rows": arm_rows(begun),
         "test_columns": TEST_COLUMNS,
         "tests": paired_rows(begun),
+        "evaluation_columns": EVALUATION_COLUMNS,
+        "evaluations": evaluation_rows(begun),
         "trajectories": _trajectories(begun, notes),
         "differences": _differences(begun),
         "differing": [arm.name for arm in begun],

@@ -32,12 +32,9 @@ def first_line_of(file: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def test_a_lab_that_was_killed_goes_on_and_an_arm_that_fails_stops_no_other(lab_file, tmp_path, capsys):
-    arms = {
-        "rl": {},
-        "broken": {"settings": {"model_name_or_path": "no/such-model"}},
-        "high": {"axes": {"beta": [0.1]}},
-    }
-    file, lab = lab_file(arms=arms, seeds=[0, 1]), tmp_path / "lab"
+    arms = {"rl": {}, "control": {"settings": {"reward_funcs": ["format"]}}}
+    broken = {"settings": {"model_name_or_path": "no/such-model"}}
+    file, lab = lab_file(arms={**arms, "broken": broken}, seeds=[0, 1]), tmp_path / "lab"
     command = [sys.executable, "-m", "fastgrpo", "lab", str(file), "--jobs", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     first_line_of(lab / "rl" / "seed-0" / "metrics.jsonl", process)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fastgrpo.cli.main import main
+from fastgrpo.report.arm_evaluations import evaluation_rows
 from fastgrpo.report.arm_table import arm_rows, paired_rows, question_differences, seed_differences
 from fastgrpo.report.arms import read_lab_runs
 
@@ -78,3 +79,16 @@ def test_questions_are_paired_by_row_and_averaged_over_seeds(fake_lab):
             pq.write_table(table, folder / arm / f"seed-{seed}" / "evals" / "after.parquet")
     a, b = read_lab_runs(folder).arms
     assert sorted(question_differences(a, b).values) == [-0.5, 0.0, 1.0]
+
+
+def test_evaluations_before_and_after(fake_lab):
+    folder = fake_lab({"rl": {"steps": 5}}, seeds=(0, 1))
+    for place, refused in {"seed-0/evaluations/moss-before": 0.2, "seed-0/evaluations/moss-after": 0.3,
+                           "seed-1/evaluations/moss-after": 0.5}.items():  # fmt: skip
+        evals = folder / "rl" / place / "evals"
+        evals.mkdir(parents=True)
+        (evals / "mossbench.json").write_text(json.dumps({"benign": {"total": {"value": refused}}, "contrast": None}))
+    (row,) = evaluation_rows(read_lab_runs(folder).arms)
+    # Changes 10 and 30 points: mean 20, half width 12.706 × 14.14 / √2 = 127.1.
+    told = ["rl", "moss", "refused of benign questions", "20.0 %", "40.0 %", "+20.0 (-107.1 to +147.1)", "2"]
+    assert [cell.translate(PLAIN) for cell in row] == told
