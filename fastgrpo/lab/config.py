@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.cli.arguments import read_settings, training_settings
+from fastgrpo.cli.arguments import known_settings, read_settings
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.report.claims import read_claim
 
@@ -97,7 +97,7 @@ def _expanded(
     command = given.get("command", "train")
     if command not in COMMANDS:
         raise ValueError(f"{where}: command is {command!r}{did_you_mean(str(command), COMMANDS, ': use train or sft')}")
-    known = training_settings() if command == "train" else ()  # `fastgrpo sft` checks its own
+    known = known_settings(command)
     from_files: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for source, name_of in ((lab, "settings"), (lab, f"{command}_settings"), (given, "settings")):
@@ -145,7 +145,7 @@ def _settings(given: Any, known: Sequence[str], where: str) -> tuple[dict[str, A
 
 def _known(given: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     names = list(names)
-    if names and (unknown := next((name for name in given if name not in names), None)):
+    if unknown := next((name for name in given if name not in names), None):
         raise ValueError(f"{where}: unknown field {unknown}{did_you_mean(str(unknown), names, '')}")
 
 

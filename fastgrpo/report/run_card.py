@@ -10,6 +10,7 @@ from fastgrpo.report.formats import count, duration
 from fastgrpo.report.headline import versions_of
 from fastgrpo.report.run import Run
 from fastgrpo.report.tables import is_secret
+from fastgrpo.sft_config import SFTConfig
 
 _OF_THIS_MACHINE = frozenset({"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank"})
 
@@ -52,8 +53,13 @@ def run_card(run: Run) -> dict[str, Any]:
     return {
         "facts": [(name, str(value)) for name, value in facts.items() if value not in ("", None, "None")],
         "settings": settings_yaml(run.config),
-        "command": "sft" if "train_on_prompt" in run.config else "train",
+        "command": "sft" if is_supervised(run.config) else "train",
     }
+
+
+def is_supervised(config: dict[str, Any]) -> bool:
+    """Whether the settings are those of `fastgrpo sft`."""
+    return "train_on_prompt" in config
 
 
 def _joined(first: Any, *others: tuple[str, Any]) -> str:
@@ -65,7 +71,7 @@ def _joined(first: Any, *others: tuple[str, Any]) -> str:
 
 def settings_yaml(config: dict[str, Any]) -> str:
     """The settings that are no defaults, as `--config` reads them; without secrets and what belongs to the machine."""
-    defaults = {one.name: _default(one) for one in fields(GRPOConfig)}
+    defaults = {one.name: _default(one) for one in fields(SFTConfig if is_supervised(config) else GRPOConfig)}
     kept = {
         name: value
         for name, value in config.items()

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 
-from fastgrpo.cli.arguments import parse
+from fastgrpo.cli.arguments import parse, parse_sft
 from fastgrpo.report.run import read_run
 from fastgrpo.report.run_card import run_card, settings_yaml
 
@@ -24,6 +24,16 @@ def test_the_settings_on_the_card_are_the_runs(tmp_path, tiny_model_dir, sat_fil
     assert script_again == script
     ours, theirs = again.to_dict(), config.to_dict()
     assert {name for name in theirs if theirs[name] != ours[name]} <= {"logging_dir", "run_name"}
+
+
+def test_supervised_settings_are_read_by_their_own_program(tmp_path):
+    flags = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    config, script = parse_sft([*flags, "--learning_rate", "1e-6", "--prompt_mode", "base", "--max_length", "99"])
+    settings = json.loads(json.dumps({**config.to_dict(), **asdict(script)}, default=str))
+    file = tmp_path / "run.yaml"
+    file.write_text(settings_yaml(settings))
+    again, _ = parse_sft(["--config", str(file), "--output_dir", str(tmp_path)])
+    assert (again.learning_rate, again.prompt_mode, again.max_length) == (1e-6, "base", 99)
 
 
 def test_facts_of_a_run(fake_run):
