@@ -34,7 +34,7 @@ HOLE = (2, slice(3, 6))
 """Tokens that a tool wrote: masked out in the middle of a completion."""
 DRAWS = 10
 """Combinations for each loss type and level."""
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"]
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 LEVELS = ["token", "sequence"]
 OPTIONS: dict[str, list[Any]] = {
     "beta": [0.0, 0.04, 0.5],
@@ -48,6 +48,10 @@ OPTIONS: dict[str, list[Any]] = {
     "entropy_coef": [0.0, 0.02],
     "sapo_temperature_pos": [1.0, 2.0],
     "sapo_temperature_neg": [1.05, 0.7],
+    "vespo_k_pos": [2.0, 1.0],
+    "vespo_lambda_pos": [3.0, 1.0],
+    "vespo_k_neg": [3.0, 1.5],
+    "vespo_lambda_neg": [2.0, 0.5],
     "has_old_logprobs": [True, True, False],
     "accumulation_steps": [1, 4],
     "steps_per_generation": [4, 8],
@@ -118,7 +122,7 @@ def draw_inputs() -> dict[str, Tensor]:
         "entropy": noise(*shape).abs(),
         "advantages": torch.tensor([1.2, -0.7, -1.5, 0.4, 0.0, 0.9]),
         "mask": mask,
-        "token_sampling_ratio": ratio,
+        "token_sampling_ratio": ratio.where(mask.bool(), 1.0),  # as where nothing was sampled
         "sequence_sampling_ratio": ratio[:, :1].contiguous(),
     }
 
@@ -136,6 +140,8 @@ def draw_cases() -> list[dict[str, Any]]:
         met = {(case[one], case[other]) for case in cases}
         assert met == set(itertools.product(values[one], values[other])), f"{one} and {other}: raise DRAWS"
     for case in cases:
+        if case["loss_type"] == "vespo" and case["importance_sampling_ratio"] == "sequence":
+            case["importance_sampling_ratio"] = "token"  # the other is refused
         case["epsilon_high"] += case["loss_type"] == "cispo"
     return cases
 
@@ -161,7 +167,8 @@ def record(case: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[dict[str, T
     if case["importance_sampling_ratio"] is not None:
         batch["sampling_per_token_logps"] = inputs["sampling_logprobs"]
         batch["importance_sampling_ratio"] = inputs[f"{case['importance_sampling_ratio']}_sampling_ratio"]
-        scale = scale * batch["importance_sampling_ratio"]
+        if case["loss_type"] != "vespo":  # whose weights take it in
+            scale = scale * batch["importance_sampling_ratio"]
     loss = trainer._compute_loss(None, batch)
     loss.backward()
     outputs = {

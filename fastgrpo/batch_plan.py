@@ -40,17 +40,7 @@ class BatchPlan:
                 drawn,
                 self.num_generations,
             )
-        if self.micro_batches_per_rollout % self.accumulation:
-            raise ValueError(
-                f"steps_per_generation={self.micro_batches_per_rollout} is not a multiple of "
-                f"gradient_accumulation_steps={self.accumulation}. Make it one."
-            )
-        if self.prompts_per_rollout % self.slices_per_rollout:
-            raise ValueError(
-                f"{self.prompts_per_rollout} prompts a rollout cannot be shared evenly by {self.slices_per_rollout} "
-                "optimizer steps. Make per_device_train_batch_size × gradient_accumulation_steps a multiple of "
-                "num_generations, or pass --batch_unit prompts."
-            )
+        assert self.micro_batches_per_rollout % self.accumulation == 0, "see whole_steps"
 
     @property
     def prompts_per_rollout(self) -> int:
@@ -66,3 +56,15 @@ class BatchPlan:
     def updates_per_rollout(self) -> int:
         """Optimizer steps between two rollouts."""
         return self.slices_per_rollout * self.num_iterations
+
+
+def whole_steps(micro_batches: int, accumulation: int, completions: int, num_generations: int) -> int:
+    """The least number of micro-batches from `micro_batches` on that makes whole optimizer steps and whole groups.
+
+    Where `micro_batches` of so many completions are no whole groups already, whole steps alone: `BatchPlan` says so.
+    """
+    steps = -(-micro_batches // accumulation)
+    if micro_batches * completions % num_generations == 0:
+        while steps * accumulation * completions % num_generations:
+            steps += 1
+    return steps * accumulation

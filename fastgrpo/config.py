@@ -1,18 +1,26 @@
 """`GRPOConfig`: the settings of a run plus those of GRPO, under the names TRL 1.16 gives them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from fastgrpo.batch_plan import BatchPlan
+from transformers.utils import logging
+
+from fastgrpo.batch_plan import BatchPlan, whole_steps
 from fastgrpo.limits import option
-from fastgrpo.run_config import RunConfig
+from fastgrpo.objective_settings import LOSS_TYPES, ObjectiveSettings
+from fastgrpo.run_config import RunConfig, parsed
 from fastgrpo.trl_fields import TRLFields
 
-LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+__all__ = ["LOSS_TYPES", "GRPOConfig"]
+
+logger = logging.get_logger(__name__)
+
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+"""What `generation_kwargs` may hold."""
 
 
 @dataclass
-class GRPOConfig(TRLFields, RunConfig):
+class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
     """Settings of a GRPO run. Counts, lengths and batch sizes are in completions and tokens unless said otherwise.
 
     Raises:
@@ -42,7 +50,9 @@ class GRPOConfig(TRLFields, RunConfig):
     )
     generation_batch_size: int | None = option(None, "Completions drawn at once over all ranks.", at_least=1)
     steps_per_generation: int | None = option(
-        None, "Micro-batches per rollout; gradient_accumulation_steps if unset, else a multiple of it.", at_least=1
+        None,
+        "Micro-batches per rollout; gradient_accumulation_steps if unset, else rounded up to a multiple.",
+        at_least=1,
     )
     num_iterations: int = option(1, "Times each rollout is trained on.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature.", above=0)
@@ -52,55 +62,51 @@ class GRPOConfig(TRLFields, RunConfig):
         None, "Drop tokens less likely than min_p times the likeliest; None is off.", at_least=0, at_most=1
     )
     repetition_penalty: float = option(1.0, "Above 1 discourages tokens already in the text.", above=0)
-
-    # Objective
-    loss_type: str = option(
-        "dapo", "How token losses are aggregated: " + ", ".join(LOSS_TYPES) + ".", choices=LOSS_TYPES
-    )
-    beta: float = option(0.0, "Weight of the KL term; at 0 no reference model is kept.", at_least=0)
-    sync_ref_model: bool = option(False, "Draw the reference model after the policy (TR-DPO).")
-    ref_model_on_cpu: bool = option(
-        False, "Keep the reference model's weights on the host and run it there: frees its GPU memory, and is slow."
-    )
-    ref_model_mixup_alpha: float = option(
-        0.6, "Share of the policy in the reference at each such update.", above=0, at_most=1
-    )
-    ref_model_sync_steps: int = option(512, "Optimizer steps between them.", at_least=1)
-    epsilon: float = option(0.2, "Lower clipping range of the probability ratio.", at_least=0)
-    epsilon_high: float | None = option(None, "Upper clipping range; epsilon if unset.", at_least=0)
-    delta: float | None = option(None, "Upper bound of the unclipped ratio (two-sided clipping).", above=0)
-    importance_sampling_level: Literal["token", "sequence"] = option(
-        "token", "Ratio per token, or sequence (GSPO).", choices=("token", "sequence")
-    )
-    use_bias_correction_kl: bool = option(True, "Multiply the KL estimate by the probability ratio.")
-    sapo_temperature_neg: float = option(1.05, "SAPO's temperature for negative advantages.", above=0)
-    sapo_temperature_pos: float = option(1.0, "SAPO's temperature for positive advantages.", above=0)
-    mask_truncated_completions: bool = option(False, "Leave completions cut at max_completion_length out of the loss.")
-    reward_weights: list[float] | None = option(None, "One weight per reward function; all 1 if unset.")
-    nan_rewards: str = option(
-        "raise", "A reward that is not finite ends the run, or is taken for None.", choices=("raise", "abstain")
-    )
-    scale_rewards: str = option(
-        "group",
-        "Divide advantages by the deviation of rewards in the group, batch, or none.",
-        choices=("group", "batch", "none"),
+    generation_kwargs: dict[str, Any] | str | None = option(
+        None, "Sampling settings that override those above in rollouts (JSON): " + ", ".join(GENERATION_KEYS) + "."
     )
 
     # Logging
     log_completions: bool = option(True, "Write every completion to output_dir/completions (parquet).")
     log_multimodal: bool = option(True, "Keep a thumbnail of each prompt's pictures in that log.")
     num_completions_to_print: int | None = option(None, "Completions to print at each log; none if unset.", at_least=0)
+    log_unique_prompts: bool = option(False, "Print one completion of each prompt.")
+    log_completions_hub_repo: str | None = option(
+        None, "A dataset repository on the hub that the completions log is uploaded to every two minutes."
+    )
 
     def __post_init__(self) -> None:
         self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)
         if self.load_best_model_at_end and self.metric_for_best_model in (None, "loss"):
             self.metric_for_best_model: str = "reward"
             self.greater_is_better: bool = True
+        self.refuse_unsupported()
+        self.tell_of_mapped()  # before transformers rewrites them
+        self.include_num_input_tokens_seen = "no"  # transformers would look for them in our prompts
         super().__post_init__()
-        self.check_trl_fields()
-        for name in ("sync_ref_model", "ref_model_on_cpu"):
-            if getattr(self, name) and self.beta == 0:
-                raise ValueError(f"{name}=True, but with beta=0.0 there is no reference: set beta above 0.")
+        self.check_objective()
+        _ = self.generation_settings  # raises when it cannot be read
+        if self.log_completions_hub_repo is not None and not self.log_completions:
+            raise ValueError("log_completions_hub_repo is set, but log_completions is off: turn it on, or unset it.")
+        drawn = self.batch_plan.micro_batches_per_rollout
+        if self.steps_per_generation is not None and drawn != self.steps_per_generation:
+            logger.warning(
+                f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}: {drawn} micro-batches are drawn at a time."
+            )
+
+    # transformers reads these fields from JSON when they come from the command line.
+    _VALID_DICT_FIELDS = (*RunConfig._VALID_DICT_FIELDS, "generation_kwargs")
+
+    @property
+    def generation_settings(self) -> dict[str, Any]:
+        """`generation_kwargs` as parsed."""
+        settings = parsed("generation_kwargs", self.generation_kwargs)
+        if unknown := sorted(settings.keys() - set(GENERATION_KEYS)):
+            raise ValueError(
+                f"generation_kwargs: the sampler has no {', '.join(unknown)}: use {', '.join(GENERATION_KEYS)}."
+            )
+        return settings
 
     @property
     def batch_plan(self) -> BatchPlan:
@@ -116,11 +122,12 @@ class GRPOConfig(TRLFields, RunConfig):
             )
         else:
             micro_batches = self.generation_batch_size // per_micro_batch
+        sizes = self.gradient_accumulation_steps, completions, self.num_generations
         return BatchPlan(
             num_generations=self.num_generations,
             completions_per_micro_batch=completions,
             accumulation=self.gradient_accumulation_steps,
-            micro_batches_per_rollout=micro_batches,
+            micro_batches_per_rollout=whole_steps(micro_batches, *sizes),
             num_iterations=self.num_iterations,
         )
 
@@ -128,6 +135,11 @@ class GRPOConfig(TRLFields, RunConfig):
     def needs_reference(self) -> bool:
         """Whether a frozen model's log-probs enter the loss."""
         return self.beta > 0
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether an update needs every token's entropy before its gradients."""
+        return self.top_entropy_quantile < 1
 
     @property
     def longest(self) -> tuple[int | None, int]:

@@ -153,6 +153,11 @@ class RunConfig(TrainingArguments):
         return False
 
     @property
+    def needs_entropies(self) -> bool:
+        """Whether an update needs every token's entropy before its gradients."""
+        return False
+
+    @property
     def longest(self) -> tuple[int | None, int]:
         """Most tokens of a prompt (None: not bounded) and of its completion."""
         raise NotImplementedError
@@ -160,12 +165,12 @@ class RunConfig(TrainingArguments):
     @property
     def model_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs` as parsed."""
-        return _parsed("model_init_kwargs", self.model_init_kwargs)
+        return parsed("model_init_kwargs", self.model_init_kwargs)
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """`chat_template_kwargs` as parsed."""
-        return _parsed("chat_template_kwargs", self.chat_template_kwargs)
+        return parsed("chat_template_kwargs", self.chat_template_kwargs)
 
     @property
     def profiled_steps(self) -> tuple[int, int] | None:
@@ -244,7 +249,8 @@ def lacking_for_liger(use_cpu: bool) -> str | None:
     return "its kernels need a CUDA device" if use_cpu or not torch.cuda.is_available() else None
 
 
-def _parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+def parsed(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A setting of keyword arguments, whether given as an object or left out."""
     if value is None or isinstance(value, dict):
         return value or {}
     raise ValueError(f"{name}={value!r} is not valid: use a JSON object such as '{{\"a\": 1}}'.")

@@ -21,10 +21,23 @@ class SamplingMismatch(NamedTuple):
     difference_sum: Tensor
     """Σ |log π − log of the sampling distribution|."""
     difference_max: Tensor
+    ratio_count: Tensor
+    """How many ratios there are: one per token or, where the loss is corrected by them so, one per sequence."""
     ratio_sum: Tensor
-    """Σ exp(log π − log of the sampling distribution)."""
+    """Σ exp(log π − log of the sampling distribution), or of the ratios that correct the loss."""
     ratio_min: Tensor
     ratio_max: Tensor
+
+
+class ObjectiveTerms(NamedTuple):
+    """What terms of the objective came to that not every run has; scalars."""
+
+    sequence_count: Tensor
+    """Completions with a counted token."""
+    vespo_sum: Tensor
+    """Σ of VESPO's weights over them; 0 in other losses."""
+    bonus_sum: Tensor
+    """The entropy bonus that the loss was lowered by."""
 
 
 class RowError(ValueError):
@@ -143,6 +156,11 @@ class TrainingGroup:
     """G tensors [C] bool: the tokens that count, in the loss and in the metrics."""
     old_logprobs: tuple[Tensor, ...] | None = None
     """G tensors [C] float32: π_old, or None for "the current policy's, detached" (one update per rollout)."""
+    policy_scale: tuple[Tensor, ...] | None = None
+    """G tensors [C] float32: multiplies the surrogate, not the KL term; None: 1."""
+    entropy_weights: tuple[Tensor, ...] | None = None
+    """G tensors [C] float32: the loss is lowered by their product with the tokens' entropies. Where they are given,
+    every completion takes part in the update, whatever its advantage."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +192,8 @@ class UpdateResult:
     metrics: LossMetrics
     """Sums over this rank's tokens."""
     mismatch: SamplingMismatch
-    """The policy's log-probs against those the tokens were drawn with."""
+    """The log-probs of the policy that drew the tokens, as the update computes them, against the sampler's."""
+    terms: ObjectiveTerms
 
 
 class Engine(Protocol):
@@ -202,6 +221,10 @@ class Updater(Protocol):
 
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """Per group, G tensors [C] float32: the current policy's log-probs, without gradient (π_old)."""
+        ...
+
+    def entropies(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
+        """Per group, G tensors [C] float32: the current policy's entropies, without gradient."""
         ...
 
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:

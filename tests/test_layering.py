@@ -16,6 +16,8 @@ ORDER = [
     "fastgrpo_kernels",
     "fastgrpo_profiling",
     "fastgrpo.limits",
+    "fastgrpo.objective_settings",
+    "fastgrpo.trl_settings",
     "fastgrpo.trl_fields",
     "fastgrpo.batch_plan",
     "fastgrpo.run_config",

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.cli.options import Parser
+from fastgrpo.trl_settings import trl_settings
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,14 @@ OPTIONAL = {
 
 def run(argv: Sequence[str]) -> None:
     """Prints the table."""
-    Parser(prog="fastgrpo doctor", description="What is installed, and what each missing part costs.").parse_args(argv)
+    parser = Parser(prog="fastgrpo doctor", description="What is installed, and what each missing part costs.")
+    parser.add_argument("--trl", action="store_true", help="what becomes of every setting of TRL's GRPOConfig instead")
+    if parser.parse_args(argv).trl:
+        table = Table("setting of TRL", "here", "what is to know")
+        for setting in trl_settings():
+            table.add_row(setting.name, setting.status, setting.note)
+        Console().print(table)
+        return
     table = Table("part", "found", "what follows")
     for finding in examine():
         table.add_row(finding.part, finding.found, finding.consequence)

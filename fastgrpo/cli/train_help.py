@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from fastgrpo.cli.script_arguments import MAPPED, ScriptArguments, SFTArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.sft_config import SFTConfig
-from fastgrpo.trl_fields import IGNORED, NOT_YET
+from fastgrpo.trl_fields import FOREIGN
 
 HELP_WIDTH = 120
 
@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("min_pixels", "max_pixels", "prompt_mode", "prompt_template", "chat_template_kwargs", "max_prompt_length"),
         "shuffle_dataset",
     ),
-    "Rewards": ("reward_funcs", "reward_weights", "scale_rewards"),
+    "Rewards": ("reward_funcs", "reward_weights", "scale_rewards", "multi_objective_aggregation"),
     "Batches and steps": (
         *("per_device_train_batch_size", "batch_unit", "gradient_accumulation_steps", "generation_batch_size"),
         *("steps_per_generation", "num_iterations", "num_train_epochs", "max_steps", "learning_rate"),
@@ -54,11 +54,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Rollouts": (
         *("num_generations", "num_generations_eval", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
-        "repetition_penalty",
+        *("repetition_penalty", "generation_kwargs"),
     ),
     "Objective": (
         *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
         *("use_bias_correction_kl", "mask_truncated_completions", "sapo_temperature_neg", "sapo_temperature_pos"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "off_policy_mask_threshold"),
+        *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "entropy_target", "entropy_coef_delta"),
+        *("entropy_coef_min", "entropy_coef_max", "use_vllm"),
         *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "ref_model_on_cpu"),
     ),
     "Machine": (
@@ -129,18 +132,17 @@ def help_groups(every_flag: bool, page: Page = TRAIN) -> dict[str, list[Field[An
     """Title → the fields behind its flags, in the order of the page."""
     known = {field.name: field for record in page.records for field in fields(record)}
     of_transformers = {field.name for field in fields(TrainingArguments)}
-    without_effect = {name for name, field in known.items() if field.metadata.get("help") in (IGNORED, NOT_YET)}
-    without_effect |= known.keys() & MAPPED.keys()
+    foreign = known.keys() & (FOREIGN | MAPPED.keys())
     groups = {title: [known[name] for name in names if name in known] for title, names in GROUPS.items()}
     grouped = {name for names in GROUPS.values() for name in names}
 
     def rest(names: Iterable[str]) -> list[Field[Any]]:
         return [field for name, field in known.items() if name in names and name not in grouped]
 
-    groups[FURTHER] = rest(known.keys() - of_transformers - without_effect)
+    groups[FURTHER] = rest(known.keys() - of_transformers - foreign)
     if every_flag:
         groups["transformers' Trainer"] = rest(of_transformers)
-        groups["TRL's, mapped, without effect or not supported yet"] = rest(without_effect)
+        groups["TRL's, mapped to something else or refused"] = rest(foreign)
     return {title: found for title, found in groups.items() if found}
 
 

@@ -1,23 +1,26 @@
 """The update in plain torch and transformers: one padded batch, full-vocabulary logits."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from fastgrpo_kernels import LossParams, grpo_loss, logprob_from_logits
+from fastgrpo_kernels import LossParams, logprob_from_logits
 from fastgrpo_profiling import span
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from fastgrpo.model.families import is_multimodal, mrope_sections, unwrap
+from fastgrpo.model.float32_head import head_in_float32
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.types import Completion, Prompt, TrainingGroup, UpdateResult
-from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference, update_result
+from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference
+from fastgrpo.update.micro_loss import Scaling, micro_loss, update_result
 from fastgrpo.update.packed_forward import dummy_image_prompt
 from fastgrpo.update.packing import ONE_TOKEN
-from fastgrpo.update.sums import sampling_mismatch
 
 NO_COMPLETION = Completion(-1, 0, torch.zeros(0, dtype=torch.int64), "", "abort", torch.zeros(0), torch.zeros(0))
 
@@ -37,6 +40,8 @@ class PlainUpdater:
         temperature: float = 1.0,
         reference_model: PreTrainedModel | None = None,
         accelerator: Accelerator | None = None,
+        scaling: Scaling | None = None,
+        float32_head: bool = False,
     ) -> None:
         self.model = model
         """Called for the forward pass; the trainer puts the DDP- or autocast-wrapped module here."""
@@ -44,17 +49,27 @@ class PlainUpdater:
         self.micro_batch_size = micro_batch_size
         self.temperature = temperature
         self.reference_model = reference_model
+        self.scaling = scaling or Scaling()
+        self.float32_head = float32_head
         self.accumulation = GradientAccumulation(accelerator)
         # Ranks wait for each other's vision gradients, even in batches without pictures.
         self._dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
-    @torch.no_grad()
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """See `Updater.logprobs`."""
+        return self._without_gradient(groups, 0)
+
+    def entropies(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
+        """See `Updater.entropies`."""
+        return self._without_gradient(groups, 1)
+
+    @torch.no_grad()
+    def _without_gradient(self, groups: Sequence[TrainingGroup], which: int) -> list[tuple[Tensor, ...]]:
+        """Per group, G tensors [C] float32: of the forward pass's results, that one."""
         pieces: list[Tensor] = []
         for batch in self._micro_batches(groups):
             # Not through DDP, whose forward broadcasts buffers.
-            flat = self._forward(unwrap(self.model), batch)[0]
+            flat = self._forward(unwrap(self.model), batch)[which]
             pieces += flat.split([len(c.token_ids) for _, c in batch])
         by_group = iter(pieces)
         return [tuple(next(by_group) for _ in group.completions) for group in groups]
@@ -71,14 +86,9 @@ class PlainUpdater:
                     ref_logprobs = self._reference_logprobs(batch)
                 with span("update/forward"):
                     logprobs, entropy = self._forward(self.model, batch)
-                    output = grpo_loss(
-                        logprobs, params=self.loss_params, ref_logprobs=ref_logprobs, entropy=entropy.detach(), **fields
-                    )
+                    outputs.append(micro_loss(logprobs, entropy, fields, self.loss_params, self.scaling, ref_logprobs))
                 with span("update/backward"):
-                    self.accumulation.backward(self.model, output.loss)
-            with span("update/metrics"):
-                drawn = _joined([completion.sampling_logprobs for _, completion in batch]).to(self._device)
-                outputs.append((output, sampling_mismatch(logprobs, drawn, fields["mask"])))
+                    self.accumulation.backward(self.model, outputs[-1].loss)
         if batches:
             self.accumulation.step(self.model)
         return update_result(outputs, self._device)
@@ -103,14 +113,15 @@ class PlainUpdater:
         position_ids = torch.nn.utils.rnn.pad_sequence([p.T for p in positions], batch_first=True)  # [B, L, 3]
         position_ids = position_ids.permute(2, 0, 1).to(device)  # [3, B, L]
         kept = input_ids.shape[1] - first
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids if mrope_sections(model) else position_ids[0],
-            **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
-            use_cache=False,
-            logits_to_keep=kept,
-        ).logits  # [B, kept, V]
+        with head_in_float32(unwrap(model)) if self.float32_head else nullcontext():
+            logits = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids if mrope_sections(model) else position_ids[0],
+                **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
+                use_cache=False,
+                logits_to_keep=kept,
+            ).logits  # [B, kept, V]
         # The logits at position i predict token i + 1: a completion is read from its prompt's last position on.
         rows = torch.cat(
             [
@@ -135,20 +146,40 @@ class PlainUpdater:
         return next(self.model.parameters()).device
 
 
-def _loss_inputs(groups: Sequence[TrainingGroup], chosen: slice, device: torch.device) -> dict[str, Any]:
-    """Arguments of `grpo_loss` for a slice of the groups' flattened completions."""
-    weights = [w for group in groups for w in group.token_weights][chosen]
-    masks = [m for group in groups for m in group.masks][chosen]
-    advantages = _joined([group.advantages for group in groups])[chosen]
-    old = [o for group in groups for o in group.old_logprobs or ()][chosen]
-    lengths = torch.tensor([0, *map(len, weights)])
-    return {
-        "advantages": advantages.to(device),
-        "weights": _joined(weights).to(device),
-        "mask": _joined(masks).bool().to(device),
-        "cu_seqlens": lengths.cumsum(0).to(device),
-        "old_logprobs": torch.cat(old).to(device) if old else None,
-    }
+@dataclass(frozen=True)
+class PaddedInputs:
+    """`LossInputs` of a slice of the groups' flattened completions."""
+
+    advantages: Tensor
+    weights: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    sampling_logprobs: Tensor
+    old_logprobs: Tensor | None
+    policy_scale: Tensor | None
+    entropy_weights: Tensor | None
+
+
+def _loss_inputs(groups: Sequence[TrainingGroup], chosen: slice, device: torch.device) -> PaddedInputs:
+    def flat(name: str) -> list[Tensor]:
+        return [piece for group in groups for piece in getattr(group, name) or ()][chosen]
+
+    def optional(name: str) -> Tensor | None:
+        pieces = flat(name)
+        return torch.cat(pieces).to(device) if pieces else None
+
+    completions = [completion for group in groups for completion in group.completions][chosen]
+    lengths = torch.tensor([0, *(len(completion.token_ids) for completion in completions)])
+    return PaddedInputs(
+        advantages=_joined([group.advantages for group in groups])[chosen].to(device),
+        weights=_joined(flat("token_weights")).to(device),
+        mask=_joined(flat("masks")).bool().to(device),
+        cu_seqlens=lengths.cumsum(0).to(device),
+        sampling_logprobs=_joined([completion.sampling_logprobs for completion in completions]).to(device),
+        old_logprobs=optional("old_logprobs"),
+        policy_scale=optional("policy_scale"),
+        entropy_weights=optional("entropy_weights"),
+    )
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -92,7 +92,7 @@ def update_of(model: nn.Module, config: RunConfig) -> Update:
     in_tower = [name for name in training if "visual." in name and "merger" not in name]
     return Update(
         reference_pass=config.needs_reference,
-        old_logprobs_pass=config.batch_plan.updates_per_rollout > 1,
+        old_logprobs_pass=config.batch_plan.updates_per_rollout > 1 or config.needs_entropies,
         text_trains=any("visual." not in name for name in trained),
         vision_trains=any("lora_" not in name for name in in_tower),
         vision_adapts=any("lora_" in name for name in in_tower),

@@ -39,7 +39,8 @@ def needs_checkpointing(model: Any, config: RunConfig, memory: float | None = No
         return True
     wanted, room = sum(step_bytes(shape, step_setting(model, config)).values()), USABLE * memory
     answer = "on" if wanted > room else "off"
-    logger.info(
+    # TRL's default is on: who comes from there should know.
+    (logger.info if wanted > room else logger.warning)(
         f"gradient_checkpointing=auto: {answer}; without it a step takes {wanted / 1e9:.0f} GB of {room / 1e9:.0f}."
     )
     return wanted > room

@@ -7,19 +7,23 @@ import torch
 from accelerate import Accelerator
 from fastgrpo_kernels import LossMetrics
 
+from fastgrpo.objective_settings import ObjectiveSettings
 from fastgrpo.training.completion_records import CompletionRecord
-from fastgrpo.types import SamplingMismatch, UpdateResult
+from fastgrpo.types import ObjectiveTerms, SamplingMismatch, UpdateResult
 from fastgrpo.update.sums import combine
 
 
-def update_metrics(result: UpdateResult, beta: float, accelerator: Accelerator) -> dict[str, float]:
+def update_metrics(result: UpdateResult, config: ObjectiveSettings, accelerator: Accelerator) -> dict[str, float]:
     """The metrics of an update over all ranks; of one that trained on nothing, the loss alone."""
-    local = torch.stack([value.float() for value in (result.loss, *result.metrics, *result.mismatch)])
+    local = torch.stack([value.float() for value in (result.loss, *result.metrics, *result.mismatch, *result.terms)])
     ranks = accelerator.gather(local[None]).cpu()  # [ranks, fields]
     loss = ranks[:, 0].sum().item()
-    split = 1 + len(LossMetrics._fields)
-    sums = combine([LossMetrics(*row[1:split]) for row in ranks])
-    mismatch = combine([SamplingMismatch(*row[split:]) for row in ranks])
+    parts = [
+        row[1:].split([len(kind._fields) for kind in (LossMetrics, SamplingMismatch, ObjectiveTerms)]) for row in ranks
+    ]
+    sums = combine([LossMetrics(*part[0]) for part in parts])
+    mismatch = combine([SamplingMismatch(*part[1]) for part in parts])
+    terms = combine([ObjectiveTerms(*part[2]) for part in parts])
     if sums.token_count == 0:
         return {"loss": loss}
     tokens = sums.token_count.item()
@@ -35,11 +39,15 @@ def update_metrics(result: UpdateResult, beta: float, accelerator: Accelerator) 
         "sampling/sampling_logp_difference/mean": mismatch.difference_sum.item() / tokens,
         "sampling/sampling_logp_difference/max": mismatch.difference_max.item(),
         "sampling/importance_sampling_ratio/min": mismatch.ratio_min.item(),
-        "sampling/importance_sampling_ratio/mean": mismatch.ratio_sum.item() / tokens,
+        "sampling/importance_sampling_ratio/mean": mismatch.ratio_sum.item() / max(mismatch.ratio_count.item(), 1.0),
         "sampling/importance_sampling_ratio/max": mismatch.ratio_max.item(),
     }
-    if beta > 0:
+    if config.beta > 0:
         metrics["kl"] = sums.kl_sum.item() / tokens
+    if config.loss_type == "cispo":  # TRL's name of it there
+        metrics["cispo_clip_ratio"] = metrics["clip_ratio/high_mean"]
+    if config.loss_type == "vespo":
+        metrics["vespo/phi_seq_mean"] = terms.vespo_sum.item() / terms.sequence_count.item()
     # A loss that is not finite is told, not hidden.
     return {name: value for name, value in metrics.items() if name == "loss" or math.isfinite(value)}
 

@@ -93,6 +93,8 @@ class ProgressDisplay(TrainerCallback):
 
     def print_completions(self, records: Sequence[CompletionRecord]) -> None:
         """Prints a rollout's first completions (`num_completions_to_print`)."""
+        if self.config.log_unique_prompts:
+            records = list({record.row_id: record for record in reversed(records)}.values())[::-1]
         for one in records[: self.config.num_completions_to_print or 0]:
             self.console.print(Rule(f"row {one.row_id} · reward {one.reward} · advantage {one.advantage:.2f}"))
             self.console.print(Text(one.prompt, style="dim"), Text(one.completion))

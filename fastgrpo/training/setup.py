@@ -15,6 +15,8 @@ from fastgrpo.data.examples import ExampleBuilder, ExampleCollator
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.row_dataset import RowDataset, as_rows
 from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
+from fastgrpo.model.families import unwrap
+from fastgrpo.model.float32_head import require_plain_head
 from fastgrpo.model.load import Processing, load_config, load_policy, load_processing, processing_from
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
@@ -29,7 +31,7 @@ from fastgrpo.sft_config import SFTConfig
 from fastgrpo.training.deepspeed_settings import take_whole_steps
 from fastgrpo.training.memory import needs_checkpointing
 from fastgrpo.types import Engine, RowError, SamplingParams, Updater
-from fastgrpo.update.objective import loss_params
+from fastgrpo.update.objective import loss_params, scaling
 from fastgrpo.update.supervised import SupervisedUpdater
 from fastgrpo.update.updater import PackedUpdater
 
@@ -37,16 +39,27 @@ logger = logging.getLogger(__name__)
 
 
 def sampling_params(config: GRPOConfig) -> SamplingParams:
-    """How a run draws its completions."""
-    return SamplingParams(
-        max_new_tokens=config.max_completion_length,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p or 0.0,
-        repetition_penalty=config.repetition_penalty,
-        seed=config.seed,
-    )
+    """How a run draws its completions; `generation_kwargs` go before the settings of the same name."""
+    given = {
+        "max_new_tokens": config.max_completion_length,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "min_p": config.min_p,
+        "repetition_penalty": config.repetition_penalty,
+    } | config.generation_settings
+    return SamplingParams(**{**given, "min_p": given["min_p"] or 0.0}, seed=config.seed)
+
+
+def tell_of_lost_balance(config: GRPOConfig, model: PreTrainedModel) -> None:
+    """Warns where TRL would add a mixture of experts' load-balancing loss."""
+    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+    if config.router_aux_loss_coef is None and declared:
+        logger.warning(
+            "The model declares router_aux_loss_coef=%s: no load-balancing loss is added here, as TRL does. Set "
+            "router_aux_loss_coef to 0 to read this no more.",
+            declared,
+        )
 
 
 def settle(config: RunConfig, model: PreTrainedModel) -> None:
@@ -178,6 +191,8 @@ def build_loader(
         num_workers=config.dataloader_num_workers or 0,
         prefetch_factor=config.dataloader_prefetch_factor,
         persistent_workers=config.dataloader_persistent_workers,
+        multiprocessing_context=config.dataloader_multiprocessing_context,
+        in_order=config.dataloader_in_order,
     )
 
 
@@ -240,7 +255,11 @@ def build_updater(
         "temperature": config.temperature,
         "reference_model": reference_model,
         "accelerator": accelerator,
+        "scaling": scaling(config),
+        "float32_head": config.cast_lm_head_to_fp32,
     }
+    if config.cast_lm_head_to_fp32:
+        require_plain_head(unwrap(model))
     if config.engine == "fast":
         try:
             return PackedUpdater(

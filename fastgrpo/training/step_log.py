@@ -111,11 +111,14 @@ class StepLog:
         if self.config.log_completions:
             self.files.completions(state.global_step + 1, records)
 
-    def update(self, groups: Sequence[TrainingGroup], result: UpdateResult, state: TrainerState) -> bool:
-        """The step's update; returns whether any rank trained on anything. All ranks call it together."""
+    def update(
+        self, groups: Sequence[TrainingGroup], result: UpdateResult, state: TrainerState, more: Mapping[str, float]
+    ) -> bool:
+        """The step's update, with further metrics; returns whether any rank trained on anything. All ranks call it
+        together."""
         self.figures.trains_on(trained_part(groups, self.config.beta))
-        metrics = update_metrics(result, self.config.beta, self.accelerator)
-        self._step |= metrics
+        metrics = update_metrics(result, self.config, self.accelerator)
+        self._step |= {**metrics, **more}
         self._step |= {"num_tokens": float(state.num_input_tokens_seen), "skipped_rows": float(self.skipped_rows)}
         return metrics.keys() != {"loss"}
 

@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptCollator
 from fastgrpo.data.row_dataset import warn_of_shared_rows
-from fastgrpo.scoring.advantages import Advantages, group_advantages, nan_std
+from fastgrpo.scoring.advantages import Advantages, group_advantages
 from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, score
+from fastgrpo.training.checkpoints import load_state
 from fastgrpo.training.completion_records import distinct_names
+from fastgrpo.training.completions_upload import CompletionsUpload
 from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
 from fastgrpo.training.memory import memory_to_come
@@ -39,9 +41,11 @@ from fastgrpo.training.setup import (
     resolve_rows,
     sampling_params,
     settle,
+    tell_of_lost_balance,
 )
 from fastgrpo.training.step_log import StepLog
 from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup
+from fastgrpo.update.entropy import EntropyControl
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.update.plan import plan_updates, token_masks
 
@@ -100,6 +104,7 @@ class GRPOTrainer(RunTrainer):
             warn_of_shared_rows(rows, eval_dataset)
         self.reference_model = copy_reference(model, self.config)
         settle(self.config, model)
+        tell_of_lost_balance(self.config, model)
 
         super().__init__(
             model=model,
@@ -110,6 +115,8 @@ class GRPOTrainer(RunTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.config.log_completions_hub_repo is not None:
+            self.add_callback(CompletionsUpload(Path(self.config.output_dir) / "completions", self.config))
         if self.reference_model is not None:
             self.reference_model = place_reference(self.reference_model, self.config, self.accelerator)
             if self.config.sync_ref_model:
@@ -127,6 +134,7 @@ class GRPOTrainer(RunTrainer):
         self.reward_names = distinct_names(self.reward_functions)
         figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
         self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, self.display)
+        self.entropy = EntropyControl(self.config, self.accelerator)
         self.updates: list[list[TrainingGroup]] = []
         """The optimizer steps still to take on the last rollout."""
 
@@ -169,11 +177,14 @@ class GRPOTrainer(RunTrainer):
         """Group-relative advantages."""
         with span("advantages"):
             rewards = torch.cat([torch.zeros(0, len(self.reward_functions)), *(r.rewards for r in rollouts)])
-            size, scale, batch_std = self.config.num_generations, self.config.scale_rewards, None
-            if scale == "batch":
-                mine = group_advantages(rewards, size, self.reward_weights, "none").rewards
-                batch_std = nan_std(torch.tensor(gather_object(mine.tolist()), dtype=torch.float64))
-            return group_advantages(rewards, size, self.reward_weights, scale, batch_std=batch_std)
+            return group_advantages(
+                rewards,
+                self.config.num_generations,
+                self.reward_weights,
+                self.config.scale_rewards,
+                aggregation=self.config.multi_objective_aggregation,
+                gather=lambda values: torch.tensor(gather_object(values.tolist()), dtype=torch.float64),
+            )
 
     def plan_updates(self, rollouts: Sequence[ScoredRollout], advantages: Advantages) -> list[list[TrainingGroup]]:
         """The optimizer steps to take on a rollout."""
@@ -202,9 +213,11 @@ class GRPOTrainer(RunTrainer):
 
     def update(self, groups: list[TrainingGroup]) -> Tensor:
         """Accumulates the gradients of one optimizer step; the loss."""
+        with span("update/entropy"):
+            groups = self.entropy.prepare(groups, self.updater)
         result = self.updater.accumulate(groups)
         with span("update/metrics"):
-            self.has_gradients = self.step_log.update(groups, result, self.state)
+            self.has_gradients = self.step_log.update(groups, result, self.state, self.entropy.finish(result))
         return result.loss * self.accelerator.num_processes  # transformers logs the mean over ranks
 
     # What is written down
@@ -217,8 +230,9 @@ class GRPOTrainer(RunTrainer):
     # Resuming
 
     def restore(self, checkpoint: Path | None) -> None:
-        """What is left to train on of a checkpoint's rollout, and a reference that had moved."""
+        """What is left to train on of a checkpoint's rollout; a reference and an entropy coefficient that had moved."""
         self.updates = [] if checkpoint is None else self.load_updates(checkpoint)
+        self.entropy.load(load_state(checkpoint).get("entropy", {}))
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)
 
@@ -228,6 +242,9 @@ class GRPOTrainer(RunTrainer):
         return load_updates(
             checkpoint, rank, ranks, lambda ids: self.data_collator([self.train_dataset[i] for i in ids]).prompts
         )
+
+    def state_to_save(self) -> dict[str, Any]:
+        return super().state_to_save() | ({"entropy": self.entropy.state()} if self.entropy.has_bonus else {})
 
     def save_more(self, folder: Path) -> None:
         """Beside `state_to_save`, a rollout that is half used, and a reference model that has moved."""

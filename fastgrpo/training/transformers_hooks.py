@@ -119,7 +119,11 @@ class TransformersHooks(TimedSteps):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.train()  # checkpointing and dropout ask for it; a loaded model starts in eval mode
-        return self.take_step(model, inputs)
+        loss = self.take_step(model, inputs)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            torch.accelerator.memory.empty_cache()
+        return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: transformers' formula knows neither sampling nor shared prompts."""

@@ -1,17 +1,14 @@
 """Gradient accumulation: many micro-batches, one optimizer step, on one process, DDP or DeepSpeed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from fastgrpo_kernels import LossOutput, LossParams, grpo_loss
 from torch import Tensor
 
 from fastgrpo.model.families import unwrap
-from fastgrpo.types import SamplingMismatch, UpdateResult
-from fastgrpo.update.sums import combine, sampling_mismatch
 
 
 class GradientAccumulation:
@@ -95,16 +92,3 @@ def frozen_reference(model: Any, reference_model: Any | None) -> Iterator[Any]:
         return
     with unwrap(model).disable_adapter():
         yield unwrap(model)
-
-
-def update_result(outputs: Sequence[tuple[LossOutput, SamplingMismatch]], device: torch.device) -> UpdateResult:
-    """Combines the micro-batches' results; without any, the result of no completions."""
-    if not outputs:
-        none = torch.zeros(0, device=device)
-        lengths = torch.zeros(1, dtype=torch.int64, device=device)
-        outputs = [(grpo_loss(none, none, none, lengths, LossParams()), sampling_mismatch(none, none, none.bool()))]
-    return UpdateResult(
-        torch.stack([output.loss.detach() for output, _ in outputs]).sum(),
-        combine([output.metrics for output, _ in outputs]),
-        combine([mismatch for _, mismatch in outputs]),
-    )

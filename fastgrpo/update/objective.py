@@ -7,12 +7,13 @@ does not depend on how tokens are later packed into micro-batches.
 from typing import Protocol
 
 import torch
-from fastgrpo_kernels import LossParams, Surrogate
+from fastgrpo_kernels import ImportanceCorrection, LossParams, Surrogate, VespoParams
 from torch import Tensor
 
-from fastgrpo.config import LOSS_TYPES
+from fastgrpo.config import LOSS_TYPES, GRPOConfig
+from fastgrpo.update.micro_loss import Scaling
 
-_SURROGATES: dict[str, Surrogate] = {"cispo": "cispo", "sapo": "sapo"}
+_SURROGATES: dict[str, Surrogate] = {"cispo": "cispo", "sapo": "sapo", "vespo": "reinforce"}
 """Loss types whose surrogate is not the clipped one."""
 
 
@@ -43,7 +44,7 @@ def sequence_weights(
     """[S] float32: the weight of each token of a completion; Σ weight · ℓ over all ranks is the batch's loss.
 
     grpo and sapo: mean over completions of their token means. bnpo: mean over micro-batches of their token
-    means. dr_grpo: Σ ℓ / (completions × max_completion_length). dapo and cispo: mean over tokens. luspo: mean
+    means. dr_grpo: Σ ℓ / (completions × max_completion_length). dapo, cispo and vespo: mean over tokens. luspo: mean
     over completions of their token sums. As in TRL 1.16; every normaliser is at least 1.
 
     Args:
@@ -67,7 +68,7 @@ def sequence_weights(
         return 1 / (max(1, total_micro_batches) * sums[owner].clamp(min=1))
     if loss_type == "dr_grpo":
         return torch.full_like(counts, 1 / max(1, total_sequences * max_completion_length))
-    if loss_type in ("dapo", "cispo"):
+    if loss_type in ("dapo", "cispo", "vespo"):
         return torch.ones_like(counts) / torch.as_tensor(total_tokens, device=counts.device).clamp(min=1)
     if loss_type == "luspo":
         return torch.full_like(counts, 1 / max(1, total_sequences))
@@ -96,4 +97,24 @@ def loss_params(config: ObjectiveConfig) -> LossParams:
         kl_bias_correction=config.use_bias_correction_kl,
         sapo_temperature_pos=config.sapo_temperature_pos,
         sapo_temperature_neg=config.sapo_temperature_neg,
+    )
+
+
+def scaling(config: GRPOConfig) -> Scaling:
+    """What a config has the surrogate multiplied by."""
+    correction = None
+    if config.corrects_sampling:
+        level, outside = config.vllm_importance_sampling_mode.split("_")
+        correction = ImportanceCorrection(
+            level="token" if level == "token" else "sequence",
+            outside="mask" if outside == "mask" else "truncate",
+            low=config.vllm_importance_sampling_clip_min,
+            high=config.vllm_importance_sampling_clip_max,
+        )
+    vespo = VespoParams(config.vespo_k_pos, config.vespo_lambda_pos, config.vespo_k_neg, config.vespo_lambda_neg)
+    return Scaling(
+        correction,
+        off_policy_threshold=config.off_policy_mask_threshold,
+        from_sampler=config.use_vllm,
+        vespo=vespo if config.loss_type == "vespo" else None,
     )

@@ -14,6 +14,7 @@ from fastgrpo_profiling import span
 from torch import Tensor, nn
 
 from fastgrpo.model.families import base_model, is_multimodal, mrope_sections, patch_sizes, unwrap
+from fastgrpo.model.float32_head import float32_logits
 from fastgrpo.model.fused_vision import takes_host_grids
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.segments import moved
@@ -49,6 +50,7 @@ def packed_logprobs(
     attn_backend: str = "auto",
     logprob_bytes: int | None = None,
     vision_cache: VisionCache | None = None,
+    float32_head: bool = False,
 ) -> LogprobOutput:
     """Log-probs and entropies [N] float32 of a batch's completion tokens, with gradient.
 
@@ -60,10 +62,12 @@ def packed_logprobs(
         attn_backend: one of `run_config.ATTN_BACKENDS`.
         logprob_bytes: scratch of the head, `linear_logprob`'s byte budget; None: by free memory.
         vision_cache: features of pictures, if the tower is frozen.
+        float32_head: the head's product in float32.
     """
     pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": _grids(model, batch)}
     options = {"temperature": temperature, "entropy": entropy}
-    with _logprob_head(unwrap(model), batch, options, logprob_bytes), _kept_pictures(vision_cache, model, batch):
+    head = _logprob_head(unwrap(model), batch, options, logprob_bytes, float32_head)
+    with head, _kept_pictures(vision_cache, model, batch):
         found = model(
             input_ids=batch.input_ids[None],
             attention_mask=None,
@@ -77,21 +81,23 @@ def packed_logprobs(
 
 
 def _logprob_head(
-    model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int | None
+    model: Any, batch: PackedBatch, options: dict[str, Any], byte_budget: int | None, float32: bool
 ) -> AbstractContextManager[None]:
     """Within this context, the model's head maps [1, T, H] to log-probs and entropies [2, N] instead of logits."""
     head = model.get_output_embeddings()
     own_forward = head.forward
 
     def forward(hidden: Tensor) -> Tensor:
+        # Autocast would have the head's product in half precision.
+        whole = torch.autocast(hidden.device.type, enabled=False) if float32 else nullcontext()
         # Without gradients it belongs to the pass of the reference, or of the old log-probs.
-        with span("update/head") if torch.is_grad_enabled() else nullcontext():
+        with whole, span("update/head") if torch.is_grad_enabled() else nullcontext():
             if type(head) is nn.Linear and head.bias is None:
-                output = linear_logprob(
-                    hidden[0], head.weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options
-                )
+                x, weight = (hidden[0].float(), head.weight.float()) if float32 else (hidden[0], head.weight)
+                output = linear_logprob(x, weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options)
             else:  # adapters, a bias, a quantized head
-                logits = own_forward(hidden[0, batch.rows])
+                rows = hidden[0, batch.rows]
+                logits = float32_logits(head, rows) if float32 else own_forward(rows)
                 output = logprob_from_logits(logits, batch.targets, **options)
         return torch.stack([part for part in output if part is not None])
 

@@ -37,6 +37,7 @@ class PackedPasses:
         attn_backend: str = "auto",
         logprob_bytes: int | None = None,
         vision_cache: VisionCache | None = None,
+        float32_head: bool = False,
     ) -> None:
         """
         Args:
@@ -44,6 +45,7 @@ class PackedPasses:
             attn_backend: see `fastgrpo.model.attention`.
             logprob_bytes: scratch of the LM head, see `linear_logprob`; None: by free memory.
             vision_cache: caches the features of a frozen vision tower; the sampler may share it.
+            float32_head: the LM head's product in float32, whatever the layers before it compute in.
 
         Raises:
             ValueError: a model whose attention or head cannot be replaced; the message says why.
@@ -57,6 +59,7 @@ class PackedPasses:
         self.attn_backend = attn_backend
         self.logprob_bytes = logprob_bytes
         self.vision_cache = vision_cache
+        self.float32_head = float32_head
         # Ranks wait for each other's gradients of the vision tower, pictures or not.
         self.dummy_image = dummy_image_prompt(model) if self.accumulation.ranks > 1 and is_multimodal(model) else None
 
@@ -90,6 +93,7 @@ class PackedPasses:
             attn_backend=self.attn_backend,
             logprob_bytes=self.logprob_bytes,
             vision_cache=self.vision_cache,
+            float32_head=self.float32_head,
         )
 
     @contextmanager

@@ -64,6 +64,10 @@ class PackedBatch:
     """[N] float32."""
     old_logprobs: Tensor | None
     """[N] float32, or None."""
+    policy_scale: Tensor | None
+    """[N] float32, or None."""
+    entropy_weights: Tensor | None
+    """[N] float32, or None."""
     owners: tuple[tuple[int, int], ...]
     """Per completion: the index of its group among the packed ones, and its index in the group."""
 
@@ -87,11 +91,16 @@ class _Piece(NamedTuple):
 def contributes(group: TrainingGroup, index: int, beta: float) -> bool:
     """Whether a completion can have a gradient: some token counts, and with beta 0 the advantage is not 0.
 
-    Exact for every surrogate: each is proportional to the advantage, and masked-out tokens enter no term.
+    Exact for every surrogate: each is proportional to the advantage, and masked-out tokens enter no term. With an
+    entropy bonus every counted token takes part.
     """
     if not bool(group.masks[index].any()):
         return False
-    return beta != 0.0 or (bool(group.advantages[index] != 0) and bool(group.token_weights[index].any()))
+    return (
+        beta != 0.0
+        or group.entropy_weights is not None
+        or (bool(group.advantages[index] != 0) and bool(group.token_weights[index].any()))
+    )
 
 
 def pack(
@@ -226,8 +235,12 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         Segments.of(inputs, prompt_lengths),
     )
     sequences = [(groups[g], i) for g, i in owners]
-    old = [group.old_logprobs[i] for group, i in sequences if group.old_logprobs is not None]
-    assert len(old) in (0, len(sequences)), "groups with and without old log-probs in one update"
+
+    def optional(name: str) -> Tensor | None:
+        found = [pieces[i] for group, i in sequences if (pieces := getattr(group, name)) is not None]
+        assert len(found) in (0, len(sequences)), f"groups with and without {name} in one update"
+        return torch.cat(found) if found else None
+
     pixel_values = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
     none = torch.zeros(0)
@@ -245,7 +258,9 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         advantages=torch.stack([group.advantages[i] for group, i in sequences]) if sequences else none,
         cu_seqlens=offsets([len(group.completions[i].token_ids) for group, i in sequences]).long(),
         sampling_logprobs=torch.cat([group.completions[i].sampling_logprobs for group, i in sequences] or [none]),
-        old_logprobs=torch.cat(old) if old else None,
+        old_logprobs=optional("old_logprobs"),
+        policy_scale=optional("policy_scale"),
+        entropy_weights=optional("entropy_weights"),
         owners=owners,
     )
 

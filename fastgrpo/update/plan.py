@@ -1,6 +1,8 @@
 """From a scored rollout to optimizer steps: which groups each step trains on, and what each token weighs."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -39,31 +41,35 @@ def plan_updates(
             is normalised by its share of them, as in TRL.
     """
     plan, size = config.batch_plan, config.num_generations
-    groups_per_step = max(1, -(-len(groups) // plan.slices_per_rollout))
+    places = [(g, i) for g in range(len(groups)) for i in range(size)]
+    # Whole groups where the sizes allow it: a prompt that two steps share is computed in both.
+    unit = size if plan.prompts_per_rollout % plan.slices_per_rollout == 0 else 1
+    per_step = max(1, -(-(len(places) // unit) // plan.slices_per_rollout)) * unit
     steps = []
-    for i in range(plan.slices_per_rollout):
-        chosen = range(i * groups_per_step, min((i + 1) * groups_per_step, len(groups)))
-        step_masks = [masks[n] for g in chosen for n in range(g * size, (g + 1) * size)]
+    for start in range(0, plan.slices_per_rollout * per_step, per_step):
+        chosen = places[start : start + per_step]
         weights = sequence_weights(
-            torch.tensor([int(mask.sum()) for mask in step_masks], dtype=torch.int64),
+            torch.tensor([int(masks[g * size + i].sum()) for g, i in chosen], dtype=torch.int64),
             config.loss_type,
             max_completion_length=config.max_completion_length,
             total_sequences=total_sequences / plan.slices_per_rollout,
             total_tokens=total_tokens / plan.slices_per_rollout,
             micro_batch_size=plan.completions_per_micro_batch,
             total_micro_batches=plan.accumulation * world_size,
-        ).tolist()
-        per_token = [torch.full((len(mask),), weight) for mask, weight in zip(step_masks, weights, strict=True)]
-        steps.append(
-            [
+        )
+        weight_of = dict(zip(chosen, weights.tolist(), strict=True))
+        step = []
+        for g, pairs in groupby(chosen, key=itemgetter(0)):
+            indices = [i for _, i in pairs]
+            own = [masks[g * size + i] for i in indices]
+            step.append(
                 TrainingGroup(
                     groups[g].prompt,
-                    groups[g].completions,
-                    advantages[g * size : (g + 1) * size],
-                    tuple(per_token[k * size : (k + 1) * size]),
-                    tuple(step_masks[k * size : (k + 1) * size]),
+                    tuple(groups[g].completions[i] for i in indices),
+                    advantages[[g * size + i for i in indices]],
+                    tuple(torch.full((len(mask),), weight_of[g, i]) for i, mask in zip(indices, own, strict=True)),
+                    tuple(own),
                 )
-                for k, g in enumerate(chosen)
-            ]
-        )
+            )
+        steps.append(step)
     return steps

@@ -12,18 +12,25 @@ from fastgrpo.types import SamplingMismatch
 Sums = TypeVar("Sums", bound=tuple[Tensor, ...])
 
 
-def sampling_mismatch(logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor) -> SamplingMismatch:
-    """Compares [T] log-probs where `mask` [T] is true."""
+def sampling_mismatch(
+    logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, ratio: Tensor | None = None, among: Tensor | None = None
+) -> SamplingMismatch:
+    """Compares [T] log-probs where `mask` [T] is true.
+
+    Args:
+        ratio: those that the loss is corrected by, with `among`, bool, saying which count; None: of every token.
+    """
     difference = torch.where(mask, logprobs.detach() - sampling_logprobs, 0.0)
-    ratio = difference.exp()
+    ratio, among = (difference.exp(), mask) if ratio is None or among is None else (ratio, among)
     nothing = difference.new_full((1,), math.inf)
     return SamplingMismatch(
         mask.sum(),
         difference.abs().sum(),
         torch.cat([difference.abs(), difference.new_zeros(1)]).max(),
-        torch.where(mask, ratio, 0.0).sum(),
-        torch.cat([torch.where(mask, ratio, math.inf), nothing]).min(),
-        torch.cat([torch.where(mask, ratio, -math.inf), -nothing]).max(),
+        among.sum(),
+        torch.where(among, ratio, 0.0).sum(),
+        torch.cat([torch.where(among, ratio, math.inf), nothing]).min(),
+        torch.cat([torch.where(among, ratio, -math.inf), -nothing]).max(),
     )
 
 

@@ -7,26 +7,26 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from fastgrpo_kernels import LossOutput, LossParams, grpo_loss
+from fastgrpo_kernels import LossParams
 from fastgrpo_profiling import span
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastgrpo.model.families import unwrap
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.types import SamplingMismatch, TrainingGroup, UpdateResult
-from fastgrpo.update.accumulation import frozen_reference, update_result
+from fastgrpo.types import TrainingGroup, UpdateResult
+from fastgrpo.update.accumulation import frozen_reference
+from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result
 from fastgrpo.update.packed_passes import PackedPasses
 from fastgrpo.update.packing import PackedBatch, pack
-from fastgrpo.update.sums import sampling_mismatch
 
 
 class PackedUpdater(PackedPasses):
     """`Updater` on a transformers model: micro-batches packed to `token_budget` input tokens.
 
-    With beta 0, completions that cannot have a gradient (advantage 0) are left out, also of the update's metrics:
-    entropy, clip ratios and the sampling mismatch are then means over the tokens trained on. Completions without a
-    counted token are always left out; they are in no metric anyway.
+    With beta 0 and no entropy bonus, completions that cannot have a gradient (advantage 0) are left out, also of the
+    update's metrics: entropy, clip ratios and the sampling mismatch are then means over the tokens trained on. Those
+    without a counted token are always left out; they are in no metric anyway.
 
     The frozen reference of the KL term is `reference_model`, or the model itself with its adapters off (peft).
     """
@@ -43,8 +43,10 @@ class PackedUpdater(PackedPasses):
         attn_backend: str = "auto",
         logprob_bytes: int | None = None,
         vision_cache: VisionCache | None = None,
+        scaling: Scaling | None = None,
+        float32_head: bool = False,
     ) -> None:
-        """See `PackedPasses`."""
+        """See `PackedPasses`; `scaling`: further factors of the surrogate."""
         super().__init__(
             model,
             token_budget=token_budget,
@@ -53,19 +55,30 @@ class PackedUpdater(PackedPasses):
             attn_backend=attn_backend,
             logprob_bytes=logprob_bytes,
             vision_cache=vision_cache,
+            float32_head=float32_head,
         )
         self.loss_params = loss_params
         self.reference_model = reference_model
+        self.scaling = scaling or Scaling()
 
-    @torch.no_grad()
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """See `Updater.logprobs`."""
+        return self._without_gradient(groups, entropy=False)
+
+    def entropies(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
+        """See `Updater.entropies`."""
+        return self._without_gradient(groups, entropy=True)
+
+    @torch.no_grad()
+    def _without_gradient(self, groups: Sequence[TrainingGroup], *, entropy: bool) -> list[tuple[Tensor, ...]]:
+        """Per group, G tensors [C] float32: log-probs, or entropies."""
         batches = self._micro_batches(groups, skip_beta=None)
         found: list[dict[int, Tensor]] = [{} for _ in groups]
         with self.fast_layers(self.reference_model):
             for batch in batches:
                 # Not through DDP, whose forward broadcasts buffers.
-                flat = self.forward(unwrap(self.model), batch.to(self.device), entropy=False).logprobs
+                output = self.forward(unwrap(self.model), batch.to(self.device), entropy=entropy)
+                flat = output.logprobs if output.entropy is None else output.entropy
                 for (group, index), piece in zip(batch.owners, batch.split(flat), strict=False):
                     found[group][index] = piece
         return [tuple(pieces[i] for i in range(len(pieces))) for pieces in found]
@@ -77,26 +90,16 @@ class PackedUpdater(PackedPasses):
             outputs = self.each(batches, self._micro_step)
         return update_result(outputs, self.device)
 
-    def _micro_step(self, batch: PackedBatch) -> tuple[LossOutput, SamplingMismatch]:
+    def _micro_step(self, batch: PackedBatch) -> MicroBatchResult:
         with span("update/reference_model"):
             ref_logprobs = self._reference_logprobs(batch)
         with span("update/forward"):
             logprobs, entropy = self.forward(self.model, batch, entropy=True)
             assert entropy is not None
-            output = grpo_loss(
-                logprobs,
-                batch.advantages,
-                batch.weights,
-                batch.cu_seqlens,
-                self.loss_params,
-                old_logprobs=batch.old_logprobs,
-                ref_logprobs=ref_logprobs,
-                mask=batch.mask,
-                entropy=entropy.detach(),
-            )
+            result = micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, ref_logprobs)
         with span("update/backward"):
-            self.accumulation.backward(self.model, output.loss)
-        return output, sampling_mismatch(logprobs, batch.sampling_logprobs, batch.mask)
+            self.accumulation.backward(self.model, result.loss)
+        return result
 
     def _micro_batches(self, groups: Sequence[TrainingGroup], skip_beta: float | None) -> list[PackedBatch]:
         with span("update/pack"):

@@ -8,7 +8,14 @@ from fastgrpo_kernels.linear_logprob import linear_logprob
 from fastgrpo_kernels.merge_attention import merge_attention
 from fastgrpo_kernels.norms import layer_norm, rms_norm
 from fastgrpo_kernels.paged_attention import paged_attention
-from fastgrpo_kernels.reference import logprob_from_logits
+from fastgrpo_kernels.reference import (
+    ImportanceCorrection,
+    VespoParams,
+    importance_ratio,
+    logprob_from_logits,
+    off_policy_mask,
+    vespo_weights,
+)
 from fastgrpo_kernels.rotary import apply_rotary
 from fastgrpo_kernels.sampling import sample
 from fastgrpo_kernels.types import (
@@ -23,6 +30,7 @@ from fastgrpo_kernels.types import (
 )
 
 __all__ = [
+    "ImportanceCorrection",
     "LogprobOutput",
     "LossMetrics",
     "LossOutput",
@@ -31,17 +39,21 @@ __all__ = [
     "SampleOutput",
     "SampleParams",
     "Surrogate",
+    "VespoParams",
     "apply_rotary",
     "decode_attention",
     "grpo_loss",
+    "importance_ratio",
     "layer_norm",
     "linear_logprob",
     "logprob_from_logits",
     "merge_attention",
+    "off_policy_mask",
     "paged_attention",
     "quick_gelu",
     "rms_norm",
     "rope_and_cache",
     "sample",
     "swiglu",
+    "vespo_weights",
 ]

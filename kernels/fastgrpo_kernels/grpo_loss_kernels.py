@@ -253,6 +253,20 @@ def _sapo(
 
 
 @triton.jit
+def _reinforce(
+    ratio: tl.tensor,
+    advantage: tl.tensor,
+    logprob: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    delta: tl.tensor,
+    tau_pos: tl.tensor,
+    tau_neg: tl.tensor,
+) -> Any:
+    return -advantage * logprob, 0.0, -advantage, 0.0, 0.0
+
+
+@triton.jit
 def _ratio(log_ratio: tl.tensor) -> Any:
     """exp(log ratio), constant beyond the cap; and 1.0 where it is not capped."""
     held = tl.minimum(tl.maximum(log_ratio, -_RATIO_CAP), _RATIO_CAP)
@@ -289,4 +303,9 @@ def _load(values: tl.tensor | None, tokens: tl.tensor, counted: tl.tensor, defau
         return tl.load(values + tokens, mask=counted, other=0.0).to(tl.float32)
 
 
-SURROGATES: dict[str, Callable[..., Any]] = {"clipped": _clipped, "cispo": _cispo, "sapo": _sapo}
+SURROGATES: dict[str, Callable[..., Any]] = {
+    "clipped": _clipped,
+    "cispo": _cispo,
+    "sapo": _sapo,
+    "reinforce": _reinforce,
+}

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-Surrogate = Literal["clipped", "cispo", "sapo"]
+Surrogate = Literal["clipped", "cispo", "sapo", "reinforce"]
 Level = Literal["token", "sequence"]
 
 LOG_RATIO_CAP = 60.0
@@ -77,9 +77,9 @@ class LossMetrics(NamedTuple):
     """Over tokens; 0 without entropies."""
     clip_count: Tensor
     clip_low_sum: Tensor
-    """Ratios below the lower bound at a negative advantage; always 0 for cispo and sapo."""
+    """Ratios below the lower bound at a negative advantage; of the clipped surrogate alone, else 0."""
     clip_high_sum: Tensor
-    """Ratios above the upper bound at a positive advantage; always 0 for sapo."""
+    """Ratios above the upper bound at a positive advantage; always 0 for sapo and reinforce."""
     clip_region_sum: Tensor
     """Low or high."""
     clip_low_seq_min: Tensor

@@ -28,7 +28,7 @@ PHASES: tuple[Phase, ...] = (
     Phase("rewards", "reward functions", ("reward",)),
     Phase("advantages", "rewards to advantages to token weights", ("advantages", "update/plan")),
     Phase("packing", "sequences laid out in micro-batches", ("update/pack",)),
-    Phase("old log-probs", "log-probs before the first update on a rollout", ("update/old_logprobs",)),
+    Phase("old log-probs", "log-probs before the first update on a rollout", ("update/old_logprobs", "update/entropy")),
     Phase("reference", "log-probs of the frozen model", ("update/reference_model",)),
     Phase("forward", "the policy on prompts and completions", ("update/forward",)),
     Phase("head", "hidden states to log-probs, where no logits are handed out", ("update/head",)),

@@ -1,5 +1,4 @@
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +109,7 @@ def test_batch_arithmetic(
         ({"delta": 0.0}, "delta=0.0 is not valid"),
         ({"epsilon_high": -0.1}, "epsilon_high=-0.1 is not valid"),
         ({"num_generations_eval": 0}, "num_generations_eval=0 is not valid"),
-        (
-            {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 3},
-            "steps_per_generation=3 is not a multiple of gradient_accumulation_steps=2",
-        ),
-        # 2 groups cannot feed 4 optimizer steps
-        ({"per_device_train_batch_size": 4, "steps_per_generation": 4}, "cannot be shared evenly by 4"),
+        ({"per_device_train_batch_size": 3, "steps_per_generation": 2}, "num_generations=8 does not divide"),
         ({"loss_type": "ppo"}, "loss_type='ppo'.*grpo, bnpo, dr_grpo, dapo"),
         ({"scale_rewards": "std"}, "scale_rewards='std'"),
         ({"batch_unit": "rows"}, "batch_unit='rows'"),
@@ -127,7 +121,21 @@ def test_batch_arithmetic(
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"epsilon": -0.1}, "epsilon=-0.1"),
-        ({"entropy_coef": 0.1}, "entropy_coef=0.1 is not supported yet"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1: mixture-of-experts"),
+        ({"fsdp": "full_shard"}, "fsdp='full_shard': the sampler cannot read weights that FSDP shards: use deepspeed"),
+        ({"entropy_coef_min": 2.0}, "entropy_coef_min=2.0 is not valid: use a number from 0 to entropy_coef_max=1.0"),
+        ({"top_entropy_quantile": 1.5}, "top_entropy_quantile=1.5 is not valid"),
+        ({"off_policy_mask_threshold": 0.0}, "off_policy_mask_threshold=0.0 is not valid"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' is not valid"),
+        ({"generation_kwargs": {"num_beams": 2}}, "the sampler has no num_beams: use temperature"),
+        ({"log_completions_hub_repo": "me/logs", "log_completions": False}, "log_completions is off"),
+        ({"vllm_importance_sampling_mode": "word"}, "vllm_importance_sampling_mode='word' is not valid"),
+        ({"vllm_importance_sampling_clip_min": 3.0}, "clip_min=3.0 is not valid: use a number below"),
+        (
+            {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": None},
+            "has nothing to truncate to",
+        ),
+        ({"loss_type": "vespo", "use_vllm": True}, "'sequence_mask' does not go with loss_type='vespo'"),
         ({"torch_compile": True}, "torch_compile=True: no two packed micro-batches have one shape"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"model_init_kwargs": "abc"}, "model_init_kwargs='abc'.*JSON object"),
@@ -204,11 +212,73 @@ def test_liger_on_a_cpu_gives_one_warning(make: Any, caplog: pytest.LogCaptureFi
     assert [message.startswith("use_liger_kernel") for message in warnings_of(caplog)] == [True]
 
 
-def test_trl_settings_without_meaning_are_named_in_one_warning(make: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        make(use_vllm=True, vllm_gpu_memory_utilization=0.5, vllm_mode="colocate")
+def test_trl_settings_that_work_differently_are_told_in_one_warning(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make(vllm_gpu_memory_utilization=0.5, vllm_mode="server", pad_to_multiple_of=8, label_names=["x"])
     [warning] = warnings_of(caplog)
-    assert warning.endswith("use_vllm, vllm_gpu_memory_utilization.")
+    assert "vllm_mode, vllm_gpu_memory_utilization: There is no vLLM engine to set up;" in warning
+    assert "pad_to_multiple_of: Nothing is padded" in warning
+    assert "label_names" in warning
+    assert config.pad_to_multiple_of == 8
+
+
+def test_a_refused_setting_may_be_stated_off(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make(router_aux_loss_coef=0.0, max_tool_calling_iterations=None, auto_find_batch_size=False)
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn", "steps"),
+    [
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, 4, 2),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, 4, 1),
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 4, "num_iterations": 2}, 6, 4),
+        # 6 would be whole steps, but no whole groups of 8
+        (
+            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4},
+            12,
+            4,
+        ),
+    ],
+)
+def test_a_rollout_is_drawn_for_whole_optimizer_steps(
+    make: Any, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], drawn: int, steps: int
+) -> None:
+    plan = make(**{"per_device_train_batch_size": 8, **settings}).batch_plan
+    assert (plan.micro_batches_per_rollout, plan.updates_per_rollout) == (drawn, steps)
+    [warning] = warnings_of(caplog)
+    assert warning.endswith(f"{drawn} micro-batches are drawn at a time.")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"importance_sampling_level": "sequence"}, "which sums over tokens"),  # dapo is the default
+        ({"importance_sampling_level": "sequence", "loss_type": "bnpo"}, "which sums over tokens"),
+        ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, ""),
+        ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, ""),
+        ({"loss_type": "luspo"}, "published with importance_sampling_level=sequence"),
+        ({"importance_sampling_level": "sequence", "loss_type": "vespo"}, "weighs whole sequences itself"),
+        ({"loss_type": "vespo"}, ""),
+    ],
+)
+def test_levels_that_are_seldom_meant_are_told(
+    make: Any, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], told: str
+) -> None:
+    make(**settings)
+    assert [told in warning for warning in warnings_of(caplog)] == ([True] if told else [])
+
+
+def test_corrections_of_a_sampler_that_is_not_corrected(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    make(use_vllm=True, vllm_importance_sampling_mode="token_mask")
+    assert warnings_of(caplog) == []
+    make(vllm_importance_sampling_mode="token_mask")
+    assert warnings_of(caplog) == ["vllm_importance_sampling_mode: no effect without use_vllm, as in TRL."]
+
+
+def test_the_older_name_of_the_upper_bound(make: Any) -> None:
+    assert make(use_vllm=True, vllm_importance_sampling_cap=2.0).vllm_importance_sampling_clip_max == 2.0
 
 
 @pytest.mark.parametrize("value", ["3", "6:3", "0:2", "a:b", ":"])

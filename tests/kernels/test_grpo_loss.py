@@ -15,7 +15,7 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONAL = ("old_logprobs", "ref_logprobs", "mask", "policy_scale", "entropy", "entropy_weights")
 AXES: dict[str, list[Any]] = {
-    "surrogate": ["clipped", "cispo", "sapo"],
+    "surrogate": list(get_args(Surrogate)),
     "level": ["token", "sequence"],
     "epsilon_high": [0.05, 0.3, 1.1],
     "delta": [None, 1.02, 1.5],
@@ -132,7 +132,7 @@ def rounding_bounds(params: LossParams, data: dict[str, Any]) -> dict[str, Tenso
     tau = params.sapo_temperature_pos + params.sapo_temperature_neg
     size = advantage * (ratio + 4)  # at least the surrogate's, and its slope's by the log ratio
     off = advantage * (1 + tau * ratio) * (ratio_off + 8 * u * (ratio + 4))
-    if params.surrogate == "cispo":
+    if params.surrogate in ("cispo", "reinforce"):
         size, off = size * (1 + logprob.abs()), off * (1 + logprob.abs())
     bounds = (1 - params.epsilon_low, params.epsilon_high, 1 + params.epsilon_high, params.delta or math.inf)
     undecided = sum((ratio - bound).abs() <= 2 * ratio_off for bound in bounds) > 0  # clipped or not

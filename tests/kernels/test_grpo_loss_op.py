@@ -189,4 +189,4 @@ def test_arguments_that_do_not_fit_are_refused_by_name(backend: Backend) -> None
 
 def test_every_surrogate_and_level_is_compiled_ahead_of_time() -> None:
     labels = [label for label, _ in MODULE.aot_cases()]
-    assert len(labels) == len(set(labels)) == 3 * 2 * 4
+    assert len(labels) == len(set(labels)) == 4 * 2 * 4

@@ -3,11 +3,11 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from fastgrpo_kernels import LossMetrics, LossParams, grpo_loss
+from fastgrpo_kernels import LossMetrics, LossParams, Surrogate, grpo_loss
 from torch import Tensor
 
 LENGTHS = [5, 0, 1, 9, 3]
@@ -19,6 +19,7 @@ VARIANTS = {
     "clipped, corrected KL": LossParams(beta=0.04, kl_bias_correction=True),
     "cispo": LossParams(surrogate="cispo", epsilon_high=1.1),
     "sapo": LossParams(surrogate="sapo"),
+    "reinforce": LossParams(surrogate="reinforce", beta=0.1, kl_bias_correction=True),
     "sequence": LossParams(level="sequence", epsilon_low=0.05, epsilon_high=0.08),
     "sequence, two-sided, corrected KL": LossParams(
         level="sequence", delta=1.25, beta=0.1, kl_bias_correction=True, epsilon_low=0.05, epsilon_high=0.1
@@ -107,6 +108,8 @@ def token_surrogate(params: LossParams, ratio: Tensor, advantage: float, logprob
             False,
             value > params.epsilon_high and advantage > 0,
         )
+    if params.surrogate == "reinforce":
+        return -advantage * logprob, False, False
     if params.surrogate == "sapo":
         tau = params.sapo_temperature_pos if advantage > 0 else params.sapo_temperature_neg
         return -advantage * 4 / (tau * (1 + (-tau * (ratio - 1)).exp())), False, False
@@ -197,7 +200,7 @@ def test_the_loss_does_not_depend_on_micro_batches(params: LossParams) -> None:
     assert counts == whole.metrics.clip_count
 
 
-@pytest.mark.parametrize("surrogate", ["clipped", "cispo", "sapo"])
+@pytest.mark.parametrize("surrogate", ["clipped", "cispo", "sapo", "reinforce"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_descent_step_raises_good_tokens_and_lowers_bad_ones(surrogate: Any, level: Any, advantage: float) -> None:
@@ -315,7 +318,7 @@ def test_a_huge_ratio_stays_finite(params: LossParams, gap: float, advantage: fl
     assert logprobs.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("params", [LossParams(), LossParams(surrogate="cispo"), LossParams(surrogate="sapo")])
+@pytest.mark.parametrize("params", [LossParams(surrogate=name) for name in get_args(Surrogate)])
 def test_zero_advantages_teach_nothing(params: LossParams) -> None:
     data = batch()
     del data["entropy_weights"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastgrpo_kernels import LossMetrics, grpo_loss
+from fastgrpo_kernels import LossMetrics, VespoParams, grpo_loss, vespo_weights
 from fastgrpo_kernels.backend import Backend
 from safetensors import safe_open
 from torch import Tensor
@@ -35,6 +35,7 @@ def label(index: int) -> str:
 def test_trl_gives_the_same(index: int, backend: Backend) -> None:
     options, expected = CASES[index]["options"], CASES[index]["metrics"]
     logprobs, entropy = (poisoned(TENSORS[name]).requires_grad_() for name in ("logprobs", "entropy"))
+    of_sequences = vespo(options) if options["loss_type"] == "vespo" else torch.ones(len(MASK), device=DEVICE)
     output = grpo_loss(
         logprobs,
         TENSORS["advantages"],
@@ -44,7 +45,7 @@ def test_trl_gives_the_same(index: int, backend: Backend) -> None:
         old_logprobs=poisoned(TENSORS["old_logprobs"]) if options["has_old_logprobs"] else None,
         ref_logprobs=poisoned(TENSORS["ref_logprobs"]) if options["beta"] else None,
         mask=MASK.flatten(),
-        policy_scale=poisoned(TENSORS["policy_scale"][index]),
+        policy_scale=poisoned(TENSORS["policy_scale"][index] * of_sequences[:, None]),
         entropy=entropy,
         entropy_weights=entropy_weights(options, TENSORS["bonus_mask"][index]),
         backend=backend,
@@ -56,9 +57,25 @@ def test_trl_gives_the_same(index: int, backend: Backend) -> None:
             tensor.grad.view_as(MASK), TENSORS[name][index], **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
         )
     actual = trl_metrics(output.metrics, options)
+    if options["loss_type"] == "vespo":
+        actual["vespo/phi_seq_mean"] = of_sequences.mean().item()
     assert expected.keys() - {"policy_loss", "entropy_coef"} == actual.keys()
     for name, value in actual.items():
         assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+
+
+def vespo(options: dict[str, Any]) -> Tensor:
+    """[B]: VESPO's weights of the completions."""
+    logprobs = poisoned(TENSORS["logprobs"])
+    return vespo_weights(
+        logprobs,
+        poisoned(TENSORS["old_logprobs"]) if options["has_old_logprobs"] else logprobs,
+        TENSORS["advantages"],
+        torch.arange(len(MASK) + 1, device=DEVICE) * MASK.shape[1],
+        MASK.flatten(),
+        VespoParams(**{name.removeprefix("vespo_"): options[name] for name in options if name.startswith("vespo_")}),
+        poisoned(TENSORS["token_sampling_ratio"]) if options["importance_sampling_ratio"] else None,
+    )
 
 
 def poisoned(values: Tensor) -> Tensor:
@@ -97,7 +114,7 @@ def trl_metrics(metrics: LossMetrics, options: dict[str, Any]) -> dict[str, floa
         means["kl"] = values["kl_sum"] / values["token_count"]
     if options["loss_type"] == "cispo":
         means["cispo_clip_ratio"] = values["clip_high_sum"] / count
-    elif options["loss_type"] != "sapo":
+    elif options["loss_type"] not in ("sapo", "vespo"):
         for name in ("low", "high", "region"):
             means[f"clip_ratio/{name}_mean"] = values[f"clip_{name}_sum"] / count
         means["clip_ratio/low_min"] = min(values["clip_low_seq_min"], 0 if by_sequence else math.inf)

@@ -16,20 +16,32 @@ from fastgrpo_kernels.reference.layers import (
 )
 from fastgrpo_kernels.reference.logprob import linear_logprob, logprob_from_logits
 from fastgrpo_kernels.reference.loss import grpo_loss
+from fastgrpo_kernels.reference.policy_scale import (
+    ImportanceCorrection,
+    VespoParams,
+    importance_ratio,
+    off_policy_mask,
+    vespo_weights,
+)
 from fastgrpo_kernels.reference.sampling import sample
 
 __all__ = [
+    "ImportanceCorrection",
+    "VespoParams",
     "apply_rotary",
     "decode_attention",
     "grpo_loss",
+    "importance_ratio",
     "layer_norm",
     "linear_logprob",
     "logprob_from_logits",
     "merge_attention",
+    "off_policy_mask",
     "paged_attention",
     "quick_gelu",
     "rms_norm",
     "rope_and_cache",
     "sample",
     "swiglu",
+    "vespo_weights",
 ]

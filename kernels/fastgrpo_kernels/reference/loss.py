@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo_kernels.checks import computing_dtype
+from fastgrpo_kernels.reference.segments import Segments
 from fastgrpo_kernels.types import KL_CAP, LOG_RATIO_CAP, LossMetrics, LossOutput, LossParams
 
 
@@ -28,7 +29,8 @@ def grpo_loss(
 
     With ratio r = exp(log-prob − old log-prob) and advantage A, per token, as in TRL 1.16:
     clipped −min(min(r, delta) A, clip(r, 1 − epsilon_low, 1 + epsilon_high) A) (PPO; delta: INTELLECT-2),
-    cispo −sg[min(r, epsilon_high)] A log-prob (MiniMax-M1), sapo −4 σ(τ (r − 1)) / τ · A (SAPO).
+    cispo −sg[min(r, epsilon_high)] A log-prob (MiniMax-M1), sapo −4 σ(τ (r − 1)) / τ · A (SAPO), reinforce −A log-prob
+    (with `vespo_weights` for its scale: VESPO).
     kl = exp(d) − d − 1 with d = reference log-prob − log-prob (Schulman's k3), times r if bias-corrected.
 
     Masked-out tokens may hold anything, NaN included; masked-in log-probs must be finite. Where |d| is above `KL_CAP`,
@@ -43,7 +45,7 @@ def grpo_loss(
         ref_logprobs: [T], of the frozen reference; needed when beta ≠ 0, otherwise for the KL metric alone.
         mask: [T] bool, the tokens that count; None: all.
         policy_scale: [T], multiplies the surrogate but not the KL: entropy mask, off-policy mask, importance ratio,
-            or their product.
+            VESPO's weights, or a product of them.
         entropy: [T], for the metric, and for the bonus where `entropy_weights` is given.
         entropy_weights: [T], coefficient and normaliser of the entropy bonus.
 
@@ -57,7 +59,7 @@ def grpo_loss(
         # Before any exp or product: 0 · inf would be NaN, in the gradient too.
         return values.to(dtype).masked_fill(~mask, 0.0)
 
-    segments = _Segments(cu_seqlens, mask, dtype)
+    segments = Segments(cu_seqlens, mask, dtype)
     logprobs = counted(logprobs)
     log_ratio = logprobs - (logprobs.detach() if old_logprobs is None else counted(old_logprobs))
     if params.level == "sequence":
@@ -99,10 +101,16 @@ def sapo_surrogate(ratio: Tensor, advantage: Tensor, logprobs: Tensor, params: L
     return -torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantage
 
 
+def reinforce_surrogate(ratio: Tensor, advantage: Tensor, logprobs: Tensor, params: LossParams) -> Tensor:
+    """−A log-prob, [T]."""
+    return -advantage * logprobs
+
+
 _SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, LossParams], Tensor]] = {
     "clipped": clipped_surrogate,
     "cispo": cispo_surrogate,
     "sapo": sapo_surrogate,
+    "reinforce": reinforce_surrogate,
 }
 
 
@@ -112,31 +120,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-class _Segments:
-    """Means over the masked-in tokens of each sequence."""
-
-    def __init__(self, cu_seqlens: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-        lengths = cu_seqlens.diff().to(mask.device)
-        indices = torch.arange(len(lengths), device=mask.device)
-        self.owner = indices.repeat_interleave(lengths, output_size=len(mask))  # [T]
-        self.mask = mask.to(dtype)
-        self.counts = self._sum(self.mask, len(lengths))  # [N]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """[T] to [N]; 0 for a sequence without masked-in tokens."""
-        return self._sum(values * self.mask, len(self.counts)) / self.counts.clamp(min=1)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """[N] to [T]: each token gets its sequence's value."""
-        return values[self.owner]
-
-    def _sum(self, values: Tensor, count: int) -> Tensor:
-        return values.new_zeros(count).index_add(0, self.owner, values)
-
-
 @torch.no_grad()
 def _metrics(
-    segments: _Segments, ratio: Tensor, advantage: Tensor, kl: Tensor, entropy: Tensor, params: LossParams
+    segments: Segments, ratio: Tensor, advantage: Tensor, kl: Tensor, entropy: Tensor, params: LossParams
 ) -> LossMetrics:
     low, high = _clip_flags(ratio, advantage, params)
     low_shares, high_shares = segments.mean(low), segments.mean(high)

@@ -179,7 +179,7 @@ def test_loss_and_gradients_equal_the_formula(
 
 def test_metrics_of_an_update(vlm: Any, prompts: dict[str, Prompt]) -> None:
     config, reference = settings(beta=0.04, use_bias_correction_kl=False), moved(vlm)
-    groups = make_groups(vlm, list(prompts.values()), config)
+    groups = make_groups(vlm, list(prompts.values()), config, old_noise=0.0)
     result = updater_of(vlm, config, reference, micro_batch_size=4).accumulate(groups)
     entropy, kl, count = 0.0, 0.0, 0
     for group in groups:
@@ -200,7 +200,7 @@ def test_metrics_of_an_update(vlm: Any, prompts: dict[str, Prompt]) -> None:
     assert metrics.token_count.item() == mismatch.token_count.item() == count
     assert metrics.entropy_sum.item() == pytest.approx(entropy, rel=1e-5)
     assert metrics.kl_sum.item() == pytest.approx(kl, rel=1e-4)
-    # Every token was drawn half a nat below the policy's log-prob.
+    # Every token was drawn half a nat below the log-prob of the policy that drew it.
     assert mismatch.difference_sum.item() == pytest.approx(0.5 * count, rel=1e-4)
     assert mismatch.difference_max.item() == pytest.approx(0.5, abs=1e-4)
     assert mismatch.ratio_min.item() == pytest.approx(math.exp(0.5), rel=1e-4)

@@ -77,8 +77,36 @@ def test_scaling() -> None:
     torch.testing.assert_close(none.advantages, centred)
     by_batch = group_advantages(rewards, 2, scale_rewards="batch")
     torch.testing.assert_close(by_batch.advantages, centred / (batch_std + 1e-4))
-    given = group_advantages(rewards, 2, scale_rewards="batch", batch_std=torch.tensor(2.0))
-    torch.testing.assert_close(given.advantages, centred / (2.0 + 1e-4))
+    assert by_batch.group_std.tolist() == pytest.approx([batch_std] * 2)
+    everywhere = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    given = group_advantages(rewards, 2, scale_rewards="batch", gather=lambda values: everywhere)
+    torch.testing.assert_close(given.advantages, centred / (math.sqrt(8) + 1e-4))
+
+
+def test_each_reward_normalised_before_they_are_summed() -> None:
+    rewards = torch.tensor([[1.0, 10], [0, NAN], [4, 30], [2, 20], [NAN, NAN], [NAN, 7]])
+    first = [math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(0.5), -math.sqrt(0.5), NAN, 0.0]  # z-scores of pairs
+    second = [0.0, NAN, math.sqrt(0.5), -math.sqrt(0.5), NAN, 0.0]
+    sums = [sum(part for part in (x, 2 * y) if part == part) for x, y in zip(first, second, strict=True)]
+    known = [sums[i] for i in (0, 1, 2, 3, 5)]
+    mean, std = statistics.fmean(known), statistics.stdev(known)
+    expected = [(total - mean) / std for total in sums]
+    expected[4] = 0.0  # every function abstained
+    result = group_advantages(rewards, 2, [1.0, 2.0], aggregation="normalize_then_sum")
+    assert result.advantages.tolist() == pytest.approx(expected, abs=1e-3)
+    assert result.rewards[:4].tolist() == [21, 0, 64, 42]
+    assert result.rewards[4].isnan()
+
+
+def test_the_batch_of_normalised_sums_is_that_of_all_ranks() -> None:
+    rewards = column(1.0, 0.0, 3.0, 1.0)
+    result = group_advantages(
+        rewards, 2, aggregation="normalize_then_sum", gather=lambda mine: torch.cat([mine, mine + 1])
+    )
+    scores = [math.sqrt(0.5), -math.sqrt(0.5)] * 2
+    everywhere = [*scores, *(score + 1 for score in scores)]
+    expected = [(score - statistics.fmean(everywhere)) / statistics.stdev(everywhere) for score in scores]
+    assert result.advantages.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_trls_booleans() -> None:
@@ -96,6 +124,8 @@ def test_no_groups() -> None:
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scale_rewards='std'.*group, batch or none"):
         group_advantages(column(1.0, 0.0), 2, scale_rewards="std")
+    with pytest.raises(ValueError, match="multi_objective_aggregation='sum' is not valid"):
+        group_advantages(column(1.0, 0.0), 2, aggregation="sum")
     with pytest.raises(ValueError, match="3 values for 1 reward functions"):
         group_advantages(column(1.0, 0.0), 2, [1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"3 rows.*num_generations=2"):

@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from fastgrpo_kernels import LossParams, grpo_loss
 from torch import Tensor
 
+from fastgrpo.objective_settings import ObjectiveSettings
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.metrics import rollout_metrics, update_metrics
-from fastgrpo.types import SamplingMismatch, UpdateResult
+from fastgrpo.types import ObjectiveTerms, SamplingMismatch, UpdateResult
 from fastgrpo.update.sums import combine, sampling_mismatch
 
 LENGTHS = [3, 1, 4, 2]
@@ -57,6 +58,9 @@ def tokens(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+TERMS = ObjectiveTerms(*torch.zeros(3).unbind())
+
+
 def result_of(batch: dict[str, Tensor], lengths: list[int] = LENGTHS, chosen: slice = slice(None)) -> UpdateResult:
     """The update's result on the sequences `lengths`, whose tokens are `chosen`."""
     first = LENGTHS.index(lengths[0]) if lengths else 0
@@ -72,17 +76,17 @@ def result_of(batch: dict[str, Tensor], lengths: list[int] = LENGTHS, chosen: sl
         mask=mask,
         entropy=batch["entropy"][chosen],
     )
-    return UpdateResult(output.loss, output.metrics, sampling_mismatch(logprobs, batch["drawn"][chosen], mask))
+    return UpdateResult(output.loss, output.metrics, sampling_mismatch(logprobs, batch["drawn"][chosen], mask), TERMS)
 
 
 def nothing() -> UpdateResult:
     none = torch.zeros(0)
     output = grpo_loss(none, none, none, torch.zeros(1, dtype=torch.int64), LossParams())
-    return UpdateResult(output.loss, output.metrics, sampling_mismatch(none, none, none.bool()))
+    return UpdateResult(output.loss, output.metrics, sampling_mismatch(none, none, none.bool()), TERMS)
 
 
 def metrics_of(result: UpdateResult, beta: float = 0.1, ranks: Ranks | None = None) -> dict[str, float]:
-    return update_metrics(result, beta, cast(Accelerator, ranks or Ranks()))
+    return update_metrics(result, ObjectiveSettings(beta=beta), cast(Accelerator, ranks or Ranks()))
 
 
 def completion(accuracy: float | None = 1.0, format: float | None = 1.0, **changes: Any) -> CompletionRecord:
@@ -97,14 +101,16 @@ def test_sampling_mismatch_is_computed_over_counted_tokens() -> None:
     logprobs = torch.tensor([-1.0, -2.0, math.nan, -0.5], requires_grad=True)
     drawn = torch.tensor([-1.5, -1.0, -3.0, math.nan])
     mismatch = sampling_mismatch(logprobs, drawn, torch.tensor([True, True, False, False]))
-    expected = (2, 1.5, 1.0, math.exp(0.5) + math.exp(-1), math.exp(-1), math.exp(0.5))
+    expected = (2, 1.5, 1.0, 2, math.exp(0.5) + math.exp(-1), math.exp(-1), math.exp(0.5))
     torch.testing.assert_close(torch.stack([value.float() for value in mismatch]), torch.tensor(expected))
     assert not any(value.requires_grad for value in mismatch)
 
 
 def test_combine_adds_up_and_takes_extremes() -> None:
-    parts = [SamplingMismatch(*torch.tensor(fields)) for fields in ([2.0, 1, 0.5, 3, 0.5, 2], [3.0, 2, 0.1, 4, 0.9, 5])]
-    assert torch.stack(combine(parts)).tolist() == [5.0, 3.0, 0.5, 7.0, 0.5, 5.0]
+    parts = [
+        SamplingMismatch(*torch.tensor(fields)) for fields in ([2.0, 1, 0.5, 2, 3, 0.5, 2], [3.0, 2, 0.1, 3, 4, 0.9, 5])
+    ]
+    assert torch.stack(combine(parts)).tolist() == [5.0, 3.0, 0.5, 5.0, 7.0, 0.5, 5.0]
     assert torch.stack(combine(parts[:1])).tolist() == torch.stack(parts[0]).tolist()
 
 

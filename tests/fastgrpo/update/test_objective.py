@@ -37,7 +37,7 @@ def padded_loss(loss_type: str, losses: Tensor, mask: Tensor) -> Tensor:
         return (losses * mask).sum() / mask.sum().clamp(min=1)
     if loss_type == "dr_grpo":
         return (losses * mask).sum() / (len(losses) * MAX_LENGTH)
-    if loss_type in ("dapo", "cispo"):
+    if loss_type in ("dapo", "cispo", "vespo"):
         return (losses * mask).sum() / (sum(SIZES) / (len(SIZES) // MICRO))
     assert loss_type == "luspo"
     return (losses * mask).sum(1).mean()
@@ -133,7 +133,7 @@ def config(**changes: Any) -> Any:
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_each_loss_type_has_its_surrogate(loss_type: str) -> None:
-    surrogate = loss_type if loss_type in ("cispo", "sapo") else "clipped"
+    surrogate = {"cispo": "cispo", "sapo": "sapo", "vespo": "reinforce"}.get(loss_type, "clipped")
     assert loss_params(config(loss_type=loss_type)) == LossParams(surrogate=surrogate, kl_bias_correction=True)  # type: ignore[arg-type]
 
 

@@ -91,10 +91,10 @@ def aggregate(losses: list[Tensor], loss_type: str, *, micro_batch: int, rollout
         return total / (len(losses) * 8)
     if loss_type == "luspo":
         return total / len(losses)
-    return total / rollout_tokens_per_step  # dapo, cispo
+    return total / rollout_tokens_per_step  # dapo, cispo, vespo
 
 
-TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 BATCHES = [
     {},
     # several micro-batches to a group, several groups to a micro-batch
@@ -104,6 +104,8 @@ BATCHES = [
     # one rollout feeds two and four optimizer steps
     {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
     {"gradient_accumulation_steps": 1, "steps_per_generation": 4},
+    # an optimizer step takes half a group
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 8},
 ]
 
 
@@ -116,7 +118,10 @@ def test_weights_reproduce_each_aggregation(
     config = make_config(loss_type=loss_type, mask_truncated_completions=mask_truncated, **batch)
     steps = plan(make_groups(), config)
     assert len(steps) == config.batch_plan.slices_per_rollout
-    assert [group.prompt.row_id for step in steps for group in step] == [0, 1, 2, 3]
+    taken = [
+        (group.prompt.row_id, completion.index) for step in steps for group in step for completion in group.completions
+    ]
+    assert taken == [(row, index) for row in range(4) for index in range(4)]
     rollout_tokens = sum(int(mask.sum()) for step in steps for group in step for mask in group.masks)
     for step in steps:
         expected = aggregate(
@@ -125,7 +130,7 @@ def test_weights_reproduce_each_aggregation(
             micro_batch=config.batch_plan.completions_per_micro_batch,
             rollout_tokens_per_step=rollout_tokens / len(steps),
         )
-        assert weighted_sum(step) == pytest.approx(expected, rel=1e-5)
+        assert weighted_sum(step) == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
