@@ -13,7 +13,8 @@ from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.model.load import load_policy, load_processing
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.scoring.advantages import group_advantages
-from fastgrpo.scoring.rewards import accuracy_reward, format_reward, score
+from fastgrpo.scoring.rewards import score
+from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format
 from fastgrpo.training.setup import sampling_params
 from fastgrpo.types import ScoredRollout
 from fastgrpo.update.objective import loss_params
@@ -35,7 +36,7 @@ for step in range(steps):
     batch = collate([rows[i % len(rows)] for i in range(4 * step, 4 * step + 4)])
     engine.sync()  # the sampler takes over the weights
     drawn = list(engine.generate(batch.prompts, config.num_generations, sampling_params(config), step))
-    rewards = score(drawn, [accuracy_reward, format_reward])
+    rewards = score(drawn, [tagged_accuracy, tagged_format])
     groups = [ScoredRollout(*group, r) for group, r in zip(drawn, rewards.split(config.num_generations), strict=True)]
     advantages = group_advantages(rewards, config.num_generations).advantages
     masks = token_masks(groups, config)

@@ -79,6 +79,8 @@ class Prompt:
     """The row's pictures side by side, JPEG, at most 224 px high: for logs and reports only."""
     image_digests: tuple[bytes, ...] = ()
     """Of each image, a hash of its pixels and grid, by which features of a frozen vision tower are kept; or empty."""
+    images: tuple[Any, ...] = ()
+    """The row's pictures as PIL images, in the order of their places in `messages`: reward functions see them."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,10 @@ class Completion:
     """[C] float32: of each token under the tempered full softmax (no truncation, penalty or suppression)."""
     sampling_logprobs: Tensor
     """[C] float32: of each token under the distribution it was actually drawn from."""
+    own_tokens: Tensor | None = None
+    """[C] bool: the tokens that the policy wrote, where an environment wrote others; None where it wrote all."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """What else a rollout function says of it, handed to reward functions by name."""
 
 
 class Rollout(NamedTuple):
@@ -229,4 +235,8 @@ class Updater(Protocol):
 
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """Adds the objective's gradient to every parameter's `.grad`; reads nothing back from the device."""
+        ...
+
+    def measure(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
+        """What `accumulate` would give, without gradients and through no wrapper; on all ranks together."""
         ...

@@ -25,6 +25,8 @@ ORDER = [
     "fastgrpo.sft_config",
     "fastgrpo.types",
     "fastgrpo.atomic_files",
+    "fastgrpo.rewards",
+    "fastgrpo.script_arguments",
     "fastgrpo.scoring",
     "fastgrpo.model",
     "fastgrpo.data",

@@ -20,6 +20,8 @@ IMAGE_PLACE = "<image>"
 def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
     """Turns a record with a `prompt` (messages or text), `messages` or a question into a row; other columns are kept.
 
+    Those of pictures hold them decoded.
+
     Of a question, the column is `question` or `problem`, the gold answer's `solution` or `answer`; the row's columns
     have it as `solution`.
 
@@ -42,8 +44,12 @@ def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -
     """
     if raw.get("image") is not None and raw.get("images") is not None:
         raise RowError("the row has both `image` and `images`; wanted one of them")
-    images = decode_images(raw["images"] if raw.get("images") is not None else raw.get("image"), folder)
-    columns = {name: value for name, value in raw.items() if name not in ("prompt", *IMAGE_COLUMNS)}
+    given = raw["images"] if raw.get("images") is not None else raw.get("image")
+    images = decode_images(given, folder)
+    columns = {name: value for name, value in raw.items() if name != "prompt"}
+    for name in IMAGE_COLUMNS:
+        if raw.get(name) is not None:
+            columns[name] = images if isinstance(given, list | tuple) else images[0]
     prompt = raw.get("prompt")
     if prompt is None and raw.get("messages") is not None:
         return _from_messages(raw["messages"], row_id, images, columns, folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgrpo.data.chat import message_text
 from fastgrpo.data.images import make_thumbnail
-from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.data.row_dataset import Rows
 from fastgrpo.data.rows import Row
 from fastgrpo.model.families import FAMILIES, QWEN2_VL, Family
 from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
@@ -178,6 +178,7 @@ class PromptBuilder:
             columns=row.columns,
             thumbnail=make_thumbnail(row.images) if row.images else None,
             image_digests=image_digests(pixel_values, image_grid_thw),
+            images=tuple(row.images),
         )
 
     def _require_pictures(self, row: Row) -> None:
@@ -280,7 +281,7 @@ def _added_in_front(tokenizer: Any) -> list[int]:
 
 
 def build_rows(
-    dataset: RowDataset, build: Callable[[Row], Built], items: Sequence[tuple[int, dict[str, Any]]]
+    dataset: Rows, build: Callable[[Row], Built], items: Sequence[tuple[int, dict[str, Any]]]
 ) -> tuple[list[Built], list[SkippedRow]]:
     """What `build` makes of records, in their order, and those that raise `RowError`."""
     built, skipped = [], []
@@ -295,7 +296,7 @@ def build_rows(
 class PromptCollator:
     """A data loader's `collate_fn`: turns (row_id, raw record) pairs into a `PromptBatch` and sets bad rows aside."""
 
-    def __init__(self, dataset: RowDataset, builder: PromptBuilder) -> None:
+    def __init__(self, dataset: Rows, builder: PromptBuilder) -> None:
         self.dataset = dataset
         self.builder = builder
 

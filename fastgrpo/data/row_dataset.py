@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch.utils.data import Dataset
 
@@ -49,11 +49,11 @@ BATCH_ROWS = 16
 """Rows decoded from a parquet file at a time: pictures make rows of 100 KB and more."""
 
 
-class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
-    """A map-style data set of raw records: `dataset[i]` is (i, record), pictures still encoded.
+class Rows:
+    """Raw records of one schema, pictures still encoded.
 
     Args:
-        records: a HF data set, or any sequence-like object of dicts.
+        records: a HF data set, any sequence-like object of dicts, or a stream of dicts.
         schema: a key of `SCHEMAS`.
         seed: seed of the option shuffle (SAT schema only).
         folder: where relative paths of pictures start.
@@ -76,17 +76,11 @@ class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
         self.files = files
         self.checks_golds = False
 
-    def with_checked_golds(self) -> RowDataset:
+    def with_checked_golds(self) -> Self:
         """The same rows, but `convert` raises a `RowError` where no answer can match `solution` or `choices`."""
         checked = copy.copy(self)
         checked.checks_golds = True
         return checked
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
-        return index, self.records[index]
 
     def convert(self, row_id: int, raw: dict[str, Any]) -> Row:
         """Decodes and converts one record.
@@ -102,6 +96,16 @@ class RowDataset(Dataset[tuple[int, dict[str, Any]]]):
         if self.checks_golds:
             check_gold(row.columns.get("solution"), row.columns.get("choices"))
         return row
+
+
+class RowDataset(Rows, Dataset[tuple[int, dict[str, Any]]]):
+    """A map-style data set: `dataset[i]` is (i, record)."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        return index, self.records[index]
 
 
 def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDataset:
@@ -130,7 +134,7 @@ def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDa
         columns = list(dataset[0])
     else:
         raise ValueError(f"{name} holds {type(dataset[0]).__name__} records; wanted dicts")
-    rows = RowDataset(dataset, _detect_schema(columns, name), seed)
+    rows = RowDataset(dataset, detect_schema(columns, name), seed)
     if rows.schema not in ("sat", *CONVERTERS):
         _warn_of_missing_pictures(dataset, [column for column in IMAGE_COLUMNS if column in columns], name)
     return rows
@@ -168,7 +172,7 @@ def _rows_without(dataset: Any, columns: Sequence[str]) -> list[int]:
     return missing
 
 
-def warn_of_shared_rows(training: RowDataset, held_out: RowDataset) -> None:
+def warn_of_shared_rows(training: Rows, held_out: Rows) -> None:
     """Warns if both sets come from the same file or object."""
     if training.records is held_out.records or training.files & held_out.files:
         logger.warning(
@@ -177,7 +181,7 @@ def warn_of_shared_rows(training: RowDataset, held_out: RowDataset) -> None:
         )
 
 
-def _detect_schema(columns: Sequence[str], name: str) -> str:
+def detect_schema(columns: Sequence[str], name: str) -> str:
     for schema, required in SCHEMAS.items():
         if required <= set(columns):
             return schema

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from fastgrpo.scoring.answers import answers_match, parse_answer
 from fastgrpo.scoring.golds import gold_text, option_texts
 from fastgrpo.scoring.readings import read_option
-from fastgrpo.scoring.rewards import format_reward, is_correct
+from fastgrpo.scoring.tagged import is_correct, tagged_format
 from fastgrpo.types import SkippedRow
 
 
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
         read_right = correct_strict
         if options:
             read_right = reading is not None and answers_match(f"({reading})", gold_text(solution), options)
-        answered = format_reward([prompt], [completion])[0] == 1.0
+        answered = tagged_format([prompt], [completion])[0] == 1.0
         return cls(answer, reading, answered, read_right, correct_strict)
 
 

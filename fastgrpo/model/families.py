@@ -78,6 +78,11 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def learns_prompt(model: Any) -> bool:
+    """Whether a peft model learns vectors in front of every input: prefix or prompt tuning."""
+    return bool(getattr(getattr(unwrap(model), "active_peft_config", None), "is_prompt_learning", False))
+
+
 def text_model(model: Any) -> Any:
     """The module with `embed_tokens`, `layers` and `norm`."""
     inner = base_model(model).model
@@ -94,6 +99,12 @@ def mrope_sections(model: Any) -> tuple[int, ...] | None:
     config = base_model(model).config
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return tuple(rope.get("mrope_section") or ()) or family_of(config).mrope_sections
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion: the model's and the tokenizer's."""
+    eos = model.generation_config.eos_token_id
+    return sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
 
 
 def placeholder_ids(model: Any) -> list[int]:

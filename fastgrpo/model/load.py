@@ -44,6 +44,12 @@ class Processing:
     family: Family
     """How the model takes pictures."""
 
+    def __getattr__(self, name: str) -> Any:
+        """What only a tokenizer has, such as `decode`: scripts ask a trainer's processing class for it."""
+        if name.startswith("__") or name == "tokenizer":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
     def save_pretrained(self, folder: str) -> None:
         """Writes both in hub format beside a model's weights."""
         self.tokenizer.save_pretrained(folder)
@@ -215,7 +221,7 @@ def load_policy(
     config = load_config(name_or_path, trust_remote_code)
     auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
     try:
-        with _whole_weights():
+        with whole_weights():
             model = auto_class.from_pretrained(
                 base or name_or_path,
                 dtype=_resolve_dtype(dtype),
@@ -265,7 +271,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     Raises:
         ValueError: the checkpoint lacks some of the model's parameters.
     """
-    with _whole_weights():
+    with whole_weights():
         # float32 holds every other dtype's values.
         saved, report = type(model).from_pretrained(checkpoint, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
@@ -291,7 +297,7 @@ def cast_matrices(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _whole_weights() -> Iterator[None]:
+def whole_weights() -> Iterator[None]:
     """Within this context, transformers loads whole weights under ZeRO-3; `deepspeed.initialize` partitions them later.
 
     The frozen reference is copied from whole weights, and every rank's sampler needs whole ones.

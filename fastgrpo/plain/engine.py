@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fastgrpo.model.families import placeholder_ids, unwrap
+from fastgrpo.model.families import end_ids, learns_prompt, mrope_sections, placeholder_ids, unwrap
 from fastgrpo.plain.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
 from fastgrpo.types import Completion, Prompt, Rollout, SamplingParams
 
@@ -55,8 +55,7 @@ class PlainEngine:
         self.rank = rank
         self.max_batch = max_batch
         self.autocast = autocast
-        eos = model.generation_config.eos_token_id
-        self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
+        self.eos_ids = end_ids(model, tokenizer)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         self.suppressed = placeholder_ids(model)
 
@@ -64,7 +63,8 @@ class PlainEngine:
         self, prompts: Sequence[Prompt], num_generations: int, params: SamplingParams, step: int
     ) -> Iterator[Rollout]:
         """See `Engine.generate`; groups come in the order of `prompts`."""
-        per_call = max(1, self.max_batch // num_generations)
+        # peft's learnt prompts count the padding before a prompt in their positions.
+        per_call = 1 if learns_prompt(self.model) else max(1, self.max_batch // num_generations)
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         for start in range(0, len(prompts), per_call):
             chunk = prompts[start : start + per_call]
@@ -106,7 +106,10 @@ class PlainEngine:
         finally:
             self.model.train(was_training)
         tokens = sequences[:, width:]  # [B, longest completion]
-        logprobs, sampling_logprobs = full.finish(tokens).cpu(), drawn.finish(tokens).cpu()
+        logprobs, sampling_logprobs = full.finish(tokens), drawn.finish(tokens)
+        if logprobs is None or sampling_logprobs is None:
+            logprobs = sampling_logprobs = self._read(prompts, sequences, attention_mask, params)
+        logprobs, sampling_logprobs = logprobs.cpu(), sampling_logprobs.cpu()
         is_end = torch.isin(tokens, torch.tensor(self.eos_ids, device=device)).cpu()
         stopped = is_end.any(dim=1).tolist()
         ends = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, tokens.shape[1]).tolist()
@@ -116,6 +119,21 @@ class PlainEngine:
             (ids[i], texts[i], "stop" if stopped[i] else "length", logprobs[i, :end], sampling_logprobs[i, :end])
             for i, end in enumerate(ends)
         ]
+
+    def _read(self, prompts: list[Prompt], sequences: Tensor, prompt_mask: Tensor, params: SamplingParams) -> Tensor:
+        """[B, C] float32: log-probs of drawn tokens by a forward pass, with the prompts' padding on the left."""
+        width = prompt_mask.shape[1]
+        mask = torch.nn.functional.pad(prompt_mask, (0, sequences.shape[1] - width), value=1)
+        with self.autocast():
+            logits = self.model(
+                input_ids=sequences,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0) if mrope_sections(self.model) is None else None,
+                **vision_inputs(self.model, prompts, sequences),
+                use_cache=False,
+            ).logits[:, width - 1 : -1]  # [B, C, V]
+        scores = torch.log_softmax(logits.float() / (params.temperature or 1.0), dim=-1)
+        return scores.gather(2, sequences[:, width:, None]).squeeze(2)
 
     def _generation_config(self, params: SamplingParams) -> GenerationConfig:
         # All filters are off here; `_processors` applies them, so that log-probs are recorded before and after.

@@ -2,10 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from fastgrpo.model.families import base_model
+
+TRANSFORMERS_GENERATE = GenerationMixin.generate
+
+
+def has_own_generate(model: Any) -> bool:
+    """Whether a model draws by a `generate` of its own, not by transformers'."""
+    return getattr(type(base_model(model)), "generate", None) is not TRANSFORMERS_GENERATE
 
 
 @contextmanager
@@ -52,9 +62,10 @@ class LogprobRecorder(LogitsProcessor):
         self.pending = scores.float() / self.temperature
         return scores
 
-    def finish(self, tokens: Tensor) -> Tensor:
-        """[B, C] float32 log-probs of `tokens` [B, C]."""
-        assert self.pending is not None
+    def finish(self, tokens: Tensor) -> Tensor | None:
+        """[B, C] float32 log-probs of `tokens` [B, C]; None if it was never called, by a model's own `generate`."""
+        if self.pending is None:
+            return None
         self._look_up(self.pending, tokens[:, -1])
         return torch.stack(self.columns, dim=1)
 

@@ -18,7 +18,7 @@ from fastgrpo.model.float32_head import head_in_float32
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.types import Completion, Prompt, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference
-from fastgrpo.update.micro_loss import Scaling, micro_loss, update_result
+from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result
 from fastgrpo.update.packed_forward import dummy_image_prompt
 from fastgrpo.update.packing import ONE_TOKEN
 
@@ -77,21 +77,34 @@ class PlainUpdater:
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without."""
         batches = self._micro_batches(groups)
-        outputs, offset = [], 0
+        outputs = []
         for i, batch in enumerate(batches):
-            fields = _loss_inputs(groups, slice(offset, offset + len(batch)), self._device)
-            offset += len(batch)
             with self.accumulation.micro_batch(self.model, is_last=i == len(batches) - 1):
-                with span("update/reference_model"):
-                    ref_logprobs = self._reference_logprobs(batch)
-                with span("update/forward"):
-                    logprobs, entropy = self._forward(self.model, batch)
-                    outputs.append(micro_loss(logprobs, entropy, fields, self.loss_params, self.scaling, ref_logprobs))
+                outputs.append(self._losses(self.model, groups, batch, i))
                 with span("update/backward"):
                     self.accumulation.backward(self.model, outputs[-1].loss)
         if batches:
             self.accumulation.step(self.model)
         return update_result(outputs, self._device)
+
+    @torch.no_grad()
+    def measure(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
+        """See `Updater.measure`."""
+        batches = self._micro_batches(groups)
+        outputs = [self._losses(unwrap(self.model), groups, batch, i) for i, batch in enumerate(batches)]
+        return update_result(outputs, self._device)
+
+    def _losses(
+        self, model: Any, groups: Sequence[TrainingGroup], batch: list[tuple[Prompt, Completion]], number: int
+    ) -> MicroBatchResult:
+        """Of a micro-batch, by its number."""
+        first = number * self.micro_batch_size
+        fields = _loss_inputs(groups, slice(first, first + len(batch)), self._device)
+        with span("update/reference_model"):
+            ref_logprobs = self._reference_logprobs(batch)
+        with span("update/forward"):
+            logprobs, entropy = self._forward(model, batch)
+            return micro_loss(logprobs, entropy, fields, self.loss_params, self.scaling, ref_logprobs)
 
     def _micro_batches(self, groups: Sequence[TrainingGroup]) -> list[list[tuple[Prompt, Completion]]]:
         """The same number on every rank, padded with empty ones: collectives in a micro-batch wait for all ranks."""

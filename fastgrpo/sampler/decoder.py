@@ -15,7 +15,8 @@ from fastgrpo_kernels import PagedLayout, decode_attention, rms_norm, rope_and_c
 from torch import Tensor
 
 from fastgrpo.model.attention import varlen_attention
-from fastgrpo.model.families import FAMILIES, base_model, family_of, mrope_sections, text_model
+from fastgrpo.model.families import FAMILIES, base_model, family_of, learns_prompt, mrope_sections, text_model
+from fastgrpo.model.quantized import BITSANDBYTES, is_quantized
 from fastgrpo.model.segments import Segments
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
@@ -270,14 +271,14 @@ def unsupported(model: Any) -> str | None:
     rope = text.rope_parameters.get("rope_type", "default")
     if rope not in STATIC_ROPE:
         return f"its rotary embedding is of type {rope}"
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if learns_prompt(model):
         return "it is tuned by a learnt prompt"
     for module in (*text_model(model).modules(), *base_model(model).lm_head.modules()):
         if hasattr(module, "get_base_layer") and not _is_plain_lora(module):
             return "its adapters are not plain LoRA"
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            return "its weights are quantized"
+        if is_quantized(weight) and type(weight).__name__ not in BITSANDBYTES:
+            return "its weights are quantized, and not by bitsandbytes"
     return None
 
 

@@ -11,7 +11,7 @@ from fastgrpo_kernels import SampleParams
 from fastgrpo_profiling import span
 from torch import Tensor
 
-from fastgrpo.model.families import base_model, placeholder_ids
+from fastgrpo.model.families import base_model, end_ids, placeholder_ids
 from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
@@ -96,8 +96,7 @@ class SamplerEngine:
         self.options = options or SamplerOptions()
         self.memory_to_come = memory_to_come
         policy = base_model(model)
-        eos = policy.generation_config.eos_token_id
-        self.eos_ids = sorted({*([eos] if isinstance(eos, int) else eos or []), tokenizer.eos_token_id} - {None})
+        self.eos_ids = end_ids(policy, tokenizer)
         self.suppressed = placeholder_ids(policy)
         self.decoder = Decoder(DecoderShape.of(model), dtype or policy.dtype, device or policy.device)
         image_token = getattr(policy.config, "image_token_id", None)

@@ -1,4 +1,4 @@
-"""Copies the policy's weights to the sampler's, in place; merges LoRA and gathers ZeRO-3 partitions on the way."""
+"""Copies the policy's weights to the sampler's, in place; merges LoRA, gathers ZeRO-3 partitions, reads 4-bit ones."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.model.families import base_model, text_model
+from fastgrpo.model.quantized import plain_weight
 from fastgrpo.model.zero import gathered, is_partitioned
 from fastgrpo.sampler.decoder import Decoder
 
@@ -85,12 +86,12 @@ def _copy(module: Any, weight: Tensor, bias: Tensor | None, waiting: _Waiting) -
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     parameters, adapters = list(module.parameters()), _adapters(module)
     if not adapters and not is_partitioned(parameters):
-        waiting.add(weight, base.weight)
+        waiting.add(weight, plain_weight(base))
         if bias is not None:
             waiting.add(bias, base.bias)
         return
     with gathered(parameters):
-        merged = base.weight
+        merged = plain_weight(base)
         for adapter in adapters:
             merged = merged + module.get_delta_weight(adapter).to(merged.dtype)
         weight.copy_(merged)

@@ -13,18 +13,23 @@ import importlib
 import inspect
 import logging
 import math
-import re
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.scoring.answers import answers_match, parse_answer
-from fastgrpo.scoring.golds import gold_text, option_texts
-from fastgrpo.types import Rollout
+from fastgrpo.rewards import (
+    accuracy_reward,
+    get_soft_overlong_punishment,
+    reasoning_accuracy_reward,
+    think_format_reward,
+)
+from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format, token_length
+from fastgrpo.types import Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -32,103 +37,41 @@ RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float
 
 LARGEST = torch.finfo(torch.float32).max
 
-_FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_OPENING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _RESERVED = {"prompt", "prompts", "prompt_texts", "completion", "completions", "completion_ids"} | {
     "trainer_state",
     "log_extra",
     "log_metric",
 }
-
-
-def accuracy_reward(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    solution: Sequence[Any] | None = None,
-    choices: Sequence[Any] | None = None,
-    **_: Any,
-) -> list[float | None]:
-    """1 where the tagged answer is the gold one (`answers.answers_match`), else 0; None without a solution.
-
-    Args:
-        solution: gold answers, in any form that `golds.gold_text` reads.
-        choices: the options of each question, in any form that `golds.option_texts` reads, or None.
-
-    Raises:
-        ValueError: the data has no `solution` column, or a gold answer that cannot be read.
-    """
-    if solution is None:
-        raise ValueError(
-            "the accuracy reward needs a `solution` column; add one, or leave `accuracy` out of reward_funcs."
-        )
-    options = [None] * len(completions) if choices is None else choices
-    return [
-        None if gold is None else float(is_correct(parse_answer(_text(completion)), gold, listed))
-        for completion, gold, listed in zip(completions, solution, options, strict=True)
-    ]
-
-
-def is_correct(answer: str | None, solution: Any, choices: Any) -> bool:
-    """Whether an answer is a row's gold one; without an answer it is not.
-
-    Raises:
-        RowError: a gold answer or options that cannot be read.
-    """
-    options = None if choices is None else option_texts(choices)
-    gold = gold_text(solution)
-    return answer is not None and answers_match(answer, gold, options)
-
-
-def format_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], prompt_texts: Sequence[str] | None = None, **_: Any
-) -> list[float | None]:
-    """1 where the completion is `<think>…</think> <answer>…</answer>` and nothing else, each tag once; else 0.
-
-    White space around is allowed. What the prompt opens counts as the completion's: a `<think>` at its end (base mode,
-    templates of reasoning models), or an empty `<think></think>` (such templates with thinking off).
-    """
-    opened = prompts if prompt_texts is None else prompt_texts
-    texts = [_opening(prompt) + _text(completion) for prompt, completion in zip(opened, completions, strict=True)]
-    return [float(_FORM.fullmatch(text) is not None and all(text.count(t) == 1 for t in _TAGS)) for text in texts]
-
-
-def length_reward(
-    prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Sequence[int]], **_: Any
-) -> list[float | None]:
-    """0.001 per completion token: a control, which rewards length alone."""
-    return [0.001 * len(ids) for ids in completion_ids]
-
-
 REWARD_FUNCTIONS: dict[str, RewardFunction] = {
-    "accuracy": accuracy_reward,
-    "format": format_reward,
-    "length": length_reward,
+    "accuracy": tagged_accuracy,
+    "format": tagged_format,
+    "length": token_length,
+    "tagged_accuracy": tagged_accuracy,
+    "tagged_format": tagged_format,
+    "token_length": token_length,
+    "accuracy_reward": accuracy_reward,
+    "reasoning_accuracy_reward": reasoning_accuracy_reward,
+    "think_format_reward": think_format_reward,
+    "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
 }
+"""The first three are short names of the next three; the last four are TRL's, with its program's settings."""
 
 
-def _text(completion: str | Sequence[dict[str, Any]]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def resolve_reward_functions(specs: Sequence[Any]) -> list[Any]:
+    """Reward functions by name (`REWARD_FUNCTIONS`), by import path, or as is.
 
-
-def _opening(prompt: str | Sequence[dict[str, Any]]) -> str:
-    """The tags with which a prompt, or the start of the assistant's turn in it, opens the completion."""
-    if not isinstance(prompt, str):
-        last = prompt[-1] if prompt else {}
-        prompt = last["content"] if last.get("role") == "assistant" and isinstance(last["content"], str) else ""
-    found = _OPENING.search(prompt)
-    return found[0] if found else ""
-
-
-def resolve_reward_functions(specs: Sequence[str | RewardFunction]) -> list[RewardFunction]:
-    """Reward functions by name ("accuracy", "format", "length"), by import path, or as is.
-
-    A path is "package.module:function", or "package.module.function" as in TRL.
+    A path is "package.module:function", or "package.module.function" as in TRL. The name of a reward model, a folder or
+    a hub id, stays as it is.
 
     Raises:
         ValueError: an unknown name, or a path that cannot be imported.
     """
-    return [_resolve(spec) if isinstance(spec, str) else spec for spec in specs]
+    return [_resolve(spec) if isinstance(spec, str) and not names_a_model(spec) else spec for spec in specs]
+
+
+def names_a_model(spec: str) -> bool:
+    """Whether a reward's name is that of a model rather than of a function."""
+    return Path(spec).is_dir() or ("/" in spec and ":" not in spec)
 
 
 def _resolve(spec: str) -> RewardFunction:
@@ -139,8 +82,8 @@ def _resolve(spec: str) -> RewardFunction:
         close = difflib.get_close_matches(spec, REWARD_FUNCTIONS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"reward_funcs: {spec!r} is not a reward function. Use {', '.join(REWARD_FUNCTIONS)}, or an import path "
-            f"such as `my_package.my_module:my_reward`.{hint}"
+            f"reward_funcs: {spec!r} is not a reward function. Use {', '.join(REWARD_FUNCTIONS)}, an import path such "
+            f"as `my_package.my_module:my_reward`, or the folder or hub id of a reward model.{hint}"
         )
     try:
         function = getattr(importlib.import_module(module_name), attribute)
@@ -156,13 +99,14 @@ def _resolve(spec: str) -> RewardFunction:
 
 def reads_golds(functions: Sequence[RewardFunction]) -> bool:
     """Whether a function among these compares answers with `solution`: rows whose gold it cannot read are of no use."""
-    return any(inspect.unwrap(getattr(function, "func", function)) is accuracy_reward for function in functions)
+    return any(inspect.unwrap(getattr(function, "func", function)) is tagged_accuracy for function in functions)
 
 
 def reward_name(function: RewardFunction) -> str:
     """The name under which a reward function is logged: its own, or its class's."""
     wrapped = inspect.unwrap(getattr(function, "func", function))
-    return getattr(wrapped, "__name__", type(wrapped).__name__)
+    name: str = getattr(function, "__name__", "") or getattr(wrapped, "__name__", type(wrapped).__name__)
+    return name
 
 
 def score(
@@ -184,13 +128,19 @@ def score(
     Raises:
         ValueError: a function raised, or returned something else than one finite number or None per completion.
     """
-    arguments = {
-        **_arguments(groups),
-        "trainer_state": trainer_state,
-        "log_extra": log_extra or _ignore,
-        "log_metric": log_metric or _ignore,
-    }
-    count = len(arguments["completions"])
+    places = [(completion.row_id, completion.index) for _, completions in groups for completion in completions]
+    handed = {"trainer_state": trainer_state, "log_extra": log_extra or _ignore, "log_metric": log_metric or _ignore}
+    return call_functions(reward_functions, {**reward_arguments(groups), **handed}, places, nan_rewards)
+
+
+def call_functions(
+    reward_functions: Sequence[RewardFunction],
+    arguments: Mapping[str, Any],
+    places: Sequence[tuple[int, int]],
+    nan_rewards: str = "raise",
+) -> Tensor:
+    """As `score`, from the functions' keyword arguments; `places` are the completions' rows and indices within."""
+    count = len(places)
     if not count:  # every row of the batch was skipped
         return torch.zeros(0, len(reward_functions))
     results = [_call(function, arguments) for function in reward_functions]
@@ -199,7 +149,6 @@ def score(
         awaited = _await_all([(reward_functions[i], results[i]) for i in pending], count)
         for i, result in zip(pending, awaited, strict=True):
             results[i] = result
-    places = [(completion.row_id, completion.index) for _, completions in groups for completion in completions]
     columns = [
         _validated(reward_name(function), result, places, nan_rewards)
         for function, result in zip(reward_functions, results, strict=True)
@@ -207,24 +156,46 @@ def score(
     return torch.tensor(columns, dtype=torch.float32).view(len(columns), count).T.contiguous()
 
 
-def _arguments(groups: Sequence[Rollout]) -> dict[str, Any]:
-    """The keyword arguments of a reward function: one entry per completion in each."""
+def reward_arguments(groups: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """The keyword arguments that a reward function reads completions from: one entry per completion in each."""
     pairs = [(prompt, completion) for prompt, completions in groups for completion in completions]
-    names = {name: None for prompt, _ in groups for name in prompt.columns if name not in _RESERVED}
+    shown = {id(prompt): shown_prompt(prompt) for prompt, _ in groups}
+    columns = [{**prompt.columns, **completion.columns} for prompt, completion in pairs]
+    names = {name: None for row in columns for name in row if name not in _RESERVED}
     return {
-        "prompts": [p.text if p.messages is None else p.messages for p, _ in pairs],
+        "prompts": [shown[id(p)] for p, _ in pairs],
         "prompt_texts": [p.text for p, _ in pairs],
         "completions": [c.text if p.messages is None else [{"role": "assistant", "content": c.text}] for p, c in pairs],
         "completion_ids": [c.token_ids.tolist() for _, c in pairs],
-        **{name: [p.columns.get(name) for p, _ in pairs] for name in names},
+        **{name: [row.get(name) for row in columns] for name in names},
     }
+
+
+def shown_prompt(prompt: Prompt) -> str | list[dict[str, Any]]:
+    """A prompt as TRL shows it to users' functions: a text, or a conversation with a picture in each image part.
+
+    Where there are pictures, texts stand in parts too.
+    """
+    if prompt.messages is None:
+        return prompt.text
+    pictures = iter(prompt.images)
+
+    def part(one: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image", "image": next(pictures)} if one["type"] == "image" else one
+
+    def content(value: Any) -> list[dict[str, Any]]:
+        return [{"type": "text", "text": value}] if isinstance(value, str) else [part(one) for one in value or ()]
+
+    if not prompt.images:
+        return prompt.messages
+    return [{**message, "content": content(message.get("content"))} for message in prompt.messages]
 
 
 def _ignore(*_: Any, **__: Any) -> None:
     pass
 
 
-def _call(function: RewardFunction, arguments: dict[str, Any]) -> Any:
+def _call(function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
     try:
         return function(**arguments)
     except Exception as error:

@@ -28,7 +28,7 @@ class CompletionRecord:
     completion: str
     finish_reason: FinishReason
     length: int
-    """Tokens, the end token included."""
+    """Tokens that the policy wrote, the end token included."""
     prompt_length: int
     """Tokens."""
     advantage: float
@@ -121,7 +121,7 @@ def records_of(
                 prompt=prompt.text,
                 completion=completion.text,
                 finish_reason=completion.finish_reason,
-                length=len(completion.token_ids),
+                length=len(completion.token_ids) if completion.own_tokens is None else int(completion.own_tokens.sum()),
                 prompt_length=len(prompt.input_ids),
                 advantage=values[n],
                 reward=_none_if_nan(totals[n]),

@@ -10,13 +10,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.data.prompts import PromptBuilder
-from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.data.row_dataset import Rows
 from fastgrpo.run_config import RunConfig
 from fastgrpo.training.checkpoints import find_checkpoint, load_state
 from fastgrpo.training.model_card import RunFacts, write_model_card
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
+from fastgrpo.training.rows import build_loader
 from fastgrpo.training.run_log import RunLog
-from fastgrpo.training.setup import build_loader
 from fastgrpo.training.step_log import StepLog
 from fastgrpo.training.transformers_hooks import TransformersHooks
 from fastgrpo.types import Engine
@@ -30,7 +30,7 @@ class RunTrainer(TransformersHooks):
     """
 
     config: RunConfig
-    rows: RowDataset
+    rows: Rows
     builder: PromptBuilder
     """Of questions to score the model on."""
     engine: Engine
@@ -69,6 +69,8 @@ class RunTrainer(TransformersHooks):
         """Training logs carry our metrics too."""
         if "loss" in logs:
             logs |= self.step_log.line()
+        elif "train_loss" in logs:  # the run's last line: what came behind the one before
+            logs |= {name: value for name, value in self.step_log.line().items() if name != "loss"}
         super().log(logs, start_time)
 
     # Resuming

@@ -1,36 +1,34 @@
 """What users pass to the trainer, in its many forms, into what the trainer works with: model, engine and updater."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from peft import get_peft_model
+from peft import PeftType, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.data.examples import ExampleBuilder, ExampleCollator
-from fastgrpo.data.prompts import PromptBuilder, PromptCollator
-from fastgrpo.data.row_dataset import RowDataset, as_rows
-from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
-from fastgrpo.model.families import unwrap
+from fastgrpo.model.families import is_multimodal, learns_prompt, unwrap
 from fastgrpo.model.float32_head import require_plain_head
 from fastgrpo.model.load import Processing, load_config, load_policy, load_processing, processing_from
+from fastgrpo.model.quantized import quantized_loading
+from fastgrpo.model.reward_model import model_name
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.plain.engine import PlainEngine
+from fastgrpo.plain.hf_generation import has_own_generate
 from fastgrpo.plain.supervised import PlainSupervisedUpdater
 from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.run_config import RunConfig
 from fastgrpo.sampler.decoder import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
-from fastgrpo.scoring.rewards import RewardFunction, reads_golds
 from fastgrpo.sft_config import SFTConfig
 from fastgrpo.training.deepspeed_settings import take_whole_steps
 from fastgrpo.training.memory import needs_checkpointing
-from fastgrpo.types import Engine, RowError, SamplingParams, Updater
+from fastgrpo.types import Engine, SamplingParams, Updater
 from fastgrpo.update.objective import loss_params, scaling
 from fastgrpo.update.supervised import SupervisedUpdater
 from fastgrpo.update.updater import PackedUpdater
@@ -69,6 +67,10 @@ def settle(config: RunConfig, model: PreTrainedModel) -> None:
         needed = needs_checkpointing(model, config)
         for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers' older and newer name
             setattr(config, name, needed)
+    if config.gradient_checkpointing and _has_prefix(model):
+        logger.warning("gradient_checkpointing is off: recomputed layers would not see the learnt prefix.")
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            setattr(config, name, False)
     if config.n_gpu > 1:
         logger.warning(
             "%d GPUs are visible, one is used; `accelerate launch -m fastgrpo train` uses all.", config.n_gpu
@@ -76,6 +78,10 @@ def settle(config: RunConfig, model: PreTrainedModel) -> None:
         config._n_gpu = 1  # nn.DataParallel would cut packed pictures and M-RoPE positions in pieces
     if config.ddp_find_unused_parameters is None:
         config.ddp_find_unused_parameters = False  # the updaters run the vision tower on ranks without pictures too
+
+
+def _has_prefix(model: Any) -> bool:
+    return learns_prompt(model) and model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
 
 
 def resolve_processing(model: Any, given: Any, config: RunConfig) -> Processing:
@@ -96,10 +102,25 @@ def resolve_processing(model: Any, given: Any, config: RunConfig) -> Processing:
     return load_processing(path, trust_remote_code=config.trust_remote_code)
 
 
-def resolve_model(model: Any, config: RunConfig, peft_config: Any) -> PreTrainedModel:
+def default_output_dir(model: Any) -> str:
+    """Where a run without settings writes: MODEL-GRPO, by the last part of the model's name."""
+    return f"{model.rstrip('/').rpartition('/')[2] if isinstance(model, str) else model_name(model)}-GRPO"
+
+
+def resolve_processing_class(given: Any, processing: Processing) -> Any:
+    """What callbacks and scripts see as the trainer's: the one passed, or a text model's tokenizer."""
+    if isinstance(given, PreTrainedTokenizerBase | ProcessorMixin):
+        return given
+    return processing.tokenizer if processing.image_processor is None else processing
+
+
+def resolve_model(model: Any, config: RunConfig, peft_config: Any, quantization_config: Any = None) -> PreTrainedModel:
     """The policy: loaded when named, wrapped in adapters when asked, dropout off when asked."""
     if isinstance(model, str):
-        model = load_policy(model, trust_remote_code=config.trust_remote_code, model_init_kwargs=config.model_kwargs)
+        arguments = config.model_kwargs | quantized_loading(quantization_config, config)
+        model = load_policy(model, trust_remote_code=config.trust_remote_code, model_init_kwargs=arguments)
+    elif quantization_config is not None:
+        raise ValueError("quantization_config: the model is loaded already. Pass its name, or load it quantized.")
     elif config.needs_reference and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             f"beta={config.beta} needs a frozen copy, but the model is partitioned by ZeRO-3. Pass its name or folder "
@@ -107,6 +128,11 @@ def resolve_model(model: Any, config: RunConfig, peft_config: Any) -> PreTrained
         )
     if peft_config is not None and hasattr(model, "disable_adapter"):
         raise ValueError("peft_config: the model has adapters already, which train further. Leave it out.")
+    if getattr(peft_config, "is_prompt_learning", False) and is_multimodal(model):
+        raise ValueError(
+            f"peft_config: {type(peft_config).__name__} puts learnt vectors before the input, which moves the "
+            f"positions of {type(model).__name__}'s pictures. Use LoRA, or another adapter on its layers."
+        )
     if peft_config is not None:
         set_seed(config.seed)  # for the adapters' first values, as transformers' Trainer does a little later
         model = get_peft_model(model, peft_config)
@@ -132,70 +158,6 @@ def resolve_reward_weights(config: GRPOConfig, count: int) -> Tensor:
     return torch.tensor(weights, dtype=torch.float32)
 
 
-def resolve_rows(dataset: Any, name: str, config: GRPOConfig, reward_functions: Sequence[RewardFunction]) -> RowDataset:
-    """What a user passed as `name`; where rewards read gold answers, rows without a usable one will be skipped."""
-    rows = as_rows(dataset, config.seed, name=name)
-    return rows.with_checked_golds() if reads_golds(reward_functions) else rows
-
-
-def require_a_good_row(rows: RowDataset, builder: PromptBuilder | ExampleBuilder) -> None:
-    """Looks for the first row that can be built, so that a data set without any fails before training."""
-    first_reason = ""
-    for index in range(len(rows)):
-        row_id, raw = rows[index]
-        try:
-            builder.build(rows.convert(row_id, raw))
-        except RowError as error:
-            first_reason = first_reason or f"row {row_id}: {error}"
-        else:
-            return
-    raise ValueError(f"none of the {len(rows)} rows can be used; {first_reason}")
-
-
-def build_prompt_builder(processing: Processing, config: GRPOConfig) -> PromptBuilder:
-    """What turns rows into prompts."""
-    return PromptBuilder(
-        processing.tokenizer,
-        processing.image_processor,
-        family=processing.family,
-        mode=config.prompt_mode,
-        template=config.prompt_template,
-        max_prompt_length=config.max_prompt_length,
-        chat_template_kwargs=config.template_kwargs,
-    )
-
-
-def build_loader(
-    rows: RowDataset, collate: PromptCollator | ExampleCollator, config: RunConfig, rank: int, ranks: int
-) -> RolloutLoader:
-    """A rank's prompts, in the run's order of rows; the micro-batches are those that transformers counts.
-
-    Raises:
-        ValueError: the data set is smaller than one rollout.
-    """
-    plan = config.batch_plan
-    sampler = RolloutSampler(
-        len(rows),
-        plan.prompts_per_rollout,
-        repeats=plan.updates_per_rollout,
-        turns=plan.accumulation,
-        shuffle=config.shuffle_dataset,
-        seed=config.seed if config.data_seed is None else config.data_seed,
-        rank=rank,
-        world_size=ranks,
-    )
-    return RolloutLoader(
-        rows,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.dataloader_num_workers or 0,
-        prefetch_factor=config.dataloader_prefetch_factor,
-        persistent_workers=config.dataloader_persistent_workers,
-        multiprocessing_context=config.dataloader_multiprocessing_context,
-        in_order=config.dataloader_in_order,
-    )
-
-
 def build_vision_cache(model: Any, config: RunConfig) -> VisionCache | None:
     """What engine and updater share where the vision tower is frozen; None for text models and where it is off."""
     if config.engine != "fast" or config.vision_cache_bytes == 0 or unsupported(model) is not None:
@@ -213,7 +175,7 @@ def build_engine(
     memory_to_come: Callable[[], int] = lambda: 0,
 ) -> Engine:
     """The paged sampler; HF `generate` for `engine="plain"`, and with a warning for models it does not know."""
-    reason = unsupported(model)
+    reason = "it draws by a `generate` of its own" if has_own_generate(model) else unsupported(model)
     if config.engine == "fast" and reason is None:
         return SamplerEngine(
             model,

@@ -16,12 +16,12 @@ from fastgrpo.data.row_dataset import as_rows, warn_of_shared_rows
 from fastgrpo.sft_config import SFTConfig
 from fastgrpo.training.live_figures import LiveFigures, patches_of
 from fastgrpo.training.memory import memory_to_come
+from fastgrpo.training.rows import require_a_good_row
 from fastgrpo.training.run_trainer import RunTrainer
 from fastgrpo.training.setup import (
     build_engine,
     build_supervised_updater,
     build_vision_cache,
-    require_a_good_row,
     resolve_model,
     resolve_processing,
     settle,

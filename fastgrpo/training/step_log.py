@@ -12,7 +12,7 @@ from transformers import TrainerState
 
 from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.advantages import Advantages
-from fastgrpo.training.completion_records import records_of
+from fastgrpo.training.completion_records import CompletionRecord, records_of
 from fastgrpo.training.live_figures import LiveFigures, trained_part
 from fastgrpo.training.metrics import rollout_metrics, update_metrics
 from fastgrpo.training.progress import ProgressDisplay
@@ -57,8 +57,12 @@ class StepLog:
         """Logged by reward functions (`log_metric`), in the step under way."""
         self._extra: dict[str, Sequence[Any]] = {}
         """Logged by reward functions (`log_extra`): a value per completion of the rollout under way."""
-        self._window: dict[str, list[float]] = defaultdict(list)
+        self.window: defaultdict[str, list[float]] = defaultdict(list)
         """Each metric since the last log line."""
+        self.eval_window: defaultdict[str, list[float]] = defaultdict(list)
+        """What scripts add to the next evaluation's figures."""
+        self.records: list[CompletionRecord] = []
+        """The last rollout's completions, of all ranks."""
         self._drawn_tokens = 0
         self._named_rows: set[int] = set()
         self._clashes: set[str] = set()
@@ -66,12 +70,12 @@ class StepLog:
     def start(self, state: Mapping[str, Any]) -> None:
         """Begins a run, or goes on with one that left `state`."""
         self.skipped_rows = state.get("skipped_rows", 0)
-        self._window = defaultdict(list, state.get("window", {}))
+        self.window = defaultdict(list, state.get("window", {}))
         self._step, self._of_rewards, self._extra, self._drawn_tokens = {}, {}, {}, 0
 
     def state(self) -> dict[str, Any]:
         """What `start` needs to go on."""
-        return {"skipped_rows": self.skipped_rows, "window": self._window}
+        return {"skipped_rows": self.skipped_rows, "window": self.window}
 
     def log_extra(self, name: str, values: Any) -> None:
         """A column for the completions log, from a reward function: a list, or a tensor or array of rank 1."""
@@ -98,7 +102,7 @@ class StepLog:
         mine = records_of(
             rollouts, self.reward_names, advantages, thumbnails=self.config.log_multimodal, extra=self._extra
         )
-        records = gather_object(mine)
+        records = self.records = gather_object(mine)
         self._extra = {}
         self.skip(batch.skipped)
         state.num_input_tokens_seen += sum(record.length + record.prompt_length for record in records)
@@ -107,6 +111,7 @@ class StepLog:
         self.figures.drew(rollouts)
         if self.files is None:
             return
+        self._warn_of_unscored(rollouts)
         self.display.print_completions(records)
         if self.config.log_completions:
             self.files.completions(state.global_step + 1, records)
@@ -147,19 +152,44 @@ class StepLog:
             metrics[f"custom/{name}" if name in metrics or name == "step" else name] = value
         self._step, self._of_rewards, self._drawn_tokens = {}, {}, 0
         for name, value in metrics.items():
-            self._window[name].append(value)
+            self.window[name].append(value)
         self.display.show(state, metrics)
         if self.files is not None:
             self.files.metrics(state.global_step, metrics)
 
     def line(self) -> dict[str, float]:
         """A log line: the mean of every metric since the last one, the latest value of what adds up."""
-        logs = {name: sum(values) / len(values) for name, values in self._window.items()}
-        logs |= {name: self._window[name][-1] for name in LATEST if name in self._window}
-        self._window.clear()
+        logs = means_of(self.window)
+        logs |= {name: self.window[name][-1] for name in LATEST if name in self.window}
+        self.window.clear()
         return logs
+
+    def eval_line(self) -> dict[str, float]:
+        """The means of what scripts added since the last evaluation."""
+        logs = means_of(self.eval_window)
+        self.eval_window.clear()
+        return logs
+
+    def _warn_of_unscored(self, rollouts: Sequence[ScoredRollout]) -> None:
+        """Shows the first completion of a run of which every reward function returned None: it teaches nothing."""
+        for rollout in rollouts:
+            for completion, rewards in zip(rollout.completions, rollout.rewards, strict=True):
+                if bool(rewards.isnan().all()):
+                    seen = {**rollout.prompt.columns, **completion.columns}
+                    seen |= {"prompt": rollout.prompt.text, "completion": completion.text}
+                    self._warn_once(
+                        "unscored",
+                        f"All reward functions returned None for the following kwargs:\n{seen}\nSuch completions "
+                        "teach nothing: let one function return a number. Further ones are not reported.",
+                    )
+                    return
 
     def _warn_once(self, what: str, message: str) -> None:
         if self.files is not None and what not in self._clashes:
             self._clashes.add(what)
             logger.warning(message)
+
+
+def means_of(window: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The mean of each name's values."""
+    return {name: sum(values) / len(values) for name, values in window.items() if values}

@@ -10,60 +10,69 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from fastgrpo_profiling import span
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, TrainerCallback
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptCollator
-from fastgrpo.data.row_dataset import warn_of_shared_rows
-from fastgrpo.scoring.advantages import Advantages, group_advantages
-from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, score
+from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.scoring.advantages import Advantages
 from fastgrpo.training.checkpoints import load_state
 from fastgrpo.training.completion_records import distinct_names
 from fastgrpo.training.completions_upload import CompletionsUpload
+from fastgrpo.training.custom_rollout import CustomRollout
 from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
 from fastgrpo.training.memory import memory_to_come
-from fastgrpo.training.metrics import rollout_metrics
-from fastgrpo.training.reward_evaluation import score_rows
-from fastgrpo.training.run_trainer import RunTrainer
+from fastgrpo.training.reward_evaluation import RewardEvaluation
+from fastgrpo.training.rewards import load_reward_functions, place_reward_models
+from fastgrpo.training.rows import (
+    build_prompt_builder,
+    require_a_good_row,
+    resolve_held_out,
+    resolve_rows,
+    warn_of_known_rows,
+)
 from fastgrpo.training.setup import (
     build_engine,
-    build_prompt_builder,
     build_updater,
     build_vision_cache,
-    require_a_good_row,
+    default_output_dir,
     resolve_model,
     resolve_processing,
+    resolve_processing_class,
     resolve_reward_weights,
-    resolve_rows,
     sampling_params,
     settle,
     tell_of_lost_balance,
 )
 from fastgrpo.training.step_log import StepLog
+from fastgrpo.training.trl_surface import refuse_tools, require_called_overrides
 from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.entropy import EntropyControl
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.update.plan import plan_updates, token_masks
 
 
-class GRPOTrainer(RunTrainer):
+class GRPOTrainer(RewardEvaluation):
     """Trains a vision-language (or text) model with GRPO. A drop-in for `trl.GRPOTrainer`.
 
     Args:
         model: a hub id or folder, a `PreTrainedModel`, or a `PeftModel`.
-        reward_funcs: one or several; a built-in name (`accuracy`, `format`, `length`), `module:function`, or a
-            callable with TRL's signature.
-        args: settings.
-        train_dataset: rows in the SAT or CV-Bench schema, or with a `prompt` (and `image` or `images`) column.
-        eval_dataset: rows for `evaluate`, likewise.
+        reward_funcs: one or several; a built-in name (`accuracy`, `format`, `length`, or one of TRL's), an import path,
+            a callable with TRL's signature, or a reward model: a hub id, a folder, a sequence classifier.
+        args: settings; those of `output_dir` `MODEL-GRPO` when None.
+        train_dataset: rows in the SAT or CV-Bench schema, or with a `prompt` (and `image` or `images`) column; a
+            stream of such rows needs `max_steps`.
+        eval_dataset: rows for `evaluate`, likewise; or several sets by name.
         processing_class: tokenizer or processor; loaded from the model's folder when None.
-        reward_processing_classes: accepted where TRL has it; reward models are not supported yet, functions only.
+        reward_processing_classes: the tokenizers of reward models, in the order of `reward_funcs`.
+        quantization_config: loads the model's weights with so many bits (bitsandbytes, on a GPU); train adapters then.
         peft_config: wraps the model in adapters; the reference of the KL term is then the model without them. That of
             a `PeftModel` with trained adapters is a copy of these.
+        rollout_func: draws the completions instead of the sampler, see `custom_rollout`.
+        tools, environment_factory: accepted where TRL has them, as None.
 
     Raises:
         ValueError: a setting, a data set or a reward function that cannot work; the message says how to mend it.
@@ -75,7 +84,7 @@ class GRPOTrainer(RunTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -83,38 +92,41 @@ class GRPOTrainer(RunTrainer):
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
     ) -> None:
+        require_called_overrides(type(self))
+        refuse_tools(tools, environment_factory)
         if train_dataset is None:
             raise ValueError("train_dataset is missing: pass a data set of rows to train on.")
-        if reward_processing_classes is not None:
-            raise ValueError("reward_processing_classes: reward models are not supported yet; pass reward functions.")
-        self.config = args or GRPOConfig()
-        self.processing = resolve_processing(model, processing_class, self.config)
-        model = resolve_model(model, self.config, peft_config)
-        self.reward_functions: list[RewardFunction] = resolve_reward_functions(
-            reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-        )
+        self.config = args or GRPOConfig(default_output_dir(model))
+        self.reward_functions = load_reward_functions(reward_funcs, reward_processing_classes, self.config)
+        self.reward_names = distinct_names(self.reward_functions)
         self.reward_weights = resolve_reward_weights(self.config, len(self.reward_functions))
+        self.processing = resolve_processing(model, processing_class, self.config)
+        model = resolve_model(model, self.config, peft_config, quantization_config)
         self.builder = build_prompt_builder(self.processing, self.config)
-        self.rows = rows = resolve_rows(train_dataset, "train_dataset", self.config, self.reward_functions)
-        require_a_good_row(rows, self.builder)
-        if eval_dataset is not None:
-            eval_dataset = resolve_rows(eval_dataset, "eval_dataset", self.config, self.reward_functions)
-            warn_of_shared_rows(rows, eval_dataset)
+        self.rows = resolve_rows(train_dataset, self.config, self.reward_functions)
+        require_a_good_row(self.rows, self.builder)
+        self.held_out = resolve_held_out(eval_dataset, self.config, self.reward_functions)
+        warn_of_known_rows(self.rows, self.held_out)
         self.reference_model = copy_reference(model, self.config)
         settle(self.config, model)
         tell_of_lost_balance(self.config, model)
 
         super().__init__(
             model=model,
-            data_collator=PromptCollator(rows, self.builder),
-            train_dataset=rows,
+            data_collator=PromptCollator(self.rows, self.builder),
+            train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=self.processing,
+            processing_class=resolve_processing_class(processing_class, self.processing),
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        place_reward_models(self.reward_functions, self.accelerator.device)
         if self.config.log_completions_hub_repo is not None:
             self.add_callback(CompletionsUpload(Path(self.config.output_dir) / "completions", self.config))
         if self.reference_model is not None:
@@ -131,7 +143,8 @@ class GRPOTrainer(RunTrainer):
             cache,
             memory_to_come=lambda: memory_to_come(self.model, self.optimizer),
         )
-        self.reward_names = distinct_names(self.reward_functions)
+        if rollout_func is not None:
+            self.engine = CustomRollout(rollout_func, self, self.engine, self.builder)
         figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
         self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, self.display)
         self.entropy = EntropyControl(self.config, self.accelerator)
@@ -162,14 +175,7 @@ class GRPOTrainer(RunTrainer):
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """What every reward function says of every completion."""
         with span("reward"):
-            rewards = score(
-                rollouts,
-                self.reward_functions,
-                trainer_state=self.state,
-                log_extra=self.step_log.log_extra,
-                log_metric=self.step_log.log_metric,
-                nan_rewards=self.config.nan_rewards,
-            )
+            rewards = self.rewards_of(rollouts)
         per_rollout = rewards.split(self.config.num_generations)
         return [ScoredRollout(*rollout, columns) for rollout, columns in zip(rollouts, per_rollout, strict=False)]
 
@@ -177,14 +183,7 @@ class GRPOTrainer(RunTrainer):
         """Group-relative advantages."""
         with span("advantages"):
             rewards = torch.cat([torch.zeros(0, len(self.reward_functions)), *(r.rewards for r in rollouts)])
-            return group_advantages(
-                rewards,
-                self.config.num_generations,
-                self.reward_weights,
-                self.config.scale_rewards,
-                aggregation=self.config.multi_objective_aggregation,
-                gather=lambda values: torch.tensor(gather_object(values.tolist()), dtype=torch.float64),
-            )
+            return self.advantages_of(rewards, self.config.num_generations)
 
     def plan_updates(self, rollouts: Sequence[ScoredRollout], advantages: Advantages) -> list[list[TrainingGroup]]:
         """The optimizer steps to take on a rollout."""
@@ -238,10 +237,10 @@ class GRPOTrainer(RunTrainer):
 
     def load_updates(self, checkpoint: Path) -> list[list[TrainingGroup]]:
         """What is left to train on of a checkpoint's rollout."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        return load_updates(
-            checkpoint, rank, ranks, lambda ids: self.data_collator([self.train_dataset[i] for i in ids]).prompts
-        )
+        if not isinstance(self.rows, RowDataset):  # a stream's rows cannot be looked up: the rollout is drawn anew
+            return []
+        rows, rank, ranks = self.rows, self.accelerator.process_index, self.accelerator.num_processes
+        return load_updates(checkpoint, rank, ranks, lambda ids: self.data_collator([rows[i] for i in ids]).prompts)
 
     def state_to_save(self) -> dict[str, Any]:
         return super().state_to_save() | ({"entropy": self.entropy.state()} if self.entropy.has_bonus else {})
@@ -253,23 +252,3 @@ class GRPOTrainer(RunTrainer):
         save_updates(self.updates, folder, self.accelerator.process_index, self.accelerator.num_processes)
         if self.config.sync_ref_model and self.reference_model is not None and self.args.should_save:
             save_reference(self.reference_model, folder)
-
-    # Evaluation
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Mean rewards and lengths on `eval_dataset`, sampled as in training, under TRL's names."""
-        given = self.eval_dataset if eval_dataset is None else eval_dataset
-        if given is None:
-            raise ValueError("eval_dataset is missing: pass one to the trainer or to evaluate().")
-        rows = resolve_rows(given, "eval_dataset", self.config, self.reward_functions)
-        mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
-        self.engine.sync()  # all ranks together: one may have no rows
-        rewards = self.reward_functions, self.reward_names, self.reward_weights
-        records = score_rows(rows, mine, self.engine, self.builder, self.config, *rewards, state=self.state)
-        figures = rollout_metrics(gather_object(records))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-        self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics

@@ -13,7 +13,7 @@ from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
 from fastgrpo_profiling import span
 from torch import Tensor, nn
 
-from fastgrpo.model.families import base_model, is_multimodal, mrope_sections, patch_sizes, unwrap
+from fastgrpo.model.families import base_model, is_multimodal, learns_prompt, mrope_sections, patch_sizes, unwrap
 from fastgrpo.model.float32_head import float32_logits
 from fastgrpo.model.fused_vision import takes_host_grids
 from fastgrpo.model.replaced_forward import replaced_forward
@@ -32,6 +32,8 @@ def require_packed_support(model: Any) -> None:
     """Raises a ValueError that says why a model cannot be trained on packed groups, if so."""
     config = model.config.get_text_config()
     require_support(model)
+    if learns_prompt(model):
+        raise ValueError("a learnt prompt (prefix or prompt tuning) stands before every sequence, not once in a pack.")
     for name in LOGIT_CHANGES:
         if getattr(config, name, None) not in (None, 1.0):
             raise ValueError(

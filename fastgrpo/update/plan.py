@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.types import Completion, ScoredRollout, TrainingGroup
+from fastgrpo.types import Completion, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.objective import sequence_weights
 
 
 def token_masks(groups: Sequence[ScoredRollout], config: GRPOConfig) -> list[Tensor]:
-    """Per completion, [C] bool: counted tokens, the end token included; truncated completions may be masked out."""
+    """Per completion, [C] bool: the counted tokens that the policy wrote; truncated completions may be masked out."""
 
     def mask(completion: Completion) -> Tensor:
         left_out = config.mask_truncated_completions and completion.finish_reason != "stop"
-        return torch.full((len(completion.token_ids),), not left_out)
+        counted = torch.full((len(completion.token_ids),), not left_out)
+        return counted if completion.own_tokens is None else counted & completion.own_tokens
 
     return [mask(completion) for group in groups for completion in group.completions]
 
@@ -48,28 +49,58 @@ def plan_updates(
     steps = []
     for start in range(0, plan.slices_per_rollout * per_step, per_step):
         chosen = places[start : start + per_step]
-        weights = sequence_weights(
-            torch.tensor([int(masks[g * size + i].sum()) for g, i in chosen], dtype=torch.int64),
-            config.loss_type,
-            max_completion_length=config.max_completion_length,
-            total_sequences=total_sequences / plan.slices_per_rollout,
-            total_tokens=total_tokens / plan.slices_per_rollout,
-            micro_batch_size=plan.completions_per_micro_batch,
-            total_micro_batches=plan.accumulation * world_size,
-        )
-        weight_of = dict(zip(chosen, weights.tolist(), strict=True))
-        step = []
-        for g, pairs in groupby(chosen, key=itemgetter(0)):
-            indices = [i for _, i in pairs]
-            own = [masks[g * size + i] for i in indices]
-            step.append(
-                TrainingGroup(
-                    groups[g].prompt,
-                    tuple(groups[g].completions[i] for i in indices),
-                    advantages[[g * size + i for i in indices]],
-                    tuple(torch.full((len(mask),), weight_of[g, i]) for i, mask in zip(indices, own, strict=True)),
-                    tuple(own),
-                )
+        numbers = [g * size + i for g, i in chosen]
+        steps.append(
+            weighted_groups(
+                [
+                    Rollout(groups[g].prompt, tuple(groups[g].completions[i] for _, i in pairs))
+                    for g, pairs in groupby(chosen, key=itemgetter(0))
+                ],
+                advantages[numbers],
+                [masks[n] for n in numbers],
+                config,
+                total_sequences=total_sequences / plan.slices_per_rollout,
+                total_tokens=total_tokens / plan.slices_per_rollout,
+                micro_batch_size=plan.completions_per_micro_batch,
+                total_micro_batches=plan.accumulation * world_size,
             )
-        steps.append(step)
+        )
     return steps
+
+
+def weighted_groups(
+    groups: Sequence[Rollout | ScoredRollout],
+    advantages: Tensor,
+    masks: Sequence[Tensor],
+    config: GRPOConfig,
+    *,
+    total_sequences: float,
+    total_tokens: float,
+    micro_batch_size: int,
+    total_micro_batches: float,
+) -> list[TrainingGroup]:
+    """One optimizer step's groups, with what each token weighs: see `objective.sequence_weights`.
+
+    Args:
+        advantages: [completions of `groups`] float32.
+        masks: see `token_masks`.
+    """
+    counts = torch.tensor([int(mask.sum()) for mask in masks], dtype=torch.int64)
+    weights = sequence_weights(
+        counts,
+        config.loss_type,
+        max_completion_length=config.max_completion_length,
+        total_sequences=total_sequences,
+        total_tokens=total_tokens,
+        micro_batch_size=micro_batch_size,
+        total_micro_batches=total_micro_batches,
+    ).tolist()
+    per_token = [torch.full((len(mask),), weight) for mask, weight in zip(masks, weights, strict=True)]
+    weighted, first = [], 0
+    for group in groups:
+        own = slice(first, first + len(group.completions))
+        weighted.append(
+            TrainingGroup(group.prompt, group.completions, advantages[own], tuple(per_token[own]), tuple(masks[own]))
+        )
+        first = own.stop
+    return weighted

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -90,16 +91,27 @@ class PackedUpdater(PackedPasses):
             outputs = self.each(batches, self._micro_step)
         return update_result(outputs, self.device)
 
+    @torch.no_grad()
+    def measure(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
+        """See `Updater.measure`. No completion is left out."""
+        batches = self._micro_batches(groups, skip_beta=None)
+        with self.fast_layers(self.reference_model):
+            outputs = [self._losses(unwrap(self.model), batch.to(self.device)) for batch in batches]
+        return update_result(outputs, self.device)
+
     def _micro_step(self, batch: PackedBatch) -> MicroBatchResult:
-        with span("update/reference_model"):
-            ref_logprobs = self._reference_logprobs(batch)
-        with span("update/forward"):
-            logprobs, entropy = self.forward(self.model, batch, entropy=True)
-            assert entropy is not None
-            result = micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, ref_logprobs)
+        result = self._losses(self.model, batch)
         with span("update/backward"):
             self.accumulation.backward(self.model, result.loss)
         return result
+
+    def _losses(self, model: Any, batch: PackedBatch) -> MicroBatchResult:
+        with span("update/reference_model"):
+            ref_logprobs = self._reference_logprobs(batch)
+        with span("update/forward"):
+            logprobs, entropy = self.forward(model, batch, entropy=True)
+            assert entropy is not None
+            return micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, ref_logprobs)
 
     def _micro_batches(self, groups: Sequence[TrainingGroup], skip_beta: float | None) -> list[PackedBatch]:
         with span("update/pack"):

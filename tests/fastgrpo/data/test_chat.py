@@ -42,7 +42,7 @@ def test_images_go_in_front_of_the_first_user_message() -> None:
         {"role": "user", "content": "And its colour?"},
     ]
     assert widths(row.images) == [3, 4]
-    assert row.columns == {"solution": "red", "level": 2}
+    assert row.columns == {"solution": "red", "level": 2, "images": row.images}, "rewards see the pictures decoded"
     assert prompt == before
     assert row.row_id == 9
 
@@ -91,7 +91,7 @@ def test_plain_text_prompt_is_kept() -> None:
 def test_question_row() -> None:
     row = convert_chat({"question": " How many? ", "image": picture(3), "solution": "4"}, 0)
     assert (row.question, row.messages) == ("How many?", None)
-    assert row.columns == {"solution": "4"}
+    assert row.columns == {"solution": "4", "image": row.images[0]}
     assert widths(row.images) == [3]
 
 
@@ -166,7 +166,7 @@ def prepared(user: str, answer: str = "left", images: Any = ("a",)) -> dict[str,
 def test_messages_with_one_question_are_a_bare_question() -> None:
     row = convert_chat(prepared("<image> Answer in natural language. Where? left or right"), row_id=4)
     assert (row.question, row.messages) == ("Answer in natural language. Where? left or right", None)
-    assert row.columns == {"solution": "left"}
+    assert row.columns == {"solution": "left", "images": row.images}
     assert widths(row.images) == [3]
     assert convert_chat({"messages": prepared("Where?")["messages"]}, row_id=0).images == []
 
@@ -186,7 +186,7 @@ def test_longer_messages_keep_their_turns_and_the_places_of_pictures() -> None:
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "Which is larger?"},
     ]
-    assert row.columns == {"solution": "The first."}
+    assert row.columns == {"solution": "The first.", "images": row.images}
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_conversations_in_json_lines(tmp_path: Path) -> None:
     row = dataset.convert(*dataset[1])
     assert row.messages == record["prompt"]
     assert [image.width for image in row.images] == [33]
-    assert row.columns == {"solution": "x"}
+    assert row.columns == {"solution": "x", "images": row.images}
 
 
 def test_folder_of_parquet_files(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from fastgrpo.demo.documents import DEMO_KINDS, Examples, make_batch, pixel_valu
 from fastgrpo.demo.pretrain import LABEL_SIZES, image_token_labels
 from fastgrpo.demo.scenes import SyntheticScenes, scene_question
 from fastgrpo.model.load import load_processing
-from fastgrpo.scoring.rewards import accuracy_reward, format_reward
+from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,8 @@ def test_careful_completions_earn_the_reward_and_guesses_are_chance():
         question = scene_question(seed, 0, kinds=DEMO_KINDS)
         gold = {"solution": [question.answer], "choices": [list(question.choices)]}
         text = completion(question, rng, careful=1.0)
-        assert accuracy_reward(["<think>"], [text], **gold) == [1.0]
-        assert format_reward(["<think>"], [text]) == [1.0]
+        assert tagged_accuracy(["<think>"], [text], **gold) == [1.0]
+        assert tagged_format(["<think>"], [text]) == [1.0]
     guesses = [scene_question(1, index, kinds=("depth",)) for index in range(3000)]
     texts = [completion(question, rng, careful=0.0) for question in guesses]
     tagged = [(q, t) for q, t in zip(guesses, texts, strict=True) if "<answer>" in t]

@@ -12,7 +12,7 @@ from fastgrpo.report.trends import judge_responses, trend
 def metrics(length: tuple[float, float], reflection: tuple[float, float], accuracy: tuple[float, float]) -> Metrics:
     """100 steps, each metric rising in a line with a little noise."""
     noise = np.random.default_rng(0)
-    ends = {"completions/mean_length": length, "reflection_rate": reflection, "rewards/accuracy_reward/mean": accuracy}
+    ends = {"completions/mean_length": length, "reflection_rate": reflection, "rewards/tagged_accuracy/mean": accuracy}
     columns = {name: np.linspace(*pair, 100) * (1 + 0.02 * noise.standard_normal(100)) for name, pair in ends.items()}
     return Metrics(np.arange(1, 101), columns)
 

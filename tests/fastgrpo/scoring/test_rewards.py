@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from fastgrpo.scoring.rewards import (
-    accuracy_reward,
-    format_reward,
-    length_reward,
     reads_golds,
     resolve_reward_functions,
     reward_name,
     score,
 )
+from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format, token_length
 from fastgrpo.types import Completion, Prompt, Rollout
 
 
@@ -58,18 +56,18 @@ ILL_FORMED = [
 @pytest.mark.parametrize(("text", "reward"), [(t, 1.0) for t in WELL_FORMED] + [(t, 0.0) for t in ILL_FORMED])
 def test_format_reward(text: str, reward: float) -> None:
     user = [{"role": "user", "content": "where?"}]
-    assert format_reward(prompts=["where?"], completions=[text]) == [reward]
-    assert format_reward(prompts=[user], completions=[chat(text)]) == [reward]
+    assert tagged_format(prompts=["where?"], completions=[text]) == [reward]
+    assert tagged_format(prompts=[user], completions=[chat(text)]) == [reward]
 
 
 @pytest.mark.parametrize("prompt", ["Assistant: Let me solve this.\n<think>", "…<think>\n"])
 def test_in_base_mode_the_prompts_think_tag_belongs_to_the_completion(prompt: str) -> None:
     inside = " a</think> <answer>b</answer>"
     prefilled = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": prompt}]
-    assert format_reward(prompts=[prompt, prompt], completions=[inside, "<think>" + inside]) == [1.0, 0.0]
-    assert format_reward(prompts=[prefilled], completions=[chat(inside)]) == [1.0]
+    assert tagged_format(prompts=[prompt, prompt], completions=[inside, "<think>" + inside]) == [1.0, 0.0]
+    assert tagged_format(prompts=[prefilled], completions=[chat(inside)]) == [1.0]
     asked = [{"role": "user", "content": [{"type": "text", "text": "use <think>"}]}]
-    assert format_reward(prompts=[asked], completions=[chat(inside)]) == [0.0]
+    assert tagged_format(prompts=[asked], completions=[chat(inside)]) == [0.0]
 
 
 TEMPLATE_OPENINGS = [
@@ -84,9 +82,9 @@ def test_what_a_chat_template_opens_belongs_to_the_completion(opening: str, rest
     messages = [{"role": "user", "content": "where? Use <think> </think> tags."}]
     rendered = f"<|im_start|>user\nwhere? Use <think> </think> tags.<|im_end|>\n{opening}"
     (prompt, completions) = group(0, [rest, rest + " and more", "<think>" + rest, ""], messages=messages)
-    rewards = score([(replace(prompt, text=rendered), completions)], [format_reward])
+    rewards = score([(replace(prompt, text=rendered), completions)], [tagged_format])
     assert rewards[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert format_reward([rendered], [rest]) == [1.0], "as evaluation asks"
+    assert tagged_format([rendered], [rest]) == [1.0], "as evaluation asks"
 
 
 def test_accuracy_reward_wants_the_tag() -> None:
@@ -97,7 +95,7 @@ def test_accuracy_reward_wants_the_tag() -> None:
         "it is a left",
         "<answer>right</answer>",
     ]
-    rewards = accuracy_reward(
+    rewards = tagged_accuracy(
         prompts=[""] * 5,
         completions=completions,
         solution=["left"] * 5,
@@ -105,40 +103,40 @@ def test_accuracy_reward_wants_the_tag() -> None:
         task=["x"] * 5,
     )
     assert rewards == [1.0, 1.0, 0.0, 0.0, 0.0]
-    assert accuracy_reward([[]], [chat("<answer>LEFT</answer>")], solution=["left"]) == [1.0]
+    assert tagged_accuracy([[]], [chat("<answer>LEFT</answer>")], solution=["left"]) == [1.0]
 
 
 def test_accuracy_reward_abstains_on_rows_without_a_solution_and_needs_the_column() -> None:
     texts = ["<answer>3</answer>"] * 2
-    assert accuracy_reward(["", ""], texts, solution=[None, "3"], choices=[None, None]) == [None, 1.0]
+    assert tagged_accuracy(["", ""], texts, solution=[None, "3"], choices=[None, None]) == [None, 1.0]
     with pytest.raises(ValueError, match="`solution` column"):
-        accuracy_reward(["", ""], texts)
+        tagged_accuracy(["", ""], texts)
 
 
 @pytest.mark.parametrize("gold", [[3], 3, 3.0, "3", "<answer> 3 </answer>", "$3$", np.int64(3), ["three"]])
 def test_golds_in_any_form(gold: Any) -> None:
     texts = ["<answer>3</answer>", "<answer>4</answer>", "3"]
-    assert accuracy_reward([""] * 3, texts, solution=[gold] * 3) == [1.0, 0.0, 0.0]
+    assert tagged_accuracy([""] * 3, texts, solution=[gold] * 3) == [1.0, 0.0, 0.0]
 
 
 def test_options_in_any_form() -> None:
     texts = ["<answer>C</answer>", "<answer>three</answer>", "<answer>2</answer>"]
     for choices in ([1, 2, 3, 4], np.arange(1, 5), ("1", 2.0, 3, "4")):
-        assert accuracy_reward([""] * 3, texts, solution=[3] * 3, choices=[choices] * 3) == [1.0, 1.0, 0.0]
+        assert tagged_accuracy([""] * 3, texts, solution=[3] * 3, choices=[choices] * 3) == [1.0, 1.0, 0.0]
 
 
 def test_a_gold_that_cannot_be_one_is_told_whatever_was_completed() -> None:
     with pytest.raises(ValueError, match=r"solution is \[1, 2\]; wanted one text or number"):
-        accuracy_reward([""], ["no tags"], solution=[[1, 2]])
+        tagged_accuracy([""], ["no tags"], solution=[[1, 2]])
 
 
 def test_reads_golds() -> None:
-    assert reads_golds([length_reward, functools.partial(accuracy_reward)])
-    assert not reads_golds([length_reward, format_reward])
+    assert reads_golds([token_length, functools.partial(tagged_accuracy)])
+    assert not reads_golds([token_length, tagged_format])
 
 
 def test_length_reward_counts_tokens() -> None:
-    rewards = length_reward(["", ""], ["x", "y"], completion_ids=[[1] * 700, []], solution=["", ""])
+    rewards = token_length(["", ""], ["x", "y"], completion_ids=[[1] * 700, []], solution=["", ""])
     assert rewards == pytest.approx([0.7, 0.0])
 
 
@@ -250,7 +248,7 @@ def test_score_works_inside_a_running_loop() -> None:
 
 
 def test_score_of_nothing() -> None:
-    assert score([], [length_reward]).shape == (0, 1)
+    assert score([], [token_length]).shape == (0, 1)
     assert score(GROUPS, []).shape == (4, 0)
 
 
@@ -277,7 +275,7 @@ BROKEN = [
 @pytest.mark.parametrize(("value", "message"), BROKEN)
 def test_score_refuses_what_is_not_a_number_per_completion(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        score(GROUPS, [length_reward, returning(value)])
+        score(GROUPS, [token_length, returning(value)])
 
 
 def test_rewards_that_are_not_finite_may_count_as_abstentions(caplog: pytest.LogCaptureFixture) -> None:
@@ -297,7 +295,7 @@ def test_score_names_the_function_that_raised() -> None:
         score(GROUPS, [judge])
     assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(ValueError, match="'remote' failed on 4 completions: TimeoutError: no reply") as caught:
-        score(GROUPS, [length_reward, remote])
+        score(GROUPS, [token_length, remote])
     assert isinstance(caught.value.__cause__, TimeoutError)
 
 
@@ -305,11 +303,9 @@ def test_resolve_reward_functions() -> None:
     def mine(**_: Any) -> list[float]:
         return []
 
-    resolved = resolve_reward_functions(
-        ["accuracy", "format", "length", "fastgrpo.scoring.rewards:format_reward", mine]
-    )
-    assert resolved == [accuracy_reward, format_reward, length_reward, format_reward, mine]
-    assert resolve_reward_functions(["fastgrpo.scoring.rewards.length_reward"]) == [length_reward], "as TRL writes it"
+    resolved = resolve_reward_functions(["accuracy", "format", "length", "fastgrpo.scoring.tagged:tagged_format", mine])
+    assert resolved == [tagged_accuracy, tagged_format, token_length, tagged_format, mine]
+    assert resolve_reward_functions(["fastgrpo.scoring.tagged.token_length"]) == [token_length], "as TRL writes it"
 
 
 UNRESOLVABLE = [
@@ -334,11 +330,11 @@ def test_reward_name() -> None:
         def __call__(self, **_: Any) -> list[float]:
             return []
 
-    @functools.wraps(length_reward)
+    @functools.wraps(token_length)
     def wrapper(**_: Any) -> list[float]:
         return []
 
-    assert reward_name(accuracy_reward) == "accuracy_reward"
-    assert reward_name(functools.partial(length_reward, completion_ids=[])) == "length_reward"
-    assert reward_name(wrapper) == "length_reward"
+    assert reward_name(tagged_accuracy) == "tagged_accuracy"
+    assert reward_name(functools.partial(token_length, completion_ids=[])) == "token_length"
+    assert reward_name(wrapper) == "token_length"
     assert reward_name(Judge()) == "Judge"

@@ -57,7 +57,7 @@ def test_the_completions_log(build: Any) -> None:
         rows = completions_of(trainer.args.output_dir, step)
         assert list(rows[0]) == [
             "step", "row_id", "index", "prompt", "completion", "finish_reason", "length", "advantage", "reward",
-            "rewards/token_sum", "rewards/accuracy_reward", "correction", "task", "solution", "thumbnail",
+            "rewards/token_sum", "rewards/tagged_accuracy", "correction", "task", "solution", "thumbnail",
         ]  # fmt: skip
         assert [row["step"] for row in rows] == [step] * 8
         assert [row["index"] for row in rows] == [0, 1, 2, 3] * 2

@@ -16,9 +16,9 @@ from fastgrpo.training.trainer import GRPOTrainer
 def card(**changes: object) -> str:
     fields = {
         "base": "Qwen/Qwen2-VL-2B", "adapters": False, "multimodal": True, "step": 1500, "method": "grpo",
-        "reward_names": ["accuracy_reward", "format_reward"],
+        "reward_names": ["tagged_accuracy", "tagged_format"],
         "settings": {"dataset_name": "array/SAT", "beta": 0.04, "learning_rate": 1e-6, "epsilon": None, "hub_token": 1},
-        "metrics": [{"reward": 0.5, "rewards/accuracy_reward/mean": 0.25}, {"reward": 1.0, "kl": None}],
+        "metrics": [{"reward": 0.5, "rewards/tagged_accuracy/mean": 0.25}, {"reward": 1.0, "kl": None}],
         "scores": {"accuracy after training": 0.59, "chance": None},
     }  # fmt: skip
     return model_card(**fields | changes)  # type: ignore[arg-type]
@@ -31,12 +31,12 @@ def test_what_a_card_says() -> None:
     assert data.pipeline_tag == "image-text-to-text"
     for row in (
         "| base model | Qwen/Qwen2-VL-2B |", "| training data | array/SAT |", "| optimizer steps | 1500 |",
-        "| reward functions | accuracy_reward, format_reward |", "| beta | 0.04 |", "| learning_rate | 1e-06 |",
-        "| mean of the last 2 steps | |", "| reward | 0.75 |", "| rewards/accuracy_reward/mean | 0.25 |",
+        "| reward functions | tagged_accuracy, tagged_format |", "| beta | 0.04 |", "| learning_rate | 1e-06 |",
+        "| mean of the last 2 steps | |", "| reward | 0.75 |", "| rewards/tagged_accuracy/mean | 0.25 |",
         "| accuracy after training | 0.59 |",
     ):  # fmt: skip
         assert row in text, row
-    for unknown in ("epsilon", "chance", "kl", "format_reward/mean", "hub_token"):
+    for unknown in ("epsilon", "chance", "kl", "tagged_format/mean", "hub_token"):
         assert f"| {unknown}" not in text
 
 

@@ -16,11 +16,11 @@ def test_reward_weights(build: Any) -> None:
     trainer = build([token_sum, "length"], reward_weights=[0.7, -20.0], max_steps=2)
     trainer.train()
     for number, step in enumerate(metrics_of(trainer.args.output_dir), start=1):
-        parts = [step[f"rewards/{name}/mean"] for name in ("token_sum", "length_reward")]
+        parts = [step[f"rewards/{name}/mean"] for name in ("token_sum", "token_length")]
         assert step["reward"] == pytest.approx(0.7 * parts[0] - 20.0 * parts[1], abs=1e-5)
         for row in completions_of(trainer.args.output_dir, number):
             assert row["reward"] == pytest.approx(
-                0.7 * row["rewards/token_sum"] - 20.0 * row["rewards/length_reward"], abs=1e-5
+                0.7 * row["rewards/token_sum"] - 20.0 * row["rewards/token_length"], abs=1e-5
             )
 
 

@@ -36,7 +36,7 @@ def metrics(folder: Path) -> dict[str, Any]:
 def test_golds_that_cannot_be_read_are_skipped_and_counted(tiny_model_dir: Path, tmp_path: Path) -> None:
     build(tiny_model_dir, tmp_path, "accuracy", ROWS).train()
     assert metrics(tmp_path)["skipped_rows"] == 1.0
-    assert metrics(tmp_path)["rewards/accuracy_reward/mean"] == 0.0
+    assert metrics(tmp_path)["rewards/tagged_accuracy/mean"] == 0.0
 
 
 def test_no_gold_at_all_is_told_before_training(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""What reward functions get, as TRL hands it to them, and what becomes of what they say."""
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+datasets = pytest.importorskip("datasets")
+
+
+def seen_by(build: Any, rows: Any, **settings: Any) -> dict[str, Any]:
+    """What a reward function was called with in one step."""
+    seen: dict[str, Any] = {}
+
+    def look(**given: Any) -> list[float]:
+        seen.update(given)
+        return [float(i) for i in range(len(given["completions"]))]
+
+    build(reward_funcs=look, train_dataset=rows, shuffle_dataset=False, **settings).train()
+    return seen
+
+
+def test_texts_for_texts(build: Any, texts: list[Any]) -> None:
+    seen = seen_by(build, texts)
+    assert seen["prompts"] == ["Beautiful is"] * 2 + ["Explicit is better than"] * 2
+    assert all(isinstance(completion, str) for completion in seen["completions"])
+    assert [len(ids) <= 4 for ids in seen["completion_ids"]] == [True] * 4
+    assert isinstance(seen["completion_ids"][0][0], int)
+
+
+def test_messages_for_conversations(build: Any, chats: list[Any]) -> None:
+    seen = seen_by(build, chats)
+    assert seen["prompts"][0] == [{"role": "user", "content": "Beautiful is"}]
+    assert [list(message) for message in seen["completions"][0]] == [["role", "content"]]
+    assert seen["completions"][0][0]["role"] == "assistant"
+
+
+def test_every_column_but_the_prompt(build: Any, texts: list[Any]) -> None:
+    rows = [{**row, "level": i, "question": f"q{i}", "meta": {"a": [i]}} for i, row in enumerate(texts)]
+    seen = seen_by(build, datasets.Dataset.from_list(rows))
+    assert seen["level"] == [0, 0, 1, 1]
+    assert seen["question"] == ["q0", "q0", "q1", "q1"]
+    assert seen["meta"][2] == {"a": [1]}
+    assert "prompt" not in seen
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Any]:
+    return [Image.new("RGB", (56, 56), colour) for colour in ("red", "blue")]
+
+
+def test_pictures_come_decoded_in_their_column(build: Any, tiny_model_dir: Path, pictures: list[Any]) -> None:
+    rows = datasets.Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": "Which?"}], "image": picture} for picture in pictures]
+    )
+    seen = seen_by(build, rows, model=str(tiny_model_dir))
+    assert [image.getpixel((3, 3)) for image in seen["image"]] == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
+
+
+def test_prompts_hold_their_pictures(build: Any, tiny_model_dir: Path, pictures: list[Any]) -> None:
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]}
+    rows = [{"prompt": [{"role": "system", "content": "Look."}, question], "images": pictures}] * 2
+    seen = seen_by(build, rows, model=str(tiny_model_dir))
+    system, asked = seen["prompts"][0]
+    assert system["content"] == [{"type": "text", "text": "Look."}]
+    assert [part["type"] for part in asked["content"]] == ["image", "image", "text"]
+    assert [asked["content"][i]["image"].getpixel((0, 0)) for i in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+    assert [image.getpixel((0, 0)) for image in seen["images"][0]] == [(255, 0, 0), (0, 0, 255)]
+
+
+def test_rows_with_and_without_pictures_may_be_mixed(build: Any, tiny_model_dir: Path, pictures: list[Any]) -> None:
+    rows = [
+        {"prompt": [{"role": "user", "content": "Which?"}], "image": pictures[0]},
+        {"prompt": [{"role": "user", "content": "Why?"}], "image": None},
+    ]
+    seen = seen_by(build, rows, model=str(tiny_model_dir))
+    assert seen["image"][2:] == [None, None]
+    assert seen["prompts"][2] == [{"role": "user", "content": "Why?"}]
+
+
+def test_the_trainers_state(build: Any, texts: list[Any]) -> None:
+    steps = []
+
+    def look(completions: Any, trainer_state: Any, **_: Any) -> list[float]:
+        steps.append(trainer_state.global_step)
+        return [0.0] * len(completions)
+
+    build(reward_funcs=look, max_steps=2).train()
+    assert steps == [0, 1]
+
+
+def test_log_metric_reaches_the_log_line(build: Any) -> None:
+    def measured(completions: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_metric("seen", len(completions))
+        return [0.0] * len(completions)
+
+    trainer = build(reward_funcs=measured)
+    trainer.train()
+    assert trainer.state.log_history[0]["seen"] == 4
+
+
+def test_log_extra_reaches_the_completions(build: Any) -> None:
+    def noted(completions: Any, log_extra: Any, **_: Any) -> list[float]:
+        log_extra("length", [len(completion) for completion in completions])
+        return [0.0] * len(completions)
+
+    trainer = build(reward_funcs=noted)
+    trainer.train()
+    assert trainer._logs["extra"]["length"] == [len(text) for text in trainer._logs["completion"]]
+
+
+def test_asynchronous_functions_run_together(build: Any) -> None:
+    running: list[str] = []
+
+    def waits(name: str) -> Any:
+        async def reward(completions: Any, **_: Any) -> list[float]:
+            running.append(name)
+            while len(running) < 2:  # would never end if one waited for the other
+                await asyncio.sleep(0)
+            return [1.0] * len(completions)
+
+        reward.__name__ = name
+        return reward
+
+    trainer = build(reward_funcs=[waits("first"), waits("second"), "length"])
+    trainer.train()
+    assert sorted(running) == ["first", "second"]
+    assert trainer.state.log_history[0]["rewards/second/mean"] == 1.0
+
+
+def test_a_function_may_abstain(build: Any) -> None:
+    def abstains(completions: Any, **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = build(reward_funcs=[abstains, "length"])
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["reward"] == pytest.approx(line["rewards/token_length/mean"])
+    assert "rewards/abstains/mean" not in line
+
+
+def test_a_warning_when_nothing_scores_a_completion(build: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def abstains(completions: Any, **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    rows = [{"prompt": "Beautiful is", "level": 7}] * 4
+    with caplog.at_level(logging.WARNING):
+        build(reward_funcs=abstains, train_dataset=rows, max_steps=2).train()
+    told = [record.message for record in caplog.records if "All reward functions returned None" in record.message]
+    assert len(told) == 1, "once a run"
+    assert "for the following kwargs:" in told[0]
+    assert "'level': 7" in told[0]
+
+
+def test_no_warning_where_one_function_scores(build: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def abstains(completions: Any, **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    with caplog.at_level(logging.WARNING):
+        build(reward_funcs=[abstains, "length"]).train()
+    assert "All reward functions returned None" not in caplog.text
