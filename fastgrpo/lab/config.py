@@ -48,7 +48,7 @@ class Lab:
 
 
 def read_lab(file: Path) -> Lab:
-    """Reads and checks a lab's YAML file; `configs/lab_aha.yaml` shows every field.
+    """Reads and checks a lab's YAML file; docs/lab.md lists its fields.
 
     Raises:
         ValueError: not YAML, a field that is missing, unknown or of the wrong kind, or a setting that its program does

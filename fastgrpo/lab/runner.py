@@ -183,7 +183,7 @@ class _Running:
             return False
         if code == 0 and self.stage.marker is not None:
             self.stage.marker.parent.mkdir(parents=True, exist_ok=True)
-            self.stage.marker.touch()
+            self.stage.marker.write_text(json.dumps(self.stage.arguments))
         if code or not self.left:
             return True
         self._next()

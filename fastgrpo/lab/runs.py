@@ -27,7 +27,7 @@ class Stage:
     """Behind `fastgrpo`."""
     is_done: Callable[[], bool]
     marker: Path | None = None
-    """Written when the program has ended well, where it leaves no file of its own that says so."""
+    """Gets the arguments when the program has ended well, where it leaves no file of its own that says so."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,9 @@ class LabRun:
         stages = []
         for name in self.arm.evaluations:
             folder = self.folder / "evaluations" / f"{name}-{when}"
-            marker = folder / "done"
             asked = {key: self.arm.settings[key] for key in HOW_ASKED if key in self.arm.settings}
             flags = as_flags({**asked, **self.lab.evaluations[name], "output_dir": folder})
-            stages.append(Stage(f"{name} {when}", ["eval", str(model), *flags], marker.is_file, marker))
+            stages.append(_evaluation(f"{name} {when}", ["eval", str(model), *flags], folder / "done"))
         return stages
 
     @property
@@ -131,6 +130,11 @@ class LabRun:
         except OSError:
             return ""
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _evaluation(name: str, arguments: list[str], marker: Path) -> Stage:
+    """Done where the marker holds these arguments: an evaluation asked otherwise is made again."""
+    return Stage(name, arguments, lambda: marker.is_file() and json.loads(marker.read_text()) == arguments, marker)
 
 
 def runs_of(lab: Lab) -> list[LabRun]:

@@ -1,5 +1,6 @@
 """A small lab from start to end: killed, continued, with an arm that fails."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from run_files import metrics_of
 from fastgrpo.cli.main import main
 from fastgrpo.lab.config import read_lab
 from fastgrpo.lab.runner import run_lab
+from fastgrpo.lab.runs import runs_of
 from fastgrpo.training.run_lock import RunLock
 
 TIMED = ("step_time", "tokens_per_second", "mfu")
@@ -95,3 +97,26 @@ def test_a_second_lab_in_the_folder_is_refused(lab_file, tmp_path):
     lab = read_lab(lab_file())
     with RunLock(tmp_path / "lab").held(), pytest.raises(ValueError, match=r"lab' is in use by process"):
         run_lab(lab)
+
+
+def test_evaluations_are_made_before_and_after_of_the_first_seed_and_after_of_the_others(lab_file, tmp_path):
+    lab = read_lab(
+        lab_file(
+            seeds=[0, 1],
+            evaluations={"moss": {"benchmark": "mossbench", "max_samples": 5}},
+            arms={"rl": {"settings": {"prompt_mode": "base"}, "evaluations": ["moss"]}},
+        )
+    )
+    first, second = runs_of(lab)
+    assert [stage.name for stage in first.stages] == ["moss before", "train", "moss after"]
+    assert [stage.name for stage in second.stages] == ["train", "moss after"]
+    before, _, after = first.stages
+    folder = tmp_path / "lab" / "rl" / "seed-0"
+    asked = ["--prompt_mode", "base", "--benchmark", "mossbench", "--max_samples", "5", "--output_dir"]
+    assert before.arguments == ["eval", lab.arms[0].settings["model_name_or_path"], *asked, f"{before.marker.parent}"]
+    assert after.arguments[:2] == ["eval", str(folder)]
+    after.marker.parent.mkdir(parents=True)
+    after.marker.write_text(json.dumps(after.arguments))
+    assert after.is_done()
+    after.marker.write_text(json.dumps([*after.arguments, "--seed", "1"]))
+    assert not after.is_done(), "another evaluation"
