@@ -1,10 +1,11 @@
 """The aha page's final table: every arm's held-out figures with intervals, and paired tests against the first arm."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
 from fastgrpo.report.arms import ArmRuns
-from fastgrpo.report.formats import NBSP, points
+from fastgrpo.report.formats import points
 from fastgrpo.report.measures import MEASURES, Measure, run_answers
 from fastgrpo.report.run import Run
 from fastgrpo.report.seeds import Mean
@@ -37,15 +38,16 @@ def arm_rows(arms: Sequence[ArmRuns]) -> Rows:
 
 
 def _mean_text(arm: ArmRuns, measure: Measure) -> str:
-    """Like "59.5 % ± 1.2": the mean over seeds and half of its 95 % interval."""
+    """Like "59.5 % (57.1 to 61.9)": the mean over seeds and its 95 % interval, as far as such a figure can be."""
     last = [change.last for change in map(measure.of, arm.runs.values()) if change.last is not None]
     if not last:
         return "–"
     mean = Mean(tuple(last))
     if mean.interval is None:
         return measure.text(mean.mean)
-    half = 100 * mean.half_width if measure.is_share else mean.half_width
-    return f"{measure.text(mean.mean)}{NBSP}±{NBSP}{half:.1f}"
+    scale, top = (100, 100.0) if measure.is_share else (1, math.inf)
+    low, high = max(scale * mean.interval.low, 0.0), min(scale * mean.interval.high, top)
+    return f"{measure.text(mean.mean)} ({low:.1f} to {high:.1f})"
 
 
 def paired_rows(arms: Sequence[ArmRuns]) -> Rows:

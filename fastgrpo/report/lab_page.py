@@ -75,9 +75,11 @@ def _facts(arms: Sequence[ArmRuns]) -> list[tuple[str, str]]:
     runs = [run for arm in arms for run in arm.runs.values()]
     seeds = sorted({seed for arm in arms for seed in arm.runs})
     wall = sum(run.headline.wall_s or 0.0 for run in runs)
-    shared = [fact for fact in headline.facts(runs) if fact[0] in ("hardware", "date", "commit", "versions")]
+    shared = [fact for fact in headline.facts(runs) if fact[0] in ("hardware", "commit", "versions")]
+    dates = sorted(date for run in runs if (date := run.headline.environment.get("date")))
     own = [("arms", str(len(arms))), ("seeds", ", ".join(map(str, seeds))), ("runs", str(len(runs)))]
-    return [*own, ("time of all runs", duration(wall)), *shared]
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "–"
+    return [*own, ("time of all runs", duration(wall)), ("date", when), *shared]
 
 
 def _trajectories(arms: Sequence[ArmRuns], notes: list[str]) -> dict[str, Trajectory]:

@@ -59,7 +59,7 @@ def test_accuracies_with_student_intervals(fake_lab):
             summary = {"accuracy_after": value, "accuracy_strict_after": value}
             (folder / arm / f"seed-{seed}" / "summary.json").write_text(json.dumps(summary))
     rl, sft = read_lab_runs(folder).arms
-    assert arm_rows([rl])[0][3].translate(PLAIN) == "60.0 % ± 24.8"  # 4.303 × 0.1 / √3
+    assert arm_rows([rl])[0][3].translate(PLAIN) == "60.0 % (35.2 to 84.8)"  # 4.303 × 0.1 / √3
     differences = seed_differences(rl, sft)
     assert differences.values == pytest.approx((-0.1, -0.15, -0.05))
     row = [cell.translate(PLAIN) for cell in paired_rows([rl, sft])[0]]
