@@ -14,6 +14,7 @@ from fastgrpo.report.examples import Trajectory, pick_trajectories
 from fastgrpo.report.formats import duration
 from fastgrpo.report.page import template
 from fastgrpo.report.plots import PALETTE, Chart, export
+from fastgrpo.report.run import flatten
 from fastgrpo.report.run_card import run_card
 
 
@@ -93,6 +94,14 @@ def _trajectories(arms: Sequence[ArmRuns], notes: list[str]) -> dict[str, Trajec
 
 
 def _differences(arms: Sequence[ArmRuns]) -> tables.Rows:
-    """Settings in which the arms' first runs differ."""
+    """Settings in which the arms' first runs differ; one that a program does not have is "–" and no difference."""
     firsts = [arm.one for arm in arms if arm.one is not None]
-    return tables.differences(firsts, [arm.name for arm in arms])
+    configs = [flatten(run.config) for run in firsts if run.config]
+    if len(configs) < len(firsts):
+        return []
+    rows = []
+    for key, *values in tables.differences(firsts, [arm.name for arm in arms]):
+        told = [value if key in config else "–" for value, config in zip(values, configs, strict=True)]
+        if len({*told} - {"–"}) > 1:
+            rows.append([key, *told])
+    return rows

@@ -1,6 +1,7 @@
 """The aha page, and what stands in its table."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ from fastgrpo.cli.main import main
 from fastgrpo.report.arm_evaluations import evaluation_rows
 from fastgrpo.report.arm_table import arm_rows, paired_rows, question_differences, seed_differences
 from fastgrpo.report.arms import read_lab_runs
+from fastgrpo.report.lab_page import render_lab
 
 PLAIN = str.maketrans({"\N{NO-BREAK SPACE}": " ", "\N{MINUS SIGN}": "-"})
 
@@ -50,6 +52,19 @@ def test_a_lab_under_way_says_what_is_missing(fake_lab):
 def test_a_lab_and_a_run_have_no_common_page(fake_lab, fake_run, capsys):
     assert main(["report", str(fake_lab({"rl": {}}, seeds=(0,))), str(fake_run())]) == 2
     assert "which has a page of its own" in capsys.readouterr().err
+
+
+def test_settings_that_only_one_program_has_are_no_difference(fake_lab):
+    folder = fake_lab({"rl": {"steps": 5}, "control": {"steps": 5}, "sft": {"steps": 5}}, seeds=(0,))
+    for arm, changed in {"rl": {"beta": 0.04}, "control": {"beta": 0.1}, "sft": {"train_on_prompt": False}}.items():
+        settings = {"model_name_or_path": "m", "top_k": 50, "learning_rate": 1e-6, **changed}
+        if arm == "sft":
+            del settings["top_k"]
+        (folder / arm / "seed-0" / "settings.json").write_text(json.dumps(settings))
+    page, _ = render_lab(read_lab_runs(folder))
+    table = page[page.index('<table id="differences"') :].split("</table>")[0]
+    assert re.findall(r'data-label="Setting">(\w+)<', table) == ["beta"]
+    assert re.findall(r'data-label="sft">(.*?)<', table) == ["–"]
 
 
 def test_accuracies_with_student_intervals(fake_lab):
