@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from fastgrpo.report.arms import ArmRuns
-from fastgrpo.report.formats import points
+from fastgrpo.report.formats import NBSP, points
 from fastgrpo.report.measures import MEASURES, Measure, run_answers
 from fastgrpo.report.run import Run
 from fastgrpo.report.seeds import Mean
@@ -47,7 +47,7 @@ def _mean_text(arm: ArmRuns, measure: Measure) -> str:
         return measure.text(mean.mean)
     scale, top = (100, 100.0) if measure.is_share else (1, math.inf)
     low, high = max(scale * mean.interval.low, 0.0), min(scale * mean.interval.high, top)
-    return f"{measure.text(mean.mean)} ({low:.1f} to {high:.1f})"
+    return f"{measure.text(mean.mean)} ({low:.1f}{NBSP}to{NBSP}{high:.1f})"
 
 
 def paired_rows(arms: Sequence[ArmRuns]) -> Rows:
