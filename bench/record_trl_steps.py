@@ -44,6 +44,7 @@ COMMON = {
 TWICE = {"num_iterations": 2}
 VLLM = {"use_vllm": True, "vllm_importance_sampling_clip_max": 1.3, "vllm_importance_sampling_clip_min": 0.8}
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+OF_TIME = ("step_time", "epoch")
 CASES: list[dict[str, Any]] = [
     *({"loss_type": loss_type, **TWICE} for loss_type in LOSS_TYPES),
     *({"loss_type": loss_type, "beta": 0.04} for loss_type in LOSS_TYPES),
@@ -175,7 +176,8 @@ def record(case: dict[str, Any], folder: Path, tokenizer: Any, data: dict[str, A
     trainer.use_vllm = options.get("use_vllm", False)  # its corrections, without its engine
     trainer.rollouts, trainer.sampling_logprobs = data["completions"], data["sampling_logprobs"]
     trainer.train()
-    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+    steps = [line for line in trainer.state.log_history if "grad_norm" in line]
+    lines = [{name: value for name, value in line.items() if name not in OF_TIME} for line in steps]
     tensors = {
         "advantages": torch.cat(trainer.advantages),
         "logprobs": torch.cat(trainer.logprobs[:2]) if len(trainer.logprobs) > STEPS else trainer.logprobs[0],

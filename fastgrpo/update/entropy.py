@@ -74,13 +74,11 @@ class EntropyControl:
 
     def _filtered(self, groups: list[TrainingGroup], updater: Updater) -> list[TrainingGroup]:
         """Only the share of tokens with the highest entropies, over the step and all ranks, moves the policy."""
-        entropies = updater.entropies(groups)
-        counted = [
-            entropy[mask.to(entropy.device)]
-            for group, own in zip(groups, entropies, strict=True)
-            for mask, entropy in zip(group.masks, own, strict=True)
-        ]
-        mine = torch.cat([torch.zeros(0, device=self.accelerator.device), *counted])
+        own = [entropy for group in updater.entropies(groups) for entropy in group]
+        none = torch.zeros(0, device=self.accelerator.device)
+        entropies = torch.cat([none, *own])  # of every token, one completion after the other
+        masks = torch.cat([none.bool(), *(mask.to(none.device) for group in groups for mask in group.masks)])
+        mine = entropies[masks]
         every = self.accelerator.gather(self.accelerator.pad_across_processes(mine, pad_index=NO_ENTROPY))
         every = every[every != NO_ENTROPY]
         if len(every) == 0:
@@ -88,11 +86,8 @@ class EntropyControl:
         threshold = torch.quantile(every, 1 - self.config.top_entropy_quantile)
         kept = mine[mine >= threshold]
         self._kept_entropy = torch.stack([kept.sum(), torch.ones_like(kept).sum()])
-        threshold = threshold.cpu()
-        return [
-            replace(group, policy_scale=tuple((entropy.cpu() >= threshold).float() for entropy in own))
-            for group, own in zip(groups, entropies, strict=True)
-        ]
+        scales = iter((entropies >= threshold).float().cpu().split([len(entropy) for entropy in own]))
+        return [replace(group, policy_scale=tuple(next(scales) for _ in group.masks)) for group in groups]
 
     def _with_bonus(self, groups: list[TrainingGroup]) -> list[TrainingGroup]:
         """The bonus is the mean over the tokens of a micro-batch, then over micro-batches, whatever the loss type."""

@@ -56,6 +56,12 @@ def test_defaults_are_trls_but_for_those_that_are_told() -> None:
     assert different == set(OTHER_DEFAULTS)
 
 
+def test_trls_own_defaults_may_all_be_passed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = ("output_dir", "use_cpu", "report_to")
+    make(tmp_path, **{name: value for name, value in RECORDED.items() if name not in own})
+    assert not [one for one in caplog.records if one.name.startswith("fastgrpo")]
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_refused_setting_is_an_error_with_its_reason(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}=") as caught:

@@ -22,7 +22,6 @@ with safe_open(Path(__file__).parent / "recordings" / "trl_steps.safetensors", f
 CASES = RECORDING["cases"]
 GROUP, EOS = RECORDING["common"]["num_generations"], RECORDING["model"]["eos_token_id"]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-OF_TIME = {"epoch", "step_time"}
 
 
 def label(index: int) -> str:
@@ -117,7 +116,7 @@ def test_trl_takes_the_same_steps(index: int, engine: str, model_folder: Path, t
 
 def comparable(expected: dict[str, float], options: dict[str, Any], engine: str) -> set[str]:
     """TRL's metrics but for those that mean something else here, or have no value."""
-    names = {name for name, value in expected.items() if value is not None} - OF_TIME
+    names = {name for name, value in expected.items() if value is not None}
     of_tokens = {
         name for name in names if name.startswith(("entropy", "kl", "clip", "cispo_clip", "vespo", "sampling"))
     }
