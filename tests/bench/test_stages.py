@@ -83,7 +83,7 @@ def test_a_wrong_op_is_not_timed(stage: str, op: str, broken: tuple[Any, ...], m
     [
         ("kernels", (sides.attention, "paged_attention")),
         ("rollout", (fastgrpo.sampler.decoder, "decode_attention")),
-        ("update", (fastgrpo.update.updater, "grpo_loss", "loss")),
+        ("update", (fastgrpo.update.updater, "micro_loss", "loss")),
     ],
 )
 def test_what_stands_on_a_wrong_op_is_not_timed(
@@ -98,7 +98,7 @@ def test_what_stands_on_a_wrong_op_is_not_timed(
 
 @pytest.mark.slow
 def test_a_step_with_a_wrong_loss_is_timed_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    flipped(monkeypatch, fastgrpo.update.updater, "grpo_loss", "loss")
+    flipped(monkeypatch, fastgrpo.update.updater, "micro_loss", "loss")
     result = last_of("step")
     assert result.figures["step_seconds"]
     assert result.checks["plain torch's step"] is False

@@ -7,7 +7,7 @@ from fastgrpo.cli.arguments import parse
 from fastgrpo.profile import gate
 from fastgrpo.profile.opponents import OURS, PAPER, PLAIN
 from fastgrpo.profile.sides.start import build_trainer
-from fastgrpo.update import updater
+from fastgrpo.update import packed_passes
 
 
 @pytest.fixture
@@ -46,13 +46,13 @@ def test_sides_that_do_the_same_pass(build, side, beta):
 
 
 def test_a_flipped_sign_is_refused_a_timing(build, monkeypatch):
-    right = updater.packed_logprobs
+    right = packed_passes.packed_logprobs
 
     def flipped(*arguments, **settings):
         output = right(*arguments, **settings)
         return output._replace(logprobs=-output.logprobs)
 
-    monkeypatch.setattr(updater, "packed_logprobs", flipped)
+    monkeypatch.setattr(packed_passes, "packed_logprobs", flipped)
     ours, theirs = build(OURS), build(PLAIN)
     found = gate.compare(gate.answer_of(ours), theirs, gate.FP32)
     assert any(line.startswith("gradient of") for line in found.failures)

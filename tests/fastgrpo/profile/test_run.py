@@ -127,11 +127,11 @@ def test_scale_takes_the_steps_again_with_half_the_completions(flags, halves, co
     assert half.batch_plan.prompts_per_rollout == config.batch_plan.prompts_per_rollout
 
 
-@pytest.mark.parametrize("op", ["grpo_loss", "linear_logprob"])
+@pytest.mark.parametrize("op", ["micro_loss", "linear_logprob"])
 def test_an_op_with_a_flipped_sign_is_refused_a_timing(
     op, config_file, tiny_model_dir, sat_file, tmp_path, monkeypatch, capsys
 ):
-    module = {"grpo_loss": updater, "linear_logprob": packed_forward}[op]
+    module = {"micro_loss": updater, "linear_logprob": packed_forward}[op]
     right = getattr(module, op)
 
     def flipped(*args, **kwargs):
