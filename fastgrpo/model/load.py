@@ -62,6 +62,7 @@ def load_processing(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Processing:
     """Loads tokenizer and image processor, each on its own.
 
@@ -74,6 +75,7 @@ def load_processing(
             checkpoint's own bound.
         max_pixels: largest such area.
         trust_remote_code: run code that comes with the checkpoint.
+        revision: branch, tag or commit of a hub model.
 
     Raises:
         ValueError: no such checkpoint, no tokenizer in it or not the model's (`checked_processing`), or bounds that are
@@ -84,10 +86,11 @@ def load_processing(
     for name, value in pixels.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be positive: it is an area in pixels")
-    config = load_config(name_or_path, trust_remote_code)
+    config = load_config(name_or_path, trust_remote_code, revision)
     name_or_path = processing_source(name_or_path)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
     except (OSError, ValueError) as error:
         message = f"model_name_or_path={name_or_path!r} has no usable tokenizer: {_one_line(error)}"
         raise ValueError(message) from error
@@ -95,15 +98,13 @@ def load_processing(
     _require_vocabulary(tokenizer, source)
     if _takes_images(config):
         tokenizer.chat_template = _processors_template(name_or_path) or tokenizer.chat_template
-        image_processor = _load_image_processor(name_or_path, family_of(config), trust_remote_code, pixels)
+        image_processor = _load_image_processor(name_or_path, family_of(config), {**options, **pixels})
     return checked_processing(tokenizer, image_processor, config, source)
 
 
-def _load_image_processor(name_or_path: str, family: Family, trust_remote_code: bool, pixels: dict[str, int]) -> Any:
+def _load_image_processor(name_or_path: str, family: Family, options: dict[str, Any]) -> Any:
     try:
-        image_processor = AutoImageProcessor.from_pretrained(
-            name_or_path, backend="pil", trust_remote_code=trust_remote_code, **pixels
-        )
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
     except (ImportError, OSError, ValueError) as error:
         if family.image_token is None:  # trains on text alone
             return None
@@ -208,8 +209,9 @@ def load_policy(
             dtype, or nothing left to freeze or to train.
     """
     arguments = dict(model_init_kwargs or {})
-    if twice := sorted({"use_safetensors", "trust_remote_code"} & set(arguments)):
-        raise ValueError(f"model_init_kwargs sets {', '.join(twice)}: take it out, it is set elsewhere")
+    if "use_safetensors" in arguments:
+        raise ValueError("model_init_kwargs sets use_safetensors: take it out, other files are never read")
+    trust_remote_code = arguments.pop("trust_remote_code", None) or trust_remote_code
     if "torch_dtype" in arguments:  # the name before transformers 5
         arguments.setdefault("dtype", arguments.pop("torch_dtype"))
     dtype = _merge("dtype", dtype, arguments, torch.float32)
@@ -218,7 +220,7 @@ def load_policy(
     if base is not None and (freeze_vision or freeze_llm):
         flag = "freeze_vision" if freeze_vision else "freeze_llm"
         raise ValueError(f"{flag}=True, but {name_or_path} holds adapters, whose base is frozen already: leave it off")
-    config = load_config(name_or_path, trust_remote_code)
+    config = load_config(name_or_path, trust_remote_code, arguments.get("revision"))
     auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
     try:
         with whole_weights():
@@ -312,7 +314,7 @@ def whole_weights() -> Iterator[None]:
             hf_deepspeed.set_hf_deepspeed_config(settings)
 
 
-def load_config(name_or_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_config(name_or_path: str, trust_remote_code: bool = False, revision: str | None = None) -> PretrainedConfig:
     """A checkpoint's config, from a folder or hub id; for adapters, their base's.
 
     Raises:
@@ -320,7 +322,8 @@ def load_config(name_or_path: str, trust_remote_code: bool = False) -> Pretraine
     """
     adapters, name_or_path = name_or_path, adapter_base(name_or_path) or name_or_path
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        revision = (revision or "main") if name_or_path == adapters else "main"
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:
         if Path(name_or_path).is_dir():
             problem = "is a folder without a usable config.json"

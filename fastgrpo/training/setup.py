@@ -90,16 +90,18 @@ def resolve_processing(model: Any, given: Any, config: RunConfig) -> Processing:
     Raises:
         ValueError: there is none, or it is not the model's.
     """
+    revision = config.model_kwargs.get("revision")
     if given is not None:
-        is_named = isinstance(model, str)
-        return processing_from(given, load_config(model, config.trust_remote_code) if is_named else model.config)
+        if isinstance(model, str):
+            return processing_from(given, load_config(model, config.trust_remote_code, revision))
+        return processing_from(given, model.config)
     path = model if isinstance(model, str) else model.config._name_or_path
     if not path:
         raise ValueError(
             f"processing_class is missing, and this {type(model).__name__} was not loaded from anywhere: pass its "
             "processor or tokenizer."
         )
-    return load_processing(path, trust_remote_code=config.trust_remote_code)
+    return load_processing(path, trust_remote_code=config.trust_remote_code, revision=revision)
 
 
 def default_output_dir(model: Any) -> str:

@@ -20,7 +20,7 @@ TRL_NAMES = {
     *(f"completions/{statistic}_length" for statistic in ("mean", "min", "max")),
     *(f"completions/{statistic}_terminated_length" for statistic in ("mean", "min", "max")),
     "completions/clipped_ratio",
-    *(f"rewards/{name}_reward/{statistic}" for name in ("accuracy", "format") for statistic in ("mean", "std")),
+    *(f"rewards/tagged_{name}/{statistic}" for name in ("accuracy", "format") for statistic in ("mean", "std")),
     *(f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")),
     *(f"sampling/sampling_logp_difference/{statistic}" for statistic in ("mean", "max")),
     *(f"sampling/importance_sampling_ratio/{statistic}" for statistic in ("min", "mean", "max")),

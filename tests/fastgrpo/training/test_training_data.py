@@ -81,7 +81,7 @@ def test_conversations_with_and_without_pictures(build: Any) -> None:
     assert changed(before, trainer) == set(before)
     assert [call["solution"] for call in seen] == [["blue"] * 4 + ["4"] * 4, ["blue"] * 4 + ["so"] * 4]
     user = seen[0]["prompts"][0][-1]["content"]
-    assert user == [{"type": "image"}, {"type": "text", "text": "What colour?"}]
+    assert user == [{"type": "image", "image": seen[0]["image"][0]}, {"type": "text", "text": "What colour?"}]
     assert seen[0]["prompts"][4][-1]["content"] == "Two and two?"
     assert all([message["role"] for message in completion] == ["assistant"] for completion in seen[0]["completions"])
     prompts = [row["prompt"] for row in completions_of(trainer.args.output_dir, 1)]

@@ -25,6 +25,23 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """TRL's environment on a CPU needs the first line."""
+SETTINGS = """
+per_device_train_batch_size: 4
+per_device_eval_batch_size: 4
+num_generations: 4
+max_completion_length: 8
+learning_rate: 1.0e-3
+max_steps: 2
+logging_steps: 1
+eval_strategy: steps
+eval_steps: 2
+use_peft: true
+lora_r: 2
+lora_target_modules: [q_proj, v_proj]
+use_cpu: true
+bf16: false
+report_to: none
+"""
 
 
 @pytest.fixture
@@ -33,8 +50,13 @@ def arguments(text_model: Path, tiny_model_dir: Path, reward_model: Path, tmp_pa
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Row {i} is", "length": i}) + "\n" for i in range(2)))
     more = {"text_reward_model": [str(reward_model)], "streaming": [str(rows)]}
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(SETTINGS)
 
     def of(name: str) -> list[str]:
+        if name == "program":
+            own = ["--model_name_or_path", text_model, "--dataset_name", rows, "--output_dir", tmp_path / "run"]
+            return ["--config", str(settings), *map(str, own)]
         model = tiny_model_dir if name.startswith("vision") else text_model
         return [str(model), str(tmp_path / "run"), *more.get(name, [])]
 
@@ -53,7 +75,7 @@ def run(name: str, arguments: list[str], folder: Path, monkeypatch: pytest.Monke
 
 
 def test_the_examples_are_these() -> None:
-    assert NAMES == ["gspo", "streaming", "text_function", "text_reward_model", "vision", "vision_lora"]
+    assert NAMES == ["gspo", "program", "streaming", "text_function", "text_reward_model", "vision", "vision_lora"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +94,7 @@ def test_a_script_for_trl_runs_with_its_imports_changed(
     if name == "text_function":
         with safe_open(tmp_path / "run" / "model.safetensors", "pt") as saved:
             assert "lm_head.weight" in saved.keys()  # noqa: SIM118
-    if name == "vision_lora":
+    if name in ("program", "vision_lora"):
         assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
