@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from fastgrpo.evaluation.answer_log import AnswerLog
     from fastgrpo.evaluation.comparison import Comparison
 
-BUILT_AHEAD = 4
-"""Prompts built at once, in `--batch_size`s: while some answers are long, others begin."""
-
 
 def run(argv: Sequence[str]) -> None:
     """Scores the models as the flags say, prints the figures and writes them."""
@@ -116,7 +113,7 @@ def score(
             loaded.builder,
             rows,
             max_new_tokens=options.max_new_tokens,
-            batch_size=BUILT_AHEAD * options.batch_size,
+            batch_size=options.batch_size,
             pass_at_k=options.pass_at_k,
             shuffles=options.shuffles,
             seed=options.seed,

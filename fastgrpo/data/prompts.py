@@ -145,7 +145,10 @@ class PromptBuilder:
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.merge_size: int = getattr(image_processor, "merge_size", 1)
         self.family = family
-        self.image_token_id: int | None = tokenizer.get_vocab().get(family.image_token)
+        vocabulary = tokenizer.get_vocab()  # once: a large one takes 50 ms
+        self.image_token_id: int | None = vocabulary.get(family.image_token)
+        taken = [token for token in (family.image_token, *family.image_markers) if token]
+        self._absent_tokens = [token for token in taken if token not in vocabulary]
         self._first_tokens = _added_in_front(tokenizer)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {family.image_token} - {None}
@@ -183,10 +186,8 @@ class PromptBuilder:
 
     def _require_pictures(self, row: Row) -> None:
         """Raises a ValueError that says what keeps this model from taking pictures."""
-        tokens = [token for token in (self.family.image_token, *self.family.image_markers) if token]
-        absent = [token for token in tokens if token not in self.tokenizer.get_vocab()]
-        if self.image_processor is None or absent:
-            lacking = "image processor" if self.image_processor is None else f"{absent[0]} token"
+        if self.image_processor is None or self._absent_tokens:
+            lacking = "image processor" if self.image_processor is None else f"{self._absent_tokens[0]} token"
             reason = f"this model has no {lacking}: train a vision-language model"
         elif self.family.image_token is None:
             known = ", ".join(family.name for family in FAMILIES if family.image_token is not None)

@@ -1,6 +1,7 @@
 """Puts questions to a model, each once, on all ranks, and keeps the answers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,15 @@ from fastgrpo.types import Completion, Engine, Prompt, RowError, SamplingParams,
 Progress = Callable[[int, int], None]
 Record = Callable[[Prompt, Completion], dict[str, Any]]
 """What is kept of an answer; values that JSON has, or bytes."""
+Question = tuple[int, int]
+"""Row of the words, row of the pictures."""
 
 
 class Asker:
     """One model and the rows it is asked about.
 
     Args:
-        batch_size: prompts built at a time, since pictures are large.
+        batch_size: prompts built at a time at first, later up to four times as many: pictures are large.
         total: questions to come, for `progress`, which counts this rank's.
         log: where answers are kept while an evaluation runs, and those of an interrupted one are found.
     """
@@ -57,7 +60,7 @@ class Asker:
         return tuple(sorted(everywhere, key=lambda row: row.row_id))
 
     def ask(
-        self, name: str, questions: Iterable[tuple[int, int]], params: SamplingParams, k: int = 1, step: int = 0
+        self, name: str, questions: Iterable[Question], params: SamplingParams, k: int = 1, step: int = 0
     ) -> list[Records]:
         """The answers to each question, k of them, by row; a collective call.
 
@@ -70,9 +73,7 @@ class Asker:
         mine = [question for question in questions if self.ranks.is_mine(question[0])]
         answers = {words: kept[name, words] for words, _ in mine if (name, words) in kept}
         self._count(len(answers))
-        left = [question for question in mine if question[0] not in answers]
-        for start in range(0, len(left), self.batch_size):
-            prompts = self._build(left[start : start + self.batch_size])
+        for prompts in self._built([question for question in mine if question[0] not in answers]):
             for prompt, completions in self.engine.generate(prompts, k, params, step):
                 answers[prompt.row_id] = [self.record(prompt, completion) for completion in completions]
                 if self.log is not None:
@@ -82,15 +83,28 @@ class Asker:
             records for _, records in sorted(self.ranks.gather(list(answers.items())), key=lambda answer: answer[0])
         ]
 
-    def _build(self, questions: Sequence[tuple[int, int]]) -> list[Prompt]:
-        prompts = []
+    def _built(self, questions: Sequence[Question]) -> Iterator[list[Prompt]]:
+        """Prompts, batch by batch; while the model answers one, a thread builds the next."""
+        batches = list(_batches(questions, self.batch_size))
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            to_come = thread.submit(self._build, batches[0]) if batches else None
+            for following in [*batches[1:], None]:
+                if to_come is None:
+                    return
+                prompts, skipped = to_come.result()
+                to_come = None if following is None else thread.submit(self._build, following)
+                self._skipped |= {row.row_id: row for row in skipped}
+                self._count(len(skipped))
+                yield prompts
+
+    def _build(self, questions: Sequence[Question]) -> tuple[list[Prompt], list[SkippedRow]]:
+        prompts, skipped = [], []
         for words, pictures in questions:
             try:
                 prompts.append(self.builder.build(self._question(words, pictures)))
             except RowError as error:
-                self._skipped[words] = SkippedRow(words, str(error))
-                self._count(1)
-        return prompts
+                skipped.append(SkippedRow(words, str(error)))
+        return prompts, skipped
 
     def _question(self, words: int, pictures: int) -> Row:
         row = self.rows.convert(*self.rows[words])
@@ -100,3 +114,11 @@ class Asker:
         self.asked += answers
         if self.progress is not None and answers:
             self.progress(self.asked, self.total)
+
+
+def _batches(questions: Sequence[Question], first: int) -> Iterator[Sequence[Question]]:
+    """Each is twice the last, up to four times the first: the model need not wait long, nor often run empty."""
+    start, size = 0, first
+    while start < len(questions):
+        yield questions[start : start + size]
+        start, size = start + size, min(2 * size, 4 * first)

@@ -36,7 +36,7 @@ def evaluate(
     rows: RowDataset,
     *,
     max_new_tokens: int,
-    batch_size: int = 256,
+    batch_size: int = 64,
     pass_at_k: int = 0,
     shuffles: int = 0,
     seed: int = 0,
@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
         max_new_tokens: most tokens in a response.
-        batch_size: prompts built at a time.
+        batch_size: prompts built at a time at first, later up to four times as many.
         pass_at_k: also sample k responses a question at temperature 1; 0 for none.
         shuffles: times to ask all questions again about shuffled pictures; 0 for none.
         seed: of the sampling and of the shuffles.

@@ -13,6 +13,9 @@ from fastgrpo_kernels.types import PagedLayout
 
 _NOTHING = -1e30
 """Score of a token that does not count. Finite, so that attention to nothing is 0 and not NaN."""
+MOST_COPIED = 1 << 15
+"""Numbers of a prefix's keys. Where each row has a prefix of its own, and none is longer, they are read together:
+copying one then takes less time than another call of the operator."""
 
 
 def rope_and_cache(
@@ -66,10 +69,11 @@ def paged_attention(
     shared, shared_lse = torch.zeros_like(own), torch.full_like(own_lse, -math.inf)
     for start, end, prefix in prefixes:
         members = queries[start:end]
-        if grouped is not False:
+        together = grouped is not False and prefix.shape[0] == 1
+        if together:
             members = members.transpose(0, 1).reshape(1, kv_heads, -1, width)  # [1, Hkv, G · R, D]
         part, lse = _attend(members, prefix, key_cache, value_cache, scale)
-        if grouped is not False:
+        if together:
             part = part.view(kv_heads, end - start, -1, width).transpose(0, 1)
             lse = lse.view(kv_heads, end - start, -1).transpose(0, 1)
         shared[start:end], shared_lse[start:end] = part, lse
@@ -111,12 +115,14 @@ def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[tuple[i
     A decode step's layers share a layout, so lengths and tables are read once a step.
     """
     bounds, lens = layout.cu_prefix_rows.tolist(), layout.prefix_lens.tolist()
-    prefixes = [
-        (start, end, _tokens(layout.prefix_tables[p : p + 1], [lens[p]], cache))
-        for p, (start, end) in enumerate(pairwise(bounds))
-        if end > start and lens[p]
+    read = [(p, start, end) for p, (start, end) in enumerate(pairwise(bounds)) if end > start]
+    suffixes = _tokens(layout.suffix_tables, layout.suffix_lens.tolist(), cache)
+    if len(read) > 1 and len(read) == read[-1][2] - read[0][1] and max(lens) * cache[2] * cache[3] <= MOST_COPIED:
+        tokens = _tokens(layout.prefix_tables[[p for p, _, _ in read]], [lens[p] for p, _, _ in read], cache)
+        return suffixes, [(read[0][1], read[-1][2], tokens)]
+    return suffixes, [
+        (start, end, _tokens(layout.prefix_tables[p : p + 1], [lens[p]], cache)) for p, start, end in read if lens[p]
     ]
-    return _tokens(layout.suffix_tables, layout.suffix_lens.tolist(), cache), prefixes
 
 
 def _tokens(tables: Tensor, lens: list[int], cache: torch.Size) -> _Tokens:
