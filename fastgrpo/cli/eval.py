@@ -15,13 +15,11 @@ from fastgrpo.cli.eval_flags import Target, read_flags
 from fastgrpo.cli.options import require_no_splits, require_writable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fastgrpo.cli.inference import Inference
+    from fastgrpo.cli.scoring import Scoring
     from fastgrpo.data.row_dataset import RowDataset
-    from fastgrpo.evaluation import Evaluation, Ranks
+    from fastgrpo.evaluation import Ranks
     from fastgrpo.evaluation.answer_log import AnswerLog
-    from fastgrpo.evaluation.comparison import Comparison
 
 
 def run(argv: Sequence[str]) -> None:
@@ -33,29 +31,31 @@ def run(argv: Sequence[str]) -> None:
 
     from fastgrpo.cli.launched import join_ranks
     from fastgrpo.cli.quiet import quieten
-    from fastgrpo.evaluation import write_evaluation
-    from fastgrpo.evaluation.comparison import compare
-    from fastgrpo.report.comparison import write_comparison
 
     quieten()
     ranks, options.device = join_ranks(options.device)
     labels = labels_of(target.models)
+    scoring = scoring_of(target, options)
     rows = load(target, options)
-    folder, evaluations, logs = options.output_dir / "evals", {}, []
+    found, logs = {}, []
     for label, model in zip(labels, target.models, strict=True):
         name = target.name if len(labels) == 1 else f"{target.name}-{label.replace('/', '-')}"
-        evaluation, log = score(model, rows, options, ranks, folder / f".{name}.answers")
+        answers, log = ask(model, rows, options, ranks, scoring, options.output_dir / "evals" / f".{name}.answers")
         logs.append(log)
-        evaluations[label] = evaluation
         if ranks.is_main:
-            write_evaluation(evaluation, folder, name, step=0, dataset=target.dataset)
+            found[label] = scoring.write(answers, name)
     if ranks.is_main:
-        comparison = compare(evaluations, options.seed)
-        page = write_comparison(comparison, options.output_dir, target.name, title=target.title, dataset=target.dataset)
-        show(comparison)
-        say(f"page: {page}")
+        say(f"page: {scoring.finish(found)}")
         for log in logs:
             log.remove()
+
+
+def scoring_of(target: Target, options: Namespace) -> Scoring:
+    """What is made of the answers."""
+    from fastgrpo.cli.scoring import AccuracyScoring, RefusalScoring
+
+    kind = RefusalScoring if target.benchmark == "mossbench" else AccuracyScoring
+    return kind(target, options)
 
 
 def load(target: Target, options: Namespace) -> RowDataset:
@@ -95,36 +95,23 @@ def labels_of(models: Sequence[str]) -> list[str]:
     return list(models)
 
 
-def score(
-    model: str, rows: RowDataset, options: Namespace, ranks: Ranks, answers: Path
-) -> tuple[Evaluation, AnswerLog]:
-    """One model's evaluation, and where its answers are kept until all models are scored."""
+def ask(
+    model: str, rows: RowDataset, options: Namespace, ranks: Ranks, scoring: Scoring, folder: Path
+) -> tuple[Any, AnswerLog]:
+    """What one model says, and where it is kept until all models are scored."""
     from fastgrpo.cli.inference import load_inference
-    from fastgrpo.evaluation import evaluate
     from fastgrpo.evaluation.answer_log import AnswerLog
 
     loaded = load_inference(Namespace(**vars(options), model=model), max_rows=options.batch_size)
-    log = AnswerLog(answers, key(model, loaded, rows, options), ranks)
+    log = AnswerLog(folder, key(model, loaded, rows, options), ranks)
     if log.kept:
-        say(f"{len(log.kept)} answers of an interrupted evaluation are kept ({answers})")
+        say(f"{len(log.kept)} answers of an interrupted evaluation are kept ({folder})")
     with progress_of(f"scoring {model}") as progress:
-        evaluation = evaluate(
-            loaded.engine,
-            loaded.builder,
-            rows,
-            max_new_tokens=options.max_new_tokens,
-            batch_size=options.batch_size,
-            pass_at_k=options.pass_at_k,
-            shuffles=options.shuffles,
-            seed=options.seed,
-            progress=progress,
-            ranks=ranks,
-            log=log,
-        )
+        answers = scoring.ask(loaded, rows, progress=progress, ranks=ranks, log=log)
     log.close()
     del loaded
     gc.collect()  # the next model gets this one's memory
-    return evaluation, log
+    return answers, log
 
 
 def key(model: str, loaded: Inference, rows: RowDataset, options: Namespace) -> dict[str, Any]:
@@ -145,64 +132,3 @@ def key(model: str, loaded: Inference, rows: RowDataset, options: Namespace) -> 
         **pixels,
         **loaded.prompts,
     }
-
-
-def show(comparison: Comparison) -> None:
-    """The tables for people."""
-    from rich.console import Console
-
-    console = Console()
-    if len(comparison.evaluations) == 1:
-        ((_, evaluation),) = comparison.evaluations.items()
-        print_evaluation(evaluation, console)
-    else:
-        print_comparison(comparison, console)
-
-
-def print_evaluation(evaluation: Evaluation, console: Console) -> None:
-    """One model's figures."""
-    from rich.table import Table
-
-    table = Table("task", "questions", "accuracy", "strict", "unreadable", "answered", "accuracy of answered", "chance")
-    for task, score in [*evaluation.by_task.items(), ("total", evaluation.total)]:
-        rates = [score.accuracy, score.accuracy_strict, score.unreadable_rate]
-        rates += [score.answered_rate, score.answered_accuracy, score.chance]
-        table.add_row(task, str(score.count), *("–" if rate is None else f"{rate:.1%}" for rate in rates))
-    console.print(table)
-    if evaluation.answered_accuracy_shuffled_images is not None:
-        console.print(f"accuracy of answered, pictures shuffled: {evaluation.answered_accuracy_shuffled_images:.1%}")
-    if evaluation.pass_at_k:
-        chance = evaluation.pass_at_k.chance
-        guessing = "" if chance is None else f" (guessing: {chance:.1%})"
-        console.print(f"pass@{evaluation.pass_at_k.k}: {evaluation.pass_at_k.value:.1%}{guessing}")
-    print_skipped(evaluation, console)
-
-
-def print_skipped(evaluation: Evaluation, console: Console) -> None:
-    """The rows that could not be asked about."""
-    for row in evaluation.skipped:
-        console.print(f"row {row.row_id} skipped: {row.reason}", highlight=False, soft_wrap=True, markup=False)
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Several models' accuracies, and how they differ."""
-    from rich.table import Table
-
-    names = list(comparison.evaluations)
-    table = Table("task", "questions", *names, title="accuracy, 95 % intervals", title_justify="left")
-    for task, row in [*comparison.by_task.items(), ("total", comparison.total)]:
-        cells = [f"{row[name].text}" if name in row else "–" for name in names]
-        table.add_row(task, str(max(one.count for one in row.values())), *cells)
-    totals = [one.total for one in comparison.evaluations.values()]
-    for label, rates in {
-        "by the reward's grader": [total.accuracy_strict for total in totals],
-        "no option readable": [total.unreadable_rate for total in totals],
-    }.items():
-        table.add_row(label, "", *("–" if rate is None else f"{rate:.1%}" for rate in rates))
-    console.print(table)
-    for test in comparison.tests:
-        console.print(test.text, highlight=False, soft_wrap=True, markup=False)
-    for name, evaluation in comparison.evaluations.items():
-        if evaluation.skipped:
-            console.print(f"{name}:", highlight=False, markup=False)
-            print_skipped(evaluation, console)

@@ -9,7 +9,7 @@ from fastgrpo.cli.console import say
 from fastgrpo.cli.inference import MODEL_HELP, add_model_options
 from fastgrpo.cli.options import Parser, at_least
 
-TITLES = {"cvbench": "CV-Bench", "sat": "SAT", "blink": "BLINK", "vsr": "VSR"}
+TITLES = {"cvbench": "CV-Bench", "sat": "SAT", "blink": "BLINK", "vsr": "VSR", "mossbench": "MOSSBench"}
 """Benchmark, as `--benchmark` has it → its name."""
 USAGE = """fastgrpo eval --benchmark NAME MODEL… [--data DATA]
        fastgrpo eval MODEL… DATA"""
@@ -55,6 +55,7 @@ def read_flags(argv: Sequence[str]) -> tuple[Namespace, Target]:
             published.append("without a data set, CV-Bench is asked")
         else:
             raise ValueError("asked about what? Name a benchmark (--benchmark cvbench), or a data set behind the model")
+    _check_benchmark_flags(options, benchmark)
     if not models:
         raise ValueError("no model is named: fastgrpo eval --benchmark cvbench MODEL")
     name = options.name or benchmark or "eval"
@@ -83,10 +84,23 @@ def _parser() -> Parser:
         "--shuffles", type=at_least(0), default=0, help="ask again about shuffled pictures, so many times"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judge_base_url", help="OpenAI-compatible endpoint that judges refusals; else their words do")
+    parser.add_argument("--judge_model", help="the model that it asks; the key is read from FASTGRPO_JUDGE_API_KEY")
     parser.add_argument("--model_path", action="append", default=[], help=SUPPRESS)
     parser.add_argument("--bs", type=at_least(1), help=SUPPRESS)
     parser.add_argument("--use_reasoning_prompt", action=BooleanOptionalAction, help=SUPPRESS)
     return parser
+
+
+def _check_benchmark_flags(options: Namespace, benchmark: str | None) -> None:
+    """Raises ValueError for flags that mean nothing to the benchmark."""
+    asks_freely = benchmark == "mossbench"
+    of_others = ("judge_base_url", "judge_model") if not asks_freely else ("pass_at_k", "shuffles")
+    if given := [f"--{name}" for name in of_others if getattr(options, name)]:
+        only = "is for --benchmark mossbench alone" if not asks_freely else "has no meaning in MOSSBench"
+        raise ValueError(f"{', '.join(given)} {only}: leave it out")
+    if bool(options.judge_base_url) != bool(options.judge_model):
+        raise ValueError("a judge has an address and a name: give both --judge_base_url and --judge_model, or neither")
 
 
 def _take_published(options: Namespace) -> list[str]:

@@ -32,6 +32,7 @@ BENCHMARKS = {
         "BLINK", "BLINK-Benchmark/BLINK", "blink", ("val", "validation"), ("Relative_Depth", "Spatial_Relation")
     ),
     "vsr": Benchmark("VSR", "cambridgeltl/vsr_random", "vsr", ("test",)),
+    "mossbench": Benchmark("MOSSBench", "AIcell/MOSSBench", "mossbench", ("train",), ("oversensitivity", "contrast")),
 }
 
 

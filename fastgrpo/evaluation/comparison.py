@@ -61,7 +61,7 @@ class PairedTest:
     def text(self) -> str:
         """The finding in one line."""
         points = f"{100 * self.difference:+.1f} points ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
-        alone = f"{self.only_second} only it got right, {self.only_first} only the other"
+        alone = f"{self.only_second} it alone, {self.only_first} the other alone"
         return f"{self.second} against {self.first}: {points}, p = {self.p_value:.2g} (n = {self.count}; {alone})"
 
 

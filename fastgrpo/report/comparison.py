@@ -1,10 +1,11 @@
 """The page of `fastgrpo eval`: one model's accuracy, or several models' on the same questions."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.evaluation.comparison import Accuracy, Comparison, PairedTest
@@ -13,6 +14,13 @@ from fastgrpo.report.page import template
 from fastgrpo.report.plots import PALETTE
 from fastgrpo.report.tables import Rows
 from fastgrpo.report.tasks import Mark
+
+LEAD = (
+    "Accuracy as a person reads the answers, in brackets its 95 % interval (bootstrap over questions); strict: by "
+    "the reward's grader; unreadable: no option could be read; answered: in the form asked for, and "
+    "how many of those are right."
+)
+COLUMNS = ["Model", "Questions", "Accuracy", "strict", "unreadable", "Answered", "right of them", "Tokens"]
 
 
 @dataclass(frozen=True)
@@ -37,32 +45,41 @@ def write_comparison(comparison: Comparison, folder: Path, name: str, *, title: 
     """
     figures = json.dumps({"dataset": dataset, **comparison.to_json()}, indent=2) + "\n"
     page = folder / f"{name}-comparison.html"
-    write_aside(page.with_suffix(".json"), lambda path: path.write_text(figures))
-    write_aside(page, lambda path: path.write_text(render_comparison(comparison, title, dataset), encoding="utf-8"))
+    write_page(page, _content(comparison, title, dataset), figures)
     return page
 
 
-def render_comparison(comparison: Comparison, title: str, dataset: str) -> str:
-    """The page as HTML that loads nothing else."""
+def write_page(page: Path, content: Mapping[str, Any], figures: str) -> None:
+    """Writes a page about models and, beside it, its figures."""
+    html = template("comparison.html.j2").render(palette=PALETTE, **content).strip() + "\n"
+    write_aside(page.with_suffix(".json"), lambda path: path.write_text(figures))
+    write_aside(page, lambda path: path.write_text(html, encoding="utf-8"))
+
+
+def _content(comparison: Comparison, title: str, dataset: str) -> dict[str, Any]:
     names = list(comparison.evaluations)
     groups = {**comparison.by_task, "All questions": comparison.total}
-    content = {
-        "palette": PALETTE,
+    return {
         "title": title,
         "names": names,
-        "facts": _facts(comparison, dataset),
+        "facts": page_facts(dataset, [accuracy.count for accuracy in comparison.total.values()]),
+        "lead": LEAD,
+        "columns": COLUMNS,
         "figures": _figures(comparison),
+        "tested": "the difference of accuracies",
+        "hit": "right",
+        "tests": [test_row(test) for test in comparison.tests],
         "groups": {task: _model_rows(row) for task, row in groups.items()},
+        "group_columns": ["Question type", "Questions", *names],
         "tasks": [_task_row(task, row, names) for task, row in groups.items()],
-        "tests": [_test_row(test) for test in comparison.tests],
         "skipped": {name: one.skipped for name, one in comparison.evaluations.items() if one.skipped},
     }
-    return template("comparison.html.j2").render(content).strip() + "\n"
 
 
-def _facts(comparison: Comparison, dataset: str) -> list[tuple[str, str]]:
-    sizes = sorted({accuracy.count for accuracy in comparison.total.values()})
-    questions = count(sizes[0]) if len(sizes) == 1 else f"{count(sizes[0])} to {count(sizes[-1])}"
+def page_facts(dataset: str, counts: Sequence[int]) -> list[tuple[str, str]]:
+    """What stands below the title; `counts` are each model's questions."""
+    least, most = min(counts), max(counts)
+    questions = count(most) if least == most else f"{count(least)} to {count(most)}"
     return [("data", dataset), ("questions", questions), ("decoding", "greedy"), ("date", date.today().isoformat())]
 
 
@@ -75,10 +92,9 @@ def _figures(comparison: Comparison) -> Rows:
             name,
             count(accuracy.count),
             accuracy.text,
-            *map(percent, (total.accuracy_strict, total.unreadable_rate, total.chance)),
+            *map(percent, (total.accuracy_strict, total.unreadable_rate)),
             *map(percent, (total.answered_rate, total.answered_accuracy)),
             count(evaluation.mean_length),
-            percent(evaluation.reflection_rate),
         ])  # fmt: skip
     return rows
 
@@ -96,7 +112,8 @@ def _task_row(task: str, accuracies: Mapping[str, Accuracy], names: list[str]) -
     return [task, count(max(sizes)), *cells]
 
 
-def _test_row(test: PairedTest) -> list[str]:
+def test_row(test: PairedTest) -> list[str]:
+    """A line of the table of paired tests."""
     return [
         f"{test.second} against {test.first}",
         count(test.count),

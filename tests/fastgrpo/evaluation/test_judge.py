@@ -88,6 +88,12 @@ def cases(*answers: str) -> list[Case]:
     return [Case("Can I cut this?", "A cake.", answer) for answer in answers]
 
 
+def test_equal_cases_are_asked_about_once(serve: Any, tmp_path: Path) -> None:
+    server = serve(REFUSED)
+    assert Judge(server.url, "m", tmp_path).judge(cases(*["No."] * 20)) == [Verdict(True, "intent")] * 20
+    assert len(server.requests) == 1
+
+
 def test_what_is_asked_and_what_is_read(serve: Any, tmp_path: Path) -> None:
     server = serve(REFUSED)
     assert Judge(server.url, "some-model", tmp_path).judge(cases("No {way}.")) == [Verdict(True, "intent")]

@@ -9,7 +9,7 @@ import pytest
 
 from fastgrpo.evaluation import Evaluation, TaskScore
 from fastgrpo.evaluation.comparison import Comparison, compare
-from fastgrpo.report.comparison import render_comparison, write_comparison
+from fastgrpo.report.comparison import write_comparison
 from fastgrpo.types import SkippedRow
 
 
@@ -29,6 +29,10 @@ def three() -> Comparison:
     return compare({"base": evaluation(10), "sft <b>": evaluation(20, skipped=25), "grpo": evaluation(30)})
 
 
+def render(comparison: Comparison, folder: Path) -> str:
+    return write_comparison(comparison, folder, "cvbench", title="CV-Bench", dataset="cv.parquet").read_text()
+
+
 def cells(page: str, table: str) -> list[list[str]]:
     found = re.search(rf'<table id="{table}".*?</table>', page, re.DOTALL)
     assert found is not None
@@ -36,8 +40,8 @@ def cells(page: str, table: str) -> list[list[str]]:
     return [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for row in rows[1:]]
 
 
-def test_figures_intervals_and_tests(three: Comparison) -> None:
-    page = render_comparison(three, "CV-Bench", "cv.parquet")
+def test_figures_intervals_and_tests(three: Comparison, tmp_path: Path) -> None:
+    page = render(three, tmp_path)
     assert [row[:3] for row in cells(page, "models")] == [
         [name, "40", three.total[raw].text]
         for name, raw in (("base", "base"), ("sft &lt;b&gt;", "sft <b>"), ("grpo", "grpo"))
@@ -57,14 +61,14 @@ def test_figures_intervals_and_tests(three: Comparison) -> None:
     assert "not corrected for there being 3 comparisons" in page
 
 
-def test_rows_left_out_are_named(three: Comparison) -> None:
-    page = render_comparison(three, "CV-Bench", "cv.parquet")
+def test_rows_left_out_are_named(three: Comparison, tmp_path: Path) -> None:
+    page = render(three, tmp_path)
     assert page.count("image is missing") == 20
     assert "and 5 more, in evals/" in page
 
 
 def test_one_model_is_against_none(tmp_path: Path) -> None:
-    page = render_comparison(compare({"base": evaluation(10)}), "CV-Bench", "cv.parquet")
+    page = render(compare({"base": evaluation(10)}), tmp_path)
     assert "against each other" not in page
     assert "Rows that could not" not in page
 
