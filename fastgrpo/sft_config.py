@@ -22,6 +22,11 @@ class SFTConfig(RunConfig):
         "`instruct`: questions in the model's chat template; `base`: in plain text without roles.",
         choices=("base", "instruct"),
     )
+    prompt_template: Literal["direct", "paper", "answer"] = option(
+        "direct",
+        "Wording of questions: without reasoning, or as `fastgrpo train` asks them, for answers that hold reasoning.",
+        choices=("direct", "paper", "answer"),
+    )
     train_on_prompt: bool = option(False, "Count the prompt's text in the loss too; image tokens never count.")
     max_length: int | None = option(
         None, "Rows of more tokens, answer included, are skipped and counted; never truncated.", at_least=1

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from fastgrpo.batch_plan import PartialGroupsError
 from fastgrpo.cli.launch import LAUNCH_FLAGS
-from fastgrpo.cli.script_arguments import ScriptArguments, SFTArguments
+from fastgrpo.cli.run_arguments import ScriptArguments, SFTArguments
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
 from fastgrpo.sft_config import SFTConfig

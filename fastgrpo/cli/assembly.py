@@ -5,25 +5,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastgrpo.cli.script_arguments import RunArguments, ScriptArguments, SFTArguments, adapter_flags, changed
+from fastgrpo.cli.run_arguments import RunArguments, ScriptArguments, SFTArguments, adapter_flags, changed
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.model.adapters import adapter_base
 from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.model.quantized import quantized_loading
 from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.rewards import resolve_reward_functions
+from fastgrpo.script_arguments import ModelConfig, get_quantization_config
 from fastgrpo.sft_config import SFTConfig
 from fastgrpo.training.sft import SFTTrainer
 from fastgrpo.training.trainer import GRPOTrainer
 
-FILES_OF_A_MODEL = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "*.py", "README.md"]
+BITS = (
+    *("dtype", "load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "bnb_4bit_quant_storage",
+)
+"""Flags of a quantized base."""
 
 
 def build_trainer(
@@ -40,7 +45,7 @@ def build_trainer(
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for a user's rewards: unlike a script, a command does not look there
-    reward_functions = resolve_reward_functions(script.reward_funcs)  # a slip is told before a model is loaded
+    reward_functions = resolve_reward_functions(script.rewards)  # a slip is told before a model is loaded
     return trainer_class(
         reward_funcs=reward_functions, args=config, train_dataset=rows, eval_dataset=eval_rows, **_model(config, script)
     )
@@ -59,13 +64,16 @@ def build_sft_trainer(
 
 def _model(config: RunConfig, script: RunArguments) -> dict[str, Any]:
     """The arguments of a trainer that say what is trained."""
-    script.model_name_or_path = downloaded(script.model_name_or_path, script.model_revision)
     adapters = lora_config(script)
     model = load_model(config, script)
     if adapters is not None:
         _require_modules(model, script)
     processing = load_processing(
-        script.model_name_or_path, script.min_pixels, script.max_pixels, config.trust_remote_code
+        script.model_name_or_path,
+        script.min_pixels,
+        script.max_pixels,
+        config.trust_remote_code,
+        _model_kwargs(config, script).get("revision"),
     )
     return {"model": model, "processing_class": processing, "peft_config": adapters}
 
@@ -79,8 +87,21 @@ def load_model(config: RunConfig, script: RunArguments) -> PreTrainedModel:
         freeze_vision=script.freeze_vision,
         freeze_llm=script.freeze_llm,
         trust_remote_code=config.trust_remote_code,
-        model_init_kwargs=config.model_kwargs,
+        model_init_kwargs=_model_kwargs(config, script),
     )
+
+
+def _model_kwargs(config: RunConfig, script: RunArguments) -> dict[str, Any]:
+    """`model_init_kwargs`, and what the flags add to them."""
+    bits = ModelConfig(**{name: getattr(script, name) for name in BITS})
+    arguments = config.model_kwargs | quantized_loading(get_quantization_config(bits), config)
+    if script.model_revision != "main":
+        if Path(script.model_name_or_path).exists():
+            raise ValueError(
+                f"model_revision={script.model_revision!r}: {script.model_name_or_path} is a folder, which has none."
+            )
+        arguments["revision"] = script.model_revision
+    return arguments
 
 
 def lora_config(script: RunArguments) -> LoraConfig | None:
@@ -110,19 +131,6 @@ def lora_config(script: RunArguments) -> LoraConfig | None:
         use_dora=script.use_dora,
         task_type=script.lora_task_type,
     )
-
-
-def downloaded(name_or_path: str, revision: str) -> str:
-    """A model on the hub as a folder of that revision; by its name where no revision is asked for.
-
-    Raises:
-        ValueError: a folder, which has no revisions.
-    """
-    if revision == "main":
-        return name_or_path
-    if Path(name_or_path).exists():
-        raise ValueError(f"model_revision={revision!r}: {name_or_path} is a folder, which has no revisions.")
-    return snapshot_download(name_or_path, revision=revision, allow_patterns=FILES_OF_A_MODEL)
 
 
 def load_training_rows(script: RunArguments, seed: int) -> RowDataset:

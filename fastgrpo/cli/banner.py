@@ -8,7 +8,7 @@ from fastgrpo_kernels.backend import pick_backend
 from torch import nn
 
 from fastgrpo.cli.chat_models import chat_warning
-from fastgrpo.cli.script_arguments import RunArguments
+from fastgrpo.cli.run_arguments import RunArguments
 from fastgrpo.model.attention import pick_attention
 from fastgrpo.model.families import text_model
 from fastgrpo.sampler.engine import SamplerEngine
@@ -95,8 +95,7 @@ def _prompts(trainer: RunTrainer) -> str:
         return "as the rows' `prompt` column has them"
     if trainer.config.prompt_mode == "instruct":
         return "instruct mode: the model's chat template"
-    template = f", template {trainer.config.prompt_template}" if isinstance(trainer, GRPOTrainer) else ""
-    return f"base mode: plain text without roles{template}"
+    return f"base mode: plain text without roles, template {trainer.config.prompt_template}"
 
 
 def _warnings(trainer: RunTrainer, script: RunArguments) -> Iterable[str]:

@@ -112,7 +112,9 @@ def _take_published(options: Namespace) -> list[str]:
         options.batch_size = options.bs
         told.append("--bs is --batch_size")
     if options.use_reasoning_prompt:
-        told.append("--use_reasoning_prompt is how questions are always asked, in the wording of --prompt_mode")
+        options.prompt_template = options.prompt_template or "paper"
+        told.append("--use_reasoning_prompt is --prompt_template paper")
     if options.use_reasoning_prompt is False:
-        raise ValueError("--no-use_reasoning_prompt is not supported: questions are asked as in training. Leave it out")
+        options.prompt_template = "direct"
+        told.append("--no-use_reasoning_prompt is --prompt_template direct")
     return told

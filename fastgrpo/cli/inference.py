@@ -34,7 +34,9 @@ MODEL_HELP = "hub id or folder, of a model or of adapters"
 def add_model_options(parser: Parser) -> None:
     """Adds the options of a model, its prompts and its device."""
     parser.add_argument("--prompt_mode", choices=("base", "instruct"), help="as in the model's training, else base")
-    parser.add_argument("--prompt_template", choices=("paper", "answer"), help="as in its training, else paper")
+    parser.add_argument(
+        "--prompt_template", choices=("paper", "answer", "direct"), help="as in its training, else paper; direct: none"
+    )
     parser.add_argument("--max_pixels", type=at_least(1), help="largest area of a picture, height × width")
     parser.add_argument("--min_pixels", type=at_least(1), help="least area of a picture, height × width")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
@@ -115,7 +117,8 @@ def prompts_of(options: Namespace) -> dict[str, Any]:
             raise ValueError(f"{file} is not JSON: {error}. Mend it, or move it away.") from error
         prompts |= {name: settings[name] for name in prompts if name in settings}
     prompts |= {name: getattr(options, name) for name in prompts if getattr(options, name) is not None}
-    template = f", template {prompts['prompt_template']}" if prompts["prompt_mode"] == "base" else ""
+    is_told = prompts["prompt_mode"] == "base" or prompts["prompt_template"] == "direct"
+    template = f", template {prompts['prompt_template']}" if is_told else ""
     say(f"questions are asked in {prompts['prompt_mode']} mode{template}")
     if warning := chat_warning(options.model, prompts["prompt_mode"]):
         say(warning)

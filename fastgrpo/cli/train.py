@@ -16,7 +16,7 @@ from fastgrpo.cli.console import progress_lines, say
 from fastgrpo.cli.launch import launch
 from fastgrpo.cli.options import require_writable
 from fastgrpo.cli.quiet import quieten
-from fastgrpo.cli.script_arguments import RunArguments
+from fastgrpo.cli.run_arguments import RunArguments
 from fastgrpo.cli.train_help import TRAIN, asked_for_help
 from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
 from fastgrpo.evaluation import Ranks, evaluate, write_evaluation

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from transformers import TrainingArguments
 
-from fastgrpo.cli.script_arguments import MAPPED, ScriptArguments, SFTArguments
+from fastgrpo.cli.run_arguments import MAPPED, ScriptArguments, SFTArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.sft_config import SFTConfig
 from fastgrpo.trl_fields import FOREIGN
@@ -37,7 +37,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Adapters": (
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
-        *("lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora"),
+        *("lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora", "load_in_8bit", "load_in_4bit"),
+        *("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
     ),
     "Data and prompts": (
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_samples"),
@@ -45,7 +46,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("min_pixels", "max_pixels", "prompt_mode", "prompt_template", "chat_template_kwargs", "max_prompt_length"),
         "shuffle_dataset",
     ),
-    "Rewards": ("reward_funcs", "reward_weights", "scale_rewards", "multi_objective_aggregation"),
+    "Rewards": (
+        "reward_funcs",
+        "reward_model_name_or_path",
+        "reward_weights",
+        "scale_rewards",
+        "multi_objective_aggregation",
+    ),
     "Batches and steps": (
         *("per_device_train_batch_size", "batch_unit", "gradient_accumulation_steps", "generation_batch_size"),
         *("steps_per_generation", "num_iterations", "num_train_epochs", "max_steps", "learning_rate"),

@@ -24,7 +24,7 @@ from rich.table import Table
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.cli.arguments import parse
 from fastgrpo.cli.options import require_writable
-from fastgrpo.cli.script_arguments import ScriptArguments
+from fastgrpo.cli.run_arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS

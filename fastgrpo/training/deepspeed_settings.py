@@ -24,6 +24,10 @@ def take_whole_steps(config: RunConfig) -> None:
         config.hf_deepspeed_config = plugin.hf_ds_config = filled_in
         plugin.deepspeed_config = filled_in.config
     settings = plugin.deepspeed_config
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") != 3:  # sizes that it does not read, and which accelerate cannot work out of every config
+        for name in [name for name, value in zero.items() if name.startswith("stage3_") and value == "auto"]:
+            del zero[name]
     if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
         settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
         settings["gradient_accumulation_steps"] = 1

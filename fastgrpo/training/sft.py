@@ -72,7 +72,7 @@ class SFTTrainer(RunTrainer):
             self.processing.image_processor,
             family=self.processing.family,
             mode=config.prompt_mode,
-            template="direct",
+            template=config.prompt_template,
             chat_template_kwargs=config.template_kwargs,
         )
         examples = ExampleBuilder(self.builder, train_on_prompt=config.train_on_prompt, max_length=config.max_length)

@@ -12,7 +12,7 @@ from fastgrpo_profiling.worker import WorkerSide
 
 from fastgrpo.cli.assembly import build_trainer as build_our_trainer
 from fastgrpo.cli.assembly import load_training_rows
-from fastgrpo.cli.script_arguments import ScriptArguments
+from fastgrpo.cli.run_arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.updater import PlainUpdater

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from fastgrpo.cli.arguments import parse
 from fastgrpo.cli.assembly import load_model, load_training_rows
-from fastgrpo.cli.script_arguments import ScriptArguments
+from fastgrpo.cli.run_arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_order import RolloutSampler

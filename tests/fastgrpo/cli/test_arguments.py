@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo.cli.arguments import parse
-from fastgrpo.cli.script_arguments import ScriptArguments
+from fastgrpo.cli.run_arguments import ScriptArguments
 from fastgrpo.config import GRPOConfig
 
 NAMES = ["--model_name_or_path", "model", "--dataset_name", "data.parquet"]

@@ -72,7 +72,6 @@ def test_eval_of_what_is_missing(
         (["--name", "a/b"], "--name a/b is no plain file name"),
         (["--split", "nope"], "is a file, which has neither splits nor configurations"),
         (["--benchmark", "cv"], "argument --benchmark: invalid choice: 'cv'"),
-        (["--no-use_reasoning_prompt"], "--no-use_reasoning_prompt is not supported"),
         (["--shufles", "1"], "unknown argument --shufles (did you mean --shuffles?)"),
     ],
 )

@@ -86,9 +86,10 @@ def test_the_flags_of_the_published_evaluators(capsys: pytest.CaptureFixture[str
     assert (target.models, target.benchmark, options.batch_size) == (["org/model"], "cvbench", 8)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "flags of the published evaluators: --model_path is MODEL; --bs is --batch_size; --use_reasoning_prompt is how "
-        "questions are always asked, in the wording of --prompt_mode; without a data set, CV-Bench is asked"
+        "flags of the published evaluators: --model_path is MODEL; --bs is --batch_size; --use_reasoning_prompt is "
+        "--prompt_template paper; without a data set, CV-Bench is asked"
     )
+    assert read_flags(["m", "--benchmark", "sat", "--no-use_reasoning_prompt"])[0].prompt_template == "direct"
 
 
 def test_an_interrupted_command_goes_on(

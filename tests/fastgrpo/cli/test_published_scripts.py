@@ -104,7 +104,9 @@ def test_prepared_rows_are_those_that_sat_itself_gives(prepared: Path, sat_file:
         assert [image.size for image in row.images] == [image.size for image in expected.images]
 
 
-def test_run_sft_sat_as_written(tiny_model_dir: Path, prepared: Path, tmp_path: Path) -> None:
+def test_run_sft_sat_as_written(
+    tiny_model_dir: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     stderr = run([sys.executable, "-m", "fastgrpo"], "sft", tiny_model_dir, prepared, out, SFT_SAT)
     mapped = [line for line in stderr.splitlines() if line.startswith("Flags taken over: ")]
@@ -117,6 +119,7 @@ def test_run_sft_sat_as_written(tiny_model_dir: Path, prepared: Path, tmp_path: 
     settings = json.loads((out / "settings.json").read_text())
     assert (settings["max_length"], settings["bf16"], settings["gradient_checkpointing"]) == (1024, True, True)
     assert main(["generate", str(out), "Where?", "--device", "cpu", "--max_new_tokens", "2"]) == 0
+    assert "questions are asked in instruct mode, template direct" in capsys.readouterr().err, "as in training"
 
 
 def test_without_whole_groups_a_batch_counts_prompts(
@@ -152,7 +155,8 @@ def test_a_script_under_accelerate_and_deepspeed(
         ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
         "auto",
     )
-    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": "auto"}
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, **dict.fromkeys(sizes, "auto")}
     deepspeed.write_text(json.dumps(auto | {"bf16": {"enabled": "auto"}, "zero_optimization": zero}))
     settings = (IN_A_FILE_OF_ITS_OWN if own_file else IN_THE_FILE).format(file=deepspeed, is_3=is_3, stage=stage)
     file = tmp_path / "accelerate.yaml"

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from fastgrpo.cli.script_arguments import ScriptArguments
+from fastgrpo.cli.run_arguments import ScriptArguments
 from fastgrpo.cli.suggestions import SAID_FOR, nearest
 from fastgrpo.config import GRPOConfig
 

@@ -53,6 +53,13 @@ def test_settings_of_a_flag_are_the_same(tmp_path: Path) -> None:
     assert {**SIZES, "gradient_accumulation_steps": 1}.items() <= settings.items()
 
 
+@pytest.mark.parametrize(("stage", "left"), [(2, []), (3, ["stage3_prefetch_bucket_size"])])
+def test_sizes_of_stage_3_are_left_on_auto_there_alone(tmp_path: Path, stage: int, left: list[str]) -> None:
+    zero = {"stage": stage, "stage3_prefetch_bucket_size": "auto"}
+    settings = settings_of(tmp_path, deepspeed={"zero_optimization": zero})
+    assert [name for name in settings["zero_optimization"] if name.startswith("stage3_")] == left
+
+
 @pytest.mark.parametrize(
     ("asked", "bf16", "fp16"), [("no", False, False), ("bf16", True, False), ("fp16", False, True)]
 )

@@ -20,6 +20,10 @@ MAPPED = {
     "eval_packing": "likewise",
     "packing_strategy": "first fit",
     "padding_free": "it always is",
+    "pad_token": "nothing is padded",
+    "pad_to_multiple_of": "nothing is padded",
+    "truncation_mode": "rows are skipped, never cut",
+    "eos_token": "answers end as the chat template, or else the tokenizer, ends them",
     "completion_only_loss": "the opposite of train_on_prompt",
     "assistant_only_loss": "the opposite of train_on_prompt",
     "dataset_text_field": "columns are known by their names",
@@ -30,8 +34,16 @@ MAPPED = {
 """Flags of TRL's programs that are taken → what happens."""
 
 
+TAKEN = "A TRL flag that is mapped, which a warning says."
+
+
 def _mapped(default: Any = None) -> Any:
-    return option(default, "A TRL flag that is mapped, which a warning says.")
+    return option(default, TAKEN)
+
+
+def _mapped_switch() -> Any:
+    """Of true and false; unset is a third value, so argparse must be told that the flag may stand alone."""
+    return field(default=None, metadata={"help": TAKEN, "nargs": "?", "const": True})
 
 
 @dataclass
@@ -69,6 +81,11 @@ class RunArguments:
     lora_task_type: str = option("CAUSAL_LM", "What the adapters say of the task.", choices=("CAUSAL_LM",))
     use_rslora: bool = option(False, "Scale by lora_alpha / √lora_r instead.")
     use_dora: bool = option(False, "Train magnitudes apart from directions (DoRA); rollouts are slower.")
+    load_in_8bit: bool = option(False, "Load the base with weights of 8 bits (bitsandbytes, on a GPU).")
+    load_in_4bit: bool = option(False, "Load it with weights of 4 bits.")
+    bnb_4bit_quant_type: str = option("nf4", "The kind of 4 bits.", choices=("fp4", "nf4"))
+    use_bnb_nested_quant: bool = option(False, "Quantize the scales of 4 bits too.")
+    bnb_4bit_quant_storage: str | None = option(None, "The dtype that 4-bit weights are stored in.")
     eval_dataset_name: str | None = option(
         None, "Held-out rows (CV-Bench or SAT schema) to score before and after training."
     )
@@ -115,6 +132,16 @@ class ScriptArguments(RunArguments):
         default_factory=lambda: ["accuracy", "format"],
         metadata={"help": "Reward functions: accuracy, format, length, or module:function of a file of yours."},
     )
+    reward_model_name_or_path: str | None = option(
+        None, "Hub id or folder of a reward model; beside it, only the reward_funcs that are named count."
+    )
+
+    @property
+    def rewards(self) -> list[str]:
+        """The reward model and the reward functions, by name."""
+        if self.reward_model_name_or_path is None:
+            return self.reward_funcs
+        return [self.reward_model_name_or_path, *(self.reward_funcs if changed(self, ["reward_funcs"]) else [])]
 
 
 @dataclass
@@ -122,12 +149,16 @@ class SFTArguments(RunArguments):
     """Those, and flags of TRL's SFT that are taken over."""
 
     max_seq_length: int | None = _mapped()
-    packing: bool | None = _mapped()
-    eval_packing: bool | None = _mapped()
+    packing: bool | None = _mapped_switch()
+    eval_packing: bool | None = _mapped_switch()
     packing_strategy: str | None = _mapped()
-    padding_free: bool | None = _mapped()
-    completion_only_loss: bool | None = _mapped()
-    assistant_only_loss: bool | None = _mapped()
+    padding_free: bool | None = _mapped_switch()
+    pad_token: str | None = _mapped()
+    pad_to_multiple_of: str | None = _mapped()
+    truncation_mode: str | None = _mapped()
+    eos_token: str | None = _mapped()
+    completion_only_loss: bool | None = _mapped_switch()
+    assistant_only_loss: bool | None = _mapped_switch()
     dataset_text_field: str | None = _mapped()
     dataset_kwargs: str | None = _mapped()
     dataset_num_proc: int | None = _mapped()
