@@ -38,14 +38,15 @@ def said(evaluation: Evaluation) -> list[str]:
 
 def main() -> int:
     arguments = parser(__doc__ or "")
+    arguments.add_argument("--model", default=str(BASE_MODEL_PATH), help="the demo's base, or what a demo run trained")
     arguments.add_argument("--questions", type=int, default=256)
     arguments.add_argument("--max_new_tokens", type=int, default=48, help="as in the demo")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads, of both sides")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    model = load_merged(str(BASE_MODEL_PATH)).to(options.device)
-    processing = load_processing(str(BASE_MODEL_PATH))
+    model = load_merged(options.model).to(options.device)
+    processing = load_processing(options.model)
     builder = PromptBuilder(processing.tokenizer, processing.image_processor, family=processing.family)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cvbench.parquet"
@@ -70,6 +71,7 @@ def main() -> int:
     result.ratios["time_vs_hf"] = paired_ratio(times["hf"], times["ours"])
     result.figures |= {
         "questions": options.questions,
+        "tokens_per_response": found["ours"].mean_length,
         "same_answers": same,
         "seconds": {side: median(seconds) for side, seconds in times.items()},
         "spread": {side: spread(seconds) for side, seconds in times.items()},
