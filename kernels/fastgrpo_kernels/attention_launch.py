@@ -121,6 +121,9 @@ def _launch(
     key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (key, value))
 
     half = query.element_size() == 2
+    registers = tiling.registers if target_arch() >= 90 else tiling.registers_before
+    if new is None and tiling.prefix_m == 16:
+        registers = 144 if target_arch() >= 90 else registers  # triton 3.6: ptxas would spill one of 128 to use 96
     prefix_m = max(tiling.prefix_m, 16, triton.next_power_of_2(group))
     tiles = rows // (prefix_m // group) + prefixes  # at most one tile of each prefix is not full
     split_tokens = tiling.split_tokens
@@ -167,7 +170,7 @@ def _launch(
         GROUPED=grouped,
         READ_PREFIX=has_prefix and not grouped,
         ROTATE=new is not None,
-        BLOCK_P=triton.next_power_of_2(max(1, prefixes)),
+        BLOCK_P=max(8, triton.next_power_of_2(prefixes)),
         PREFIX_M=prefix_m,
         ROW_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=tiling.block_n if half else 32,
@@ -175,7 +178,7 @@ def _launch(
         BLOCK_D=max(16, triton.next_power_of_2(width)),
         num_stages=tiling.stages if half else 1,
         num_warps=tiling.warps,
-        maxnreg=tiling.registers if target_arch() >= 90 else tiling.registers_before,
+        maxnreg=registers,
     )
     launch(
         merge_kernel,

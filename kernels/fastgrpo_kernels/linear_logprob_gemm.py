@@ -70,7 +70,7 @@ def ways(hidden: Tensor, weight: Tensor) -> dict[str, Way]:
     found = {POINTERS: Way(num_stages=3 if hidden.dtype.itemsize > 2 or target_arch() == 90 else 4)}
     row_bytes = hidden.shape[1] * hidden.element_size()
     aligned = row_bytes % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in (hidden, weight))
-    if target_arch() >= 90 and hidden.dtype.itemsize == 2 and aligned:
+    if 90 <= target_arch() < 120 and hidden.dtype.itemsize == 2 and aligned:  # on sm_120 triton 3.6's TMA loads spill
         found |= _TMA_WAYS | (_HALVES if target_arch() == 90 else {})  # on sm_100 it spills
     return found
 
