@@ -173,8 +173,9 @@ def processing_from(given: Any, config: PretrainedConfig) -> Processing:
     tokenizer = getattr(given, "tokenizer", given)
     if not hasattr(tokenizer, "get_vocab"):
         raise ValueError(f"{source} has no tokenizer: pass the model's processor or tokenizer")
-    if (template := getattr(given, "chat_template", None)) and tokenizer is not given:
-        tokenizer = copy.copy(tokenizer)
+    template = getattr(given, "chat_template", None)
+    if template and template != tokenizer.chat_template:
+        tokenizer = copy.copy(tokenizer)  # the user's keeps its own
         tokenizer.chat_template = template
     return checked_processing(tokenizer, getattr(given, "image_processor", None), config, source)
 

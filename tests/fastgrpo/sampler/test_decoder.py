@@ -99,4 +99,4 @@ def test_what_it_cannot_compute_it_says() -> None:
     quantized.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(
         torch.zeros(48, 72, dtype=torch.int8), requires_grad=False
     )
-    assert unsupported(quantized) == "its weights are quantized"
+    assert unsupported(quantized) == "its weights are quantized, and not by bitsandbytes"
