@@ -57,7 +57,7 @@ def load_inference(options: Namespace, max_rows: int) -> Inference:
     from fastgrpo.data.prompts import PromptBuilder
     from fastgrpo.model.load import load_merged, load_processing
     from fastgrpo.plain.engine import PlainEngine
-    from fastgrpo.sampler.decoder import unsupported
+    from fastgrpo.sampler.choice import unsupported
     from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 
     device = usable_device(options.device)

@@ -19,11 +19,6 @@ def vision_tower(model: Any) -> Any | None:
     return getattr(getattr(base_model(model), "model", None), "visual", None)
 
 
-def is_partitioned(tower: Any) -> bool:
-    """Whether ZeRO-3 has partitioned the weights, so that all ranks must gather them together."""
-    return any(hasattr(parameter, "ds_id") for parameter in tower.parameters())
-
-
 def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:
     """A tower of the same shape, for inference, its weights not yet copied."""
     # Not `_from_config`, which partitions weights under ZeRO-3.

@@ -21,6 +21,11 @@ Fingerprint = list[tuple[int, int]]
 """Per parameter: its address, and its version, which counts writes in place."""
 
 
+def is_cacheable(tower: Any) -> bool:
+    """Whether what a tower says before its merger can be cached."""
+    return tower.config.model_type in {family.cached_tower for family in FAMILIES}
+
+
 class VisionCache:
     """An LRU cache of image features, for one vision tower and for copies of it with equal weights.
 
@@ -30,9 +35,9 @@ class VisionCache:
 
     def __init__(self, tower: Any, max_bytes: int) -> None:
         """`tower`: the policy's. `max_bytes`: of features, on the tower's device; the least recently used go first."""
-        cached = [family.cached_tower for family in FAMILIES if family.cached_tower is not None]
-        if tower.config.model_type not in cached:
-            raise ValueError(f"tower: {tower.config.model_type} is not one of {', '.join(cached)}; use no VisionCache.")
+        if not is_cacheable(tower):
+            known = ", ".join(family.cached_tower for family in FAMILIES if family.cached_tower is not None)
+            raise ValueError(f"tower: {tower.config.model_type} is not one of {known}; use no VisionCache.")
         if max_bytes < 0:
             raise ValueError(f"max_bytes={max_bytes} is not valid: use 0 or more.")
         self.tower = tower

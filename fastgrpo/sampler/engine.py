@@ -1,4 +1,4 @@
-"""`SamplerEngine`: samples completions with its own copy of the weights, many times faster than HF `generate`."""
+"""`SamplerEngine`: samples completions over a paged cache, many times faster than HF `generate`."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,13 @@ from fastgrpo_profiling import span
 from torch import Tensor
 
 from fastgrpo.model.families import base_model, end_ids, placeholder_ids
-from fastgrpo.model.vision import empty_copy, is_partitioned, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
-from fastgrpo.sampler.decoder import Decoder, DecoderShape, KVCache, unsupported
-from fastgrpo.sampler.prefill import Prefill
+from fastgrpo.sampler.choice import build_parts
+from fastgrpo.sampler.decoder import KVCache
 from fastgrpo.sampler.runner import Ended, Limits, Runner
 from fastgrpo.sampler.scheduler import Scheduler
 from fastgrpo.sampler.sequence import PromptGroup
-from fastgrpo.sampler.weight_sync import sync_tower, sync_weights
 from fastgrpo.types import Completion, FinishReason, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -61,7 +59,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 class SamplerEngine:
-    """`Engine` with a paged KV cache, prompts shared by their group, and its own copy of the policy's text weights."""
+    """`Engine` with a paged KV cache, and prompts shared by their group."""
 
     def __init__(
         self,
@@ -87,10 +85,8 @@ class SamplerEngine:
             memory_to_come: bytes of device memory needed after the rollout; the KV cache leaves them free.
 
         Raises:
-            ValueError: a model that the decoder cannot compute.
+            ValueError: a model that the sampler cannot run.
         """
-        if reason := unsupported(model):
-            raise ValueError(f"the sampler cannot run this model, {reason}: use PlainEngine.")
         self.model = model
         self.tokenizer = tokenizer
         self.options = options or SamplerOptions()
@@ -98,11 +94,17 @@ class SamplerEngine:
         policy = base_model(model)
         self.eos_ids = end_ids(policy, tokenizer)
         self.suppressed = placeholder_ids(policy)
-        self.decoder = Decoder(DecoderShape.of(model), dtype or policy.dtype, device or policy.device)
-        image_token = getattr(policy.config, "image_token_id", None)
-        self.prefill = Prefill(
-            self.decoder, vision_tower(model), image_token, self.options.prefill_tokens, autocast, vision_cache
-        )
+        try:
+            self.decoder, self.prefill, self._sync = build_parts(
+                model,
+                dtype or policy.dtype,
+                device or policy.device,
+                self.options.prefill_tokens,
+                autocast,
+                vision_cache,
+            )
+        except ValueError as error:
+            raise ValueError(f"the sampler cannot run this model, {error}: use PlainEngine.") from error
         self.runner: Runner | None = None
         self.served: Limits | None = None
         """The sizes requested of the runner, before its cache was cut to fit memory."""
@@ -113,13 +115,7 @@ class SamplerEngine:
     def sync(self) -> None:
         """Copies the policy's weights. Under ZeRO-3 all ranks must call it together."""
         with span("rollout/sync"):
-            sync_weights(self.decoder, self.model)
-            tower = vision_tower(self.model)
-            if tower is not None and is_partitioned(tower):
-                # Gathering needs all ranks at once, but ranks encode pictures at different times: each gets a copy.
-                if self.prefill.tower is tower:
-                    self.prefill.tower = empty_copy(tower, self.decoder.dtype, self.decoder.device)
-                sync_tower(self.prefill.tower, tower)
+            self._sync(self.model)
         self._is_synced = True
 
     @torch.no_grad()
@@ -179,7 +175,7 @@ class SamplerEngine:
         admitted = scheduler.admit()
         if admitted:
             new = [g for g in dict.fromkeys(s.group for s in admitted) if g.first_logits is None]
-            with span("rollout/prefill"):
+            with span("rollout/prefill"), self.decoder.running():
                 self.prefill.run(new, runner.cache, runner.page_size)
         if admitted or runner.is_sparse(len(scheduler.running)):
             with span("rollout/arrange"):
@@ -187,7 +183,7 @@ class SamplerEngine:
 
     def _decode(self, scheduler: Scheduler, runner: Runner) -> None:
         default = 16 if self.decoder.device.type == "cuda" else 1
-        with span("rollout/decode"):
+        with span("rollout/decode"), self.decoder.running():
             runner.run(min(self.options.steps_per_check or default, runner.limits.max_new_tokens))
 
     def _finish(self, scheduler: Scheduler, runner: Runner) -> Iterator[Rollout]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastgrpo.model.segments import moved
 from fastgrpo.model.vision import image_features
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.sampler.decoder import Chunk, Decoder, KVCache
+from fastgrpo.sampler.decoder import KVCache
+from fastgrpo.sampler.packed_decoder import Chunk, PackedDecoder
 from fastgrpo.sampler.sequence import PromptGroup
 
 
@@ -43,11 +44,11 @@ def plan_passes(groups: Sequence[PromptGroup], max_tokens: int) -> Iterator[list
 
 
 class Prefill:
-    """Runs prompts through the vision tower and the decoder."""
+    """Runs prompts through the vision tower and the packed decoder."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: PackedDecoder,
         tower: Any,
         image_token: Any,
         max_tokens: int,

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fastgrpo.model.families import base_model, text_model
-from fastgrpo.model.quantized import plain_weight
+from fastgrpo.model.quantized import BITSANDBYTES, is_quantized, plain_weight
 from fastgrpo.model.zero import gathered, is_partitioned
-from fastgrpo.sampler.decoder import Decoder
+from fastgrpo.sampler.packed_decoder import PackedDecoder
 
 
 @torch.no_grad()
-def sync_weights(decoder: Decoder, model: nn.Module) -> None:
+def sync_weights(decoder: PackedDecoder, model: nn.Module) -> None:
     """Copies every weight the decoder needs from the policy, converted to its dtype.
 
     The policy is left as it is: an adapter's product is added to a copy, W + scaling · B A. Partitioned parameters
@@ -40,16 +40,69 @@ def sync_weights(decoder: Decoder, model: nn.Module) -> None:
     decoder.rope_scaling = float(text.rotary_emb.attention_scaling)
 
 
+def empty_model(policy: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A transformers model of the same shape, for inference, its weights not yet copied."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), device:
+        copied = type(policy)(policy.config).eval().requires_grad_(False)
+    for parameter in copied.parameters():
+        parameter.data = parameter.data.to(dtype)  # parameters alone: rotary frequencies stay in float32
+    head, embed = policy.get_output_embeddings(), policy.get_input_embeddings()
+    own = copied.get_output_embeddings()
+    if own.weight is copied.get_input_embeddings().weight and not _is_tied(head, embed):
+        own.weight = nn.Parameter(torch.empty_like(own.weight), requires_grad=False)
+    return copied
+
+
+def _is_tied(head: Any, embed: Any) -> bool:
+    adapted = any(hasattr(module, "active_adapters") for module in (head, embed))
+    return not adapted and head.weight is embed.weight
+
+
 @torch.no_grad()
-def sync_tower(copy: nn.Module, tower: nn.Module) -> None:
-    """Fills a copy of the policy's vision tower, one module at a time; all ranks must call this together."""
+def sync_module(copied: nn.Module, policy: nn.Module) -> None:
+    """Fills a copy of the policy, or of its vision tower, one module at a time; all ranks must call this together."""
     waiting = _Waiting()
-    for name, module in copy.named_modules():
+    for name, module in copied.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
-        if parameters:
-            assert parameters.keys() <= {"weight", "bias"}, f"{name} has {sorted(parameters)}"
-            _copy(tower.get_submodule(name), parameters["weight"], parameters.get("bias"), waiting)
+        source: Any = policy.get_submodule(name)
+        if parameters.keys() and parameters.keys() <= {"weight", "bias"} and parameters.get("weight") is not None:
+            _copy(source, parameters["weight"], parameters.get("bias"), waiting)
+        else:
+            _copy_parameters(source, parameters, waiting)
+        own = dict(source.named_buffers(recurse=False))
+        for buffer_name, buffer in module.named_buffers(recurse=False):
+            if buffer_name in own:
+                buffer.copy_(own[buffer_name])
     waiting.copy()
+
+
+def _copy_parameters(source: Any, targets: dict[str, nn.Parameter], waiting: "_Waiting") -> None:
+    """Copies parameters by name, as experts have them; nothing merges into them."""
+    own = dict(source.named_parameters(recurse=False))
+    if not is_partitioned(own.values()):
+        for name, target in targets.items():
+            waiting.add(target, own[name])
+        return
+    with gathered(own.values()):
+        for name, target in targets.items():
+            target.copy_(own[name])
+
+
+def not_mergeable(*modules: nn.Module) -> str | None:
+    """Why adapters or weights of these modules cannot be merged into a copy; None if they can."""
+    for module in (inner for outer in modules for inner in outer.modules()):
+        if hasattr(module, "get_base_layer") and not _is_plain_lora(module):
+            return "its adapters are not plain LoRA"
+        weight = getattr(module, "weight", None)
+        if is_quantized(weight) and type(weight).__name__ not in BITSANDBYTES:
+            return "its weights are quantized, and not by bitsandbytes"
+    return None
+
+
+def _is_plain_lora(layer: Any) -> bool:
+    """Whether a peft layer computes W + scaling · B A and nothing else."""
+    return hasattr(layer, "lora_A") and not layer.lora_variant and not any(layer.lora_bias.values())
 
 
 class _Waiting:

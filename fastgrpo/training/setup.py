@@ -17,13 +17,13 @@ from fastgrpo.model.load import Processing, load_config, load_policy, load_proce
 from fastgrpo.model.quantized import quantized_loading
 from fastgrpo.model.reward_model import model_name
 from fastgrpo.model.vision import vision_tower
-from fastgrpo.model.vision_cache import VisionCache
+from fastgrpo.model.vision_cache import VisionCache, is_cacheable
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.hf_generation import has_own_generate
 from fastgrpo.plain.supervised import PlainSupervisedUpdater
 from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.run_config import RunConfig
-from fastgrpo.sampler.decoder import unsupported
+from fastgrpo.sampler.choice import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.sft_config import SFTConfig
 from fastgrpo.training.deepspeed_settings import take_whole_steps
@@ -161,11 +161,11 @@ def resolve_reward_weights(config: GRPOConfig, count: int) -> Tensor:
 
 
 def build_vision_cache(model: Any, config: RunConfig) -> VisionCache | None:
-    """What engine and updater share where the vision tower is frozen; None for text models and where it is off."""
-    if config.engine != "fast" or config.vision_cache_bytes == 0 or unsupported(model) is not None:
-        return None
+    """What engine and updater share where the vision tower is frozen; None without such a tower and where it is off."""
     tower = vision_tower(model)
-    return None if tower is None else VisionCache(tower, config.vision_cache_bytes)
+    if config.engine != "fast" or config.vision_cache_bytes == 0 or tower is None or not is_cacheable(tower):
+        return None
+    return VisionCache(tower, config.vision_cache_bytes)
 
 
 def build_engine(

@@ -14,8 +14,8 @@ def decode_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
@@ -32,7 +32,7 @@ def decode_attention(
         query: [B, Hq, D]; like key and value it may be a view into one packed [B, (Hq + 2 Hkv) · D].
         key: [B, Hkv, D].
         value: [B, Hkv, D].
-        cos: [B, D] of each row's new position, float32 or the queries' dtype.
+        cos: [B, D] of each row's new position, float32 or the queries' dtype; None, as `sin`: rotated already.
         sin: [B, D].
         key_cache: [pages, page_size, Hkv, D], contiguous, written in place.
         value_cache: the same.
@@ -50,12 +50,18 @@ def decode_attention(
             f"key {shape_of(key)}, value {shape_of(value)} do not fit query {shape_of(query)} and caches "
             f"{shape_of(key_cache)}: pass twice [B, Hkv, D], with D even."
         )
+    is_torch = pick_backend(query, backend) == "torch"
+    if cos is None or sin is None:
+        if is_torch:
+            cpu.write_cache(key, value, key_cache, value_cache, slots)
+            return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale)
+        cos, sin = query.new_ones(rows, width), query.new_zeros(rows, width)
     if cos.shape != (rows, width) or sin.shape != cos.shape or slots.shape != (rows,):
         raise ValueError(
             f"cos {shape_of(cos)}, sin {shape_of(sin)}, slots {shape_of(slots)} do not fit query {shape_of(query)}: "
             "pass [B, D], [B, D] and [B]."
         )
-    if pick_backend(query, backend) == "torch":
+    if is_torch:
         rotated = cpu.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
         return cpu.paged_attention(rotated, key_cache, value_cache, layout, scale=scale)
     return _operator(

@@ -14,8 +14,8 @@ from harness import Result
 from sides.ops import decode_ops, odd_ops
 from stages import STAGES, Task, rollout
 
-import fastgrpo.sampler.decoder
 import fastgrpo.sampler.engine
+import fastgrpo.sampler.packed_decoder
 import fastgrpo.update.updater
 
 DECODE_OPS = ("decode_attention", "attention", "rope", "sample")
@@ -82,7 +82,7 @@ def test_a_wrong_op_is_not_timed(stage: str, op: str, broken: tuple[Any, ...], m
     ("stage", "broken"),
     [
         ("kernels", (sides.attention, "paged_attention")),
-        ("rollout", (fastgrpo.sampler.decoder, "decode_attention")),
+        ("rollout", (fastgrpo.sampler.packed_decoder, "decode_attention")),
         ("update", (fastgrpo.update.updater, "micro_loss", "loss")),
     ],
 )
@@ -105,13 +105,13 @@ def test_a_step_with_a_wrong_loss_is_timed_and_fails(monkeypatch: pytest.MonkeyP
 
 
 def test_a_sync_that_forgets_a_weight_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fastgrpo.sampler.engine.sync_weights
+    right = fastgrpo.sampler.choice.sync_weights
 
     def forgets_one(decoder: Any, model: Any) -> None:
         right(decoder, model)
         decoder.layers[-1].out.zero_()
 
-    monkeypatch.setattr(fastgrpo.sampler.engine, "sync_weights", forgets_one)
+    monkeypatch.setattr(fastgrpo.sampler.choice, "sync_weights", forgets_one)
     result = last_of("sync")
     assert result.checks == {"weights are the policy's": False}
     assert result.figures == {}

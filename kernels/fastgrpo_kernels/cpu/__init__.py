@@ -4,7 +4,7 @@ They run on anything but CUDA tensors; an op that is not here runs as its refere
 functions, not here.
 """
 
-from fastgrpo_kernels.cpu.attention import paged_attention, rope_and_cache
+from fastgrpo_kernels.cpu.attention import paged_attention, rope_and_cache, write_cache
 from fastgrpo_kernels.cpu.linear_logprob import linear_logprob
 
-__all__ = ["linear_logprob", "paged_attention", "rope_and_cache"]
+__all__ = ["linear_logprob", "paged_attention", "rope_and_cache", "write_cache"]

@@ -37,13 +37,17 @@ def rope_and_cache(
     rotated[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(wide[..., :half], sin[..., half:])
     rotated = rotated.to(query.dtype)
-    keys = rotated[:, heads:]
+    write_cache(rotated[:, heads:], value, key_cache, value_cache, slots)
+    return rotated[:, :heads].contiguous()
+
+
+def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Writes keys and values [T, Hkv, D] to their slots [T]; −1: nowhere."""
     if len(slots) and int(slots.amin()) < 0:
         kept = slots >= 0
-        slots, keys, value = slots[kept], keys[kept], value[kept]
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slots, keys.to(key_cache.dtype))
+        slots, key, value = slots[kept], key[kept], value[kept]
+    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slots, key.to(key_cache.dtype))
     value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slots, value.to(value_cache.dtype))
-    return rotated[:, :heads].contiguous()
 
 
 def paged_attention(

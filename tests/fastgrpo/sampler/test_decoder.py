@@ -8,7 +8,9 @@ from fastgrpo_kernels import PagedLayout
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from fastgrpo.sampler.decoder import Chunk, Decoder, DecoderShape, KVCache, unsupported
+from fastgrpo.sampler.choice import is_packed
+from fastgrpo.sampler.decoder import KVCache
+from fastgrpo.sampler.packed_decoder import Chunk, DecoderShape, PackedDecoder, not_packed
 from fastgrpo.sampler.weight_sync import sync_weights
 
 PAGE = 4
@@ -27,13 +29,13 @@ def make_model(**changes: Any) -> Any:
     return Qwen2ForCausalLM(Qwen2Config(**{**SMALL, **changes})).eval()
 
 
-def make_decoder(model: Any) -> tuple[Decoder, KVCache]:
-    decoder = Decoder(DecoderShape.of(model), torch.float32, "cpu")
+def make_decoder(model: Any) -> tuple[PackedDecoder, KVCache]:
+    decoder = PackedDecoder(DecoderShape.of(model), torch.float32, "cpu")
     sync_weights(decoder, model)
     return decoder, KVCache.empty(decoder.shape, 32, PAGE, torch.float32, "cpu")
 
 
-def prefill(decoder: Decoder, cache: KVCache, pieces: list[tuple[Tensor, int, int, list[int]]]) -> Tensor:
+def prefill(decoder: PackedDecoder, cache: KVCache, pieces: list[tuple[Tensor, int, int, list[int]]]) -> Tensor:
     """Logits [pieces, V] after each piece: (ids of the whole prompt, start, end, pages)."""
     ids = torch.cat([prompt[start:end] for prompt, start, end, _ in pieces])
     positions = torch.cat([torch.arange(start, end) for _, start, end, _ in pieces])
@@ -86,17 +88,18 @@ def test_prefill_in_chunks_and_decode_equal_transformers(changes: dict[str, Any]
 
 def test_what_it_cannot_compute_it_says() -> None:
     sizes = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
-    assert unsupported(make_model()) is None
-    assert unsupported(LlamaForCausalLM(LlamaConfig(**sizes))) == (
+    assert not_packed(make_model()) is None
+    assert not_packed(LlamaForCausalLM(LlamaConfig(**sizes))) == (
         "model type llama is none of qwen2, qwen2_vl, qwen2_5_vl"
     )
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
-    assert unsupported(make_model(**window)) == "it uses sliding-window attention"
-    assert unsupported(make_model(hidden_act="gelu")) == "its activation is gelu, not silu"
+    assert not_packed(make_model(**window)) == "it uses sliding-window attention"
+    assert not_packed(make_model(hidden_act="gelu")) == "its activation is gelu, not silu"
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert unsupported(make_model(rope_parameters=dynamic)) == "its rotary embedding is of type dynamic"
+    assert not_packed(make_model(rope_parameters=dynamic)) == "its rotary embedding is of type dynamic"
     quantized = make_model()
+    assert is_packed(quantized)
     quantized.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(
         torch.zeros(48, 72, dtype=torch.int8), requires_grad=False
     )
-    assert unsupported(quantized) == "its weights are quantized, and not by bitsandbytes"
+    assert not is_packed(quantized)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from device_only import DeviceOnly
 from fastgrpo_kernels import SampleParams
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastgrpo.sampler.decoder import Decoder, DecoderShape
+from fastgrpo.sampler.packed_decoder import DecoderShape, PackedDecoder
 from fastgrpo.sampler.runner import Limits, RowState, Runner
 from fastgrpo.sampler.sequence import PromptGroup
 from fastgrpo.sampler.weight_sync import sync_weights
@@ -24,30 +24,8 @@ SETTINGS = [
 ]
 
 
-def make_runner(decoder: Decoder, params: SampleParams, **changes: Any) -> Runner:
+def make_runner(decoder: PackedDecoder, params: SampleParams, **changes: Any) -> Runner:
     return Runner(decoder, LIMITS, 16, params, eos_ids=[0, 7], suppressed=[3], cuda_graphs=False, **changes)
-
-
-class DeviceOnly(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: host reads, shapes that depend on values, tensors off the device."""
-
-    VALUE_READS = ("_local_scalar_dense", "item", "equal", "is_nonzero")
-    VALUE_SHAPES = ("nonzero", "masked_select", "unique", "_unique2", "bincount", "repeat_interleave.Tensor")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.")
-        refused = [r for r in (*self.VALUE_READS, *self.VALUE_SHAPES) if name == r or name.startswith(r + ".")]
-        assert not refused, f"{func} in the decode step"
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, torch.Tensor):
-                assert leaf.is_cuda, f"{func} touches a tensor on {leaf.device}"
-        self.calls += 1
-        return result
 
 
 @pytest.mark.parametrize("params", SETTINGS)
@@ -56,7 +34,7 @@ def test_the_step_stays_on_a_cuda_device(qwen2_vl: Any, params: SampleParams, ro
     """The CUDA branch, on CUDA tensors without data."""
     shape = DecoderShape.of(qwen2_vl.model)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        runner = make_runner(Decoder(shape, torch.bfloat16, "cuda"), params)
+        runner = make_runner(PackedDecoder(shape, torch.bfloat16, "cuda"), params)
         before = {name: (value, value.shape) for name, value in vars(runner.state).items() if value is not None}
         with DeviceOnly() as mode:
             runner.step(rows)
@@ -85,7 +63,7 @@ def test_a_layer_of_the_step_launches_nine_kernels(qwen2_vl: Any) -> None:
     for layers in (1, 2):
         shape = replace(DecoderShape.of(qwen2_vl.model), layers=layers)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            runner = make_runner(Decoder(shape, torch.bfloat16, "cuda"), SETTINGS[1])
+            runner = make_runner(PackedDecoder(shape, torch.bfloat16, "cuda"), SETTINGS[1])
             with OpsPerLayer() as mode:
                 runner.step(8)
             counts.append(mode.ops)
@@ -126,7 +104,7 @@ def snapshot(state: RowState, rows: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 def test_rows_that_have_ended_stand_still(qwen2_vl: Any) -> None:
     """Their state and every page of the cache but the running rows' own; so a capture's trial steps change nothing."""
-    decoder = Decoder(DecoderShape.of(qwen2_vl.model), torch.float32, "cpu")
+    decoder = PackedDecoder(DecoderShape.of(qwen2_vl.model), torch.float32, "cpu")
     sync_weights(decoder, qwen2_vl.model)
     runner = make_runner(decoder, SETTINGS[0])
     for cache in (*runner.cache.keys, *runner.cache.values):
@@ -153,7 +131,7 @@ def test_rows_that_have_ended_stand_still(qwen2_vl: Any) -> None:
 def test_graphs_draw_what_the_eager_step_draws(qwen2_vl: Any) -> None:
     """In bf16 on a GPU; the smaller buckets after the largest, and again after new weights."""
     model = qwen2_vl.model
-    decoder = Decoder(DecoderShape.of(model), torch.bfloat16, "cuda")
+    decoder = PackedDecoder(DecoderShape.of(model), torch.bfloat16, "cuda")
     sync_weights(decoder, model)
     drawn = []
     for graphs in (False, True):

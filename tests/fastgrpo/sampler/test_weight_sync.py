@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgrpo.demo.base_model import load_tokenizer, tiny_model
 from fastgrpo.model.families import base_model
 from fastgrpo.model.vision import image_features, vision_tower
-from fastgrpo.sampler.decoder import Decoder, DecoderShape, unsupported
+from fastgrpo.sampler.choice import unsupported
 from fastgrpo.sampler.engine import SamplerEngine
+from fastgrpo.sampler.generic_decoder import GenericDecoder
+from fastgrpo.sampler.packed_decoder import DecoderShape, PackedDecoder
 from fastgrpo.sampler.weight_sync import sync_weights
 from fastgrpo.types import Prompt, SamplingParams
 
@@ -39,7 +41,7 @@ def make_prompt(model: Any, length: int = 9) -> Prompt:
     return Prompt(0, ids, torch.arange(length).expand(3, -1), None, None, "")
 
 
-def weights_of(decoder: Decoder) -> dict[str, Tensor]:
+def weights_of(decoder: PackedDecoder) -> dict[str, Tensor]:
     named = {"embed": decoder.embed, "norm": decoder.final_norm, "head": decoder.head_weight}
     for i, layer in enumerate(decoder.layers):
         named |= {f"{i}.{name}": weight for name, weight in vars(layer).items()}
@@ -47,14 +49,14 @@ def weights_of(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def fresh_weights(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    decoder = Decoder(DecoderShape.of(model), dtype, "cpu")
+    decoder = PackedDecoder(DecoderShape.of(model), dtype, "cpu")
     for weight in weights_of(decoder).values():
         weight.fill_(torch.nan)
     sync_weights(decoder, model)
     return weights_of(decoder)
 
 
-def assert_fresh(decoder: Decoder, model: Any) -> None:
+def assert_fresh(decoder: PackedDecoder, model: Any) -> None:
     for name, weight in fresh_weights(model).items():
         assert weight.isfinite().all(), name
         assert torch.equal(weights_of(decoder)[name], weight), name
@@ -74,7 +76,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_whole_weights_are_copied_together(model: Any) -> None:
-    decoder = Decoder(DecoderShape.of(model), torch.bfloat16, "cpu")
+    decoder = PackedDecoder(DecoderShape.of(model), torch.bfloat16, "cpu")
     with Copies() as mode:
         sync_weights(decoder, model)
     assert mode.calls == {"aten._foreach_copy_": 1, "aten.copy_": 1}  # the rotary frequencies
@@ -162,10 +164,14 @@ def test_lora_is_merged_without_touching_the_policy(model: Any, changes: dict[st
     ("changes", "reason"),
     [({"use_dora": True}, "not plain LoRA"), ({"lora_bias": True, "target_modules": ["q_proj"]}, "not plain LoRA")],
 )
-def test_adapters_it_cannot_merge_are_refused(model: Any, changes: dict[str, Any], reason: str) -> None:
+def test_adapters_that_cannot_be_merged_run_unmerged(model: Any, changes: dict[str, Any], reason: str) -> None:
     adapted = get_peft_model(model, LoraConfig(**{"r": 2, "target_modules": TARGETS, **changes}))
-    with pytest.raises(ValueError, match=f"{reason}: use PlainEngine"):
-        SamplerEngine(adapted, load_tokenizer())
+    engine = SamplerEngine(adapted, load_tokenizer())
+    assert isinstance(engine.decoder, GenericDecoder)
+    with pytest.raises(
+        ValueError, match=f"{reason}, so no copy of them in torch.bfloat16 can be made: use PlainEngine"
+    ):
+        SamplerEngine(adapted, load_tokenizer(), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
