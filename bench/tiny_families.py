@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import transformers
 
+from fastgrpo.data.prompts import mrope_position_ids
+from fastgrpo.model.families import patch_sizes
 from fastgrpo.types import Prompt
 
 VOCABULARY = 97
@@ -16,6 +18,7 @@ TEXT = {
 }  # fmt: skip
 HEADS = {"head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2", {}),
@@ -23,6 +26,10 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-MoE": ("Qwen3Moe", HEADS | EXPERTS),
     "Llama": ("Llama", {}),
     "Mistral without window": ("Mistral", {"sliding_window": None}),
+    "Mistral": ("Mistral", {"sliding_window": 7}),
+    "Gemma 3": ("Gemma3Text", HEADS | {"sliding_window": 7, "layer_types": WINDOWED}),
+    "Qwen2 with window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "layer_types": WINDOWED}),
+    "Command R7B": ("Cohere2", HEADS | {"sliding_window": 7, "logit_scale": 0.5, "layer_types": WINDOWED}),
     "Phi-3": ("Phi3", {}),
     "Gemma": ("Gemma", HEADS),
     "Granite": ("Granite", {"logits_scaling": 4.0}),
@@ -33,11 +40,71 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → transformers' prefix of the classes, and what its config has beside `TEXT`."""
 
 
+IMAGE, VIDEO, START, END = 90, 91, 92, 93
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
+VISION_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Qwen2-VL": ("Qwen2VL", MROPE, {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}),
+    "Qwen2.5-VL": ("Qwen2_5_VL", MROPE, TOWER | {"fullatt_block_indexes": [1], "window_size": 56}),
+    "Qwen3-VL": ("Qwen3VL", MROPE | HEADS, TOWER | {"deepstack_visual_indexes": [0]}),
+    "Qwen3-VL-MoE": (
+        "Qwen3VLMoe",
+        MROPE | HEADS | EXPERTS | {"decoder_sparse_step": 1},
+        TOWER | {"deepstack_visual_indexes": [0]},
+    ),
+}
+"""Name → transformers' prefix of the classes, and what its text and vision configs have."""
+
+
+def vision_model(name: str) -> Any:
+    """A vision-language model of that name, float32, without end token."""
+    prefix, text, vision = VISION_FAMILIES[name]
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=TEXT | text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return sharpened(lambda: getattr(transformers, f"{prefix}ForConditionalGeneration")(config))
+
+
+def vision_prompts(model: Any) -> list[Prompt]:
+    """One picture, none, and two pictures."""
+    draw = torch.Generator().manual_seed(0)
+    merge, width = patch_sizes(model)
+    prompts = []
+    for row, sizes in enumerate([[(2, 3)], [], [(1, 2), (3, 2)]]):
+        ids, grids = torch.randint(3, 80, (5,), generator=draw), []
+        for height, columns in sizes:
+            places = torch.tensor([START, *[IMAGE] * height * columns, END])
+            ids = torch.cat([ids, places, torch.randint(3, 80, (4,), generator=draw)])
+            grids.append([1, height * merge, columns * merge])
+        grid = torch.tensor(grids) if grids else None
+        patches = 0 if grid is None else int(grid.prod(1).sum())
+        pixels = torch.randn(patches, width, generator=draw) if grids else None
+        prompts.append(Prompt(row, ids, mrope_position_ids(ids, grid, IMAGE, merge), pixels, grid, ""))
+    return prompts
+
+
+FAMILIES = (*TEXT_FAMILIES, *VISION_FAMILIES)
+
+
+def family(name: str) -> tuple[Any, list[Prompt]]:
+    """A model of that name and prompts for it."""
+    if name in TEXT_FAMILIES:
+        return text_model(name), text_prompts(1, 9, 22)
+    model = vision_model(name)
+    return model, vision_prompts(model)
+
+
 def text_model(name: str) -> Any:
     """A causal language model of that name, float32, without end token."""
     prefix, changes = TEXT_FAMILIES[name]
     config = getattr(transformers, f"{prefix}Config")(**(TEXT | changes))
-    return sharpened(lambda: getattr(transformers, f"{prefix}ForCausalLM")(config))
+    kind = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
+    return sharpened(lambda: kind(config))
 
 
 def sharpened(make: Callable[[], Any]) -> Any:

@@ -40,17 +40,27 @@ OPTIONAL = {
 def run(argv: Sequence[str]) -> None:
     """Prints the table."""
     parser = Parser(prog="fastgrpo doctor", description="What is installed, and what each missing part costs.")
+    parser.add_argument("model", nargs="?", help="hub id or folder: what becomes of this model instead")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--trl", action="store_true", help="what becomes of every setting of TRL's GRPOConfig instead")
-    if parser.parse_args(argv).trl:
+    options = parser.parse_args(argv)
+    if options.trl:
         table = Table("setting of TRL", "here", "what is to know")
         for setting in trl_settings():
             table.add_row(setting.name, setting.status, setting.note)
         Console().print(table)
         return
     table = Table("part", "found", "what follows")
-    for finding in examine():
+    findings = examine() if options.model is None else _examine_model(options.model, options.trust_remote_code)
+    for finding in findings:
         table.add_row(finding.part, finding.found, finding.consequence)
     Console().print(table)
+
+
+def _examine_model(name: str, trust_remote_code: bool) -> list[Finding]:
+    from fastgrpo.cli.doctor_model import examine_model
+
+    return [Finding(*row) for row in examine_model(name, trust_remote_code)]
 
 
 def examine() -> list[Finding]:

@@ -181,8 +181,18 @@ def _tiles(segments: Segments, causal: bool) -> Iterator[_Tile]:
         first, q_start, k_start = first + count, q_stop, k_stop
 
 
-DenseForward = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-DenseBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float], Gradients]
+def _window_mask(segments: Segments, tile: _Tile, like: Tensor) -> Tensor | None:
+    """[L, Lk], 0 where a query sees a key and −inf elsewhere; None without a window. Then a tile is one sequence."""
+    if segments.window is None:
+        return None
+    count, keys = tile.q.stop - tile.q.start, tile.k.stop - tile.k.start
+    behind = torch.arange(keys - count, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)
+    mask = torch.zeros(count, keys, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_((behind < 0) | (behind >= segments.window), -math.inf)
+
+
+DenseForward = Callable[[Tensor, Tensor, Tensor, bool, float, Tensor | None], tuple[Tensor, Tensor]]
+DenseBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float, Tensor | None], Gradients]
 
 
 def _tiled_forward(
@@ -191,7 +201,9 @@ def _tiled_forward(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     for tile in _tiles(segments, causal):
-        tile_out, tile_lse = dense(tile.pad(q[tile.q]), tile.pad(k[tile.k]), tile.pad(v[tile.k]), causal, scale)
+        mask = _window_mask(segments, tile, q)
+        inputs = tile.pad(q[tile.q]), tile.pad(k[tile.k]), tile.pad(v[tile.k])
+        tile_out, tile_lse = dense(*inputs, causal and mask is None, scale, mask)
         out[tile.q] = tile.flatten(tile_out)
         lse[:, tile.q] = tile.flatten(tile_lse[..., None])[..., 0].T
     return out, lse
@@ -214,16 +226,18 @@ def _tiled_backward(
         # All of these are padded with 0. Padded rows have P = 1 but add nothing, since dO = O = 0.
         tile_grad, tile_q, tile_out = (tile.pad(tensor[tile.q]) for tensor in (grad_out, q, out))
         tile_lse = tile.pad(lse[:, tile.q].T[..., None])[..., 0]
-        gradients = dense(
-            tile_grad, tile_q, tile.pad(k[tile.k]), tile.pad(v[tile.k]), tile_out, tile_lse, causal, scale
-        )
+        mask, keys = _window_mask(segments, tile, q), (tile.pad(k[tile.k]), tile.pad(v[tile.k]))
+        gradients = dense(tile_grad, tile_q, *keys, tile_out, tile_lse, causal and mask is None, scale, mask)
         dq[tile.q], dk[tile.k], dv[tile.k] = (tile.flatten(gradient) for gradient in gradients)
     return dq, dk, dv
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     out: Tensor
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
@@ -236,15 +250,18 @@ def _cpu_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    mask: Tensor | None,
 ) -> Gradients:
     gradients: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
+        grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
     return gradients
 
 
-def _math_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, causal, scale)
+def _math_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, causal, scale, mask)
     lse = scores.logsumexp(dim=-1)
     out = (scores - lse[..., None]).exp() @ _per_query_head(v, q).to(scores.dtype)
     return out.to(q.dtype), lse
@@ -259,10 +276,11 @@ def _math_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    mask: Tensor | None,
 ) -> Gradients:
     dtype = lse.dtype
     grad_out, wide_k, wide_v = grad_out.to(dtype), _per_query_head(k, q).to(dtype), _per_query_head(v, q).to(dtype)
-    probs = (_scores(q, k, causal, scale) - lse[..., None]).exp()  # [n, H, L, Lk]
+    probs = (_scores(q, k, causal, scale, mask) - lse[..., None]).exp()  # [n, H, L, Lk]
     row_sum = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True)
     d_scores = probs * (grad_out @ wide_v.transpose(-1, -2) - row_sum) * scale
     dq = (d_scores @ wide_k).to(q.dtype)
@@ -271,12 +289,12 @@ def _math_backward(
     return dq, dk.unflatten(1, shared).sum(2).to(k.dtype), dv.unflatten(1, shared).sum(2).to(v.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, mask: Tensor | None) -> Tensor:
     """[n, H, L, Lk], in float32 for half precision."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).transpose(-1, -2) * scale
     if not causal:
-        return scores
+        return scores if mask is None else scores + mask
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(future, -math.inf)
 
@@ -293,8 +311,9 @@ def _varlen_forward(
 ) -> tuple[Tensor, Tensor]:
     """torch's flash attention, by its operators, since the public `torch.nn.attention.varlen` hides the backward."""
     out: Tensor
+    bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, 0.0, causal, False, scale=scale
+        q, k, v, *bounds, 0.0, causal, False, scale=scale, **_window(segments)
     )
     return out, lse
 
@@ -314,9 +333,14 @@ def _varlen_backward(
     unused = torch.empty(0, device=q.device)
     bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     gradients: Gradients = torch.ops.aten._flash_attention_backward(
-        grad_out, q, k, v, out, lse, *bounds, 0.0, causal, seed, unused, scale=scale
+        grad_out, q, k, v, out, lse, *bounds, 0.0, causal, seed, unused, scale=scale, **_window(segments)
     )
     return gradients
+
+
+def _window(segments: Segments) -> dict[str, int]:
+    """Arguments of torch's operators: keys seen before a query and after it."""
+    return {} if segments.window is None else {"window_size_left": segments.window - 1, "window_size_right": 0}
 
 
 def _flash_attn_forward(
@@ -324,9 +348,10 @@ def _flash_attn_forward(
 ) -> tuple[Tensor, Tensor]:
     """flash-attn 2.8's own functions. Written against its interface and never run, so only used when forced."""
     interface = importlib.import_module("flash_attn.flash_attn_interface")
+    left, right = _window(segments).values() or (-1, -1)
     bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     out: Tensor
-    out, lse, *_ = interface._flash_attn_varlen_forward(q, k, v, *bounds, 0.0, scale, causal)
+    out, lse, *_ = interface._flash_attn_varlen_forward(q, k, v, *bounds, 0.0, scale, causal, left, right)
     return out, lse
 
 
@@ -342,9 +367,10 @@ def _flash_attn_backward(
     scale: float,
 ) -> Gradients:
     interface = importlib.import_module("flash_attn.flash_attn_interface")
+    left, right = _window(segments).values() or (-1, -1)
     bounds = (segments.cu_q, segments.cu_k, segments.max_q, segments.max_k)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     interface._flash_attn_varlen_backward(
-        grad_out, q, k, v, out, lse, dq, dk, dv, *bounds, 0.0, scale, causal, -1, -1, 0.0, None, False
+        grad_out, q, k, v, out, lse, dq, dk, dv, *bounds, 0.0, scale, causal, left, right, 0.0, None, False
     )
     return dq, dk, dv

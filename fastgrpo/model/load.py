@@ -96,7 +96,7 @@ def load_processing(
         raise ValueError(message) from error
     source, image_processor = f"model_name_or_path={name_or_path!r}", None
     _require_vocabulary(tokenizer, source)
-    if _takes_images(config):
+    if takes_images(config):
         tokenizer.chat_template = _processors_template(name_or_path) or tokenizer.chat_template
         image_processor = _load_image_processor(name_or_path, family_of(config), {**options, **pixels})
     return checked_processing(tokenizer, image_processor, config, source)
@@ -140,7 +140,7 @@ def checked_processing(tokenizer: Any, image_processor: Any, config: PretrainedC
     """
     _require_vocabulary(tokenizer, source)
     family = family_of(config)
-    if not _takes_images(config):
+    if not takes_images(config):
         image_processor = None
     elif image_processor is not None and family.image_token is not None:
         if not hasattr(image_processor, "merge_size"):
@@ -222,7 +222,7 @@ def load_policy(
         flag = "freeze_vision" if freeze_vision else "freeze_llm"
         raise ValueError(f"{flag}=True, but {name_or_path} holds adapters, whose base is frozen already: leave it off")
     config = load_config(name_or_path, trust_remote_code, arguments.get("revision"))
-    auto_class = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
+    auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
     try:
         with whole_weights():
             model = auto_class.from_pretrained(
@@ -339,7 +339,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _takes_images(config: PretrainedConfig) -> bool:
+def takes_images(config: PretrainedConfig) -> bool:
+    """Whether it is the config of a model that transformers knows to take pictures."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 

@@ -44,11 +44,16 @@ class _Record:
     layers: list[AttentionLayer] = field(default_factory=list)
 
 
+class HostReadError(ValueError):
+    """A forward pass that cannot run without values."""
+
+
 def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
     """The attention layers of a transformers model, in order; linear attention is none.
 
     Raises:
-        ValueError: a model that takes its attention elsewhere, or whose layers read values on the host.
+        ValueError: a model that takes its attention elsewhere.
+        HostReadError: one whose forward pass reads values on the host.
     """
     policy = base_model(model)
     name = type(policy).__name__
@@ -70,7 +75,7 @@ def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
             )
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} reads values on the host in its forward pass: {reason}") from error
+        raise HostReadError(f"{name} reads values on the host in its forward pass: {reason}") from error
     if not record.layers:
         raise ValueError(f"{name} has no attention layer that takes keywords")
     return tuple(record.layers)

@@ -20,16 +20,22 @@ class Segments:
     """[n + 1] int32, likewise for the keys."""
     tiles: tuple[int, ...]
     """Counts of consecutive sequences that a backend without variable lengths pads together; their sum is n."""
+    window: int | None = None
+    """Keys that a causal query sees, itself included; the last query of a sequence is at its last key. None: all."""
 
     @classmethod
     def of(
-        cls, q_lengths: Sequence[int], k_lengths: Sequence[int] | None = None, tiles: Sequence[int] | None = None
+        cls,
+        q_lengths: Sequence[int],
+        k_lengths: Sequence[int] | None = None,
+        tiles: Sequence[int] | None = None,
+        window: int | None = None,
     ) -> "Segments":
         """By default, keys have the queries' lengths and every sequence is its own tile."""
         k_lengths = q_lengths if k_lengths is None else k_lengths
         tiles = [1] * len(q_lengths) if tiles is None else tiles
         assert sum(tiles) == len(q_lengths) == len(k_lengths)
-        return cls(tuple(q_lengths), tuple(k_lengths), offsets(q_lengths), offsets(k_lengths), tuple(tiles))
+        return cls(tuple(q_lengths), tuple(k_lengths), offsets(q_lengths), offsets(k_lengths), tuple(tiles), window)
 
     def to(self, device: torch.device) -> "Segments":
         """A copy whose tensors are on `device`."""

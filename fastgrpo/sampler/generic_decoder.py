@@ -48,9 +48,6 @@ def generic_shape(model: Any) -> CacheShape:
     changes = sorted({change for layer in layers for change in layer.changes})
     if changes:
         raise ValueError(f"its attention has {', '.join(CHANGES[change] for change in changes)}")
-    windows = {layer.window for layer in layers} - {None}
-    if windows:
-        raise ValueError("it uses sliding-window attention")
     if [layer.index for layer in layers] != list(range(config.num_hidden_layers)):
         raise ValueError(f"{len(layers)} of its {config.num_hidden_layers} layers are attention of their own")
     sizes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in layers}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgrpo_kernels import PagedLayout, decode_attention
@@ -29,6 +29,13 @@ class PagedStep:
     prompts: Segments | None
     """Of a prefill, whole prompts; None in a decode step."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a row of a decode step has room for; windows of that size see everything."""
+        assert self.layout is not None
+        pages = self.layout.prefix_tables.shape[1] + self.layout.suffix_tables.shape[1]
+        return pages * self.cache.keys[0].shape[1]
+
 
 def _attention(
     module: Any,
@@ -39,6 +46,7 @@ def _attention(
     *,
     paged: PagedStep,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
@@ -46,12 +54,16 @@ def _attention(
     q, k, v = (tensor[0].transpose(0, 1).to(keys.dtype) for tensor in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if paged.layout is not None:
-        out = decode_attention(q, k, v, None, None, keys, values, paged.slots, paged.layout, scale=scale)
+        window = None if sliding_window is None or sliding_window >= paged.longest else sliding_window
+        out = decode_attention(q, k, v, None, None, keys, values, paged.slots, paged.layout, scale=scale, window=window)
     else:
         assert paged.prompts is not None
         for cache, new in ((keys, k), (values, v)):
             cache.view(-1, *cache.shape[2:]).index_copy_(0, paged.slots, new)
-        out = varlen_attention(q, k, v, paged.prompts, causal=True, scale=scale)
+        segments = paged.prompts
+        if sliding_window is not None and sliding_window < segments.max_q:
+            segments = replace(segments, window=sliding_window)
+        out = varlen_attention(q, k, v, segments, causal=True, scale=scale)
     return out[None].to(query.dtype), None
 
 

@@ -44,7 +44,7 @@ def fused_text(*models: Any) -> Iterator[None]:
     """
     texts = list(dict.fromkeys(text_model(model) for model in models))  # two models may be one
     layers = [layer for text in texts for layer in text.layers if class_of(layer) in LAYERS]
-    attentions = [layer.self_attn for layer in layers if is_known(layer.self_attn, ATTENTIONS)]
+    attentions = [layer.self_attn for layer in layers if _is_plain(layer.self_attn)]
     whole = [
         layer
         for layer in layers
@@ -57,6 +57,12 @@ def fused_text(*models: Any) -> Iterator[None]:
             stack.enter_context(replaced_class(layer, _fused(layer.__class__)))
         log_fused(attentions + whole)
         yield
+
+
+def _is_plain(attention: Any) -> bool:
+    """Whether `_attention` computes what this module does: not if it has a sliding window."""
+    window = getattr(attention, "sliding_window", None) or getattr(attention.config, "sliding_window", None)
+    return is_known(attention, ATTENTIONS) and window is None
 
 
 def _attention(

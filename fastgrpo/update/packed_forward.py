@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastgrpo.model.families import base_model, is_multimodal, learns_prompt, mrope_sections, patch_sizes, unwrap
 from fastgrpo.model.float32_head import float32_logits
 from fastgrpo.model.fused_vision import takes_host_grids
+from fastgrpo.model.logit_formula import linear_logits, logit_formula
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.segments import moved
 from fastgrpo.model.vision import vision_tower
@@ -24,21 +25,12 @@ from fastgrpo.types import Prompt
 from fastgrpo.update.packing import PackedBatch
 from fastgrpo.update.shared_prefix import SharedPrefix, require_support
 
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Settings of text configs that change the head's logits."""
-
 
 def require_packed_support(model: Any) -> None:
     """Raises a ValueError that says why a model cannot be trained on packed groups, if so."""
-    config = model.config.get_text_config()
     require_support(model)
     if learns_prompt(model):
         raise ValueError("a learnt prompt (prefix or prompt tuning) stands before every sequence, not once in a pack.")
-    for name in LOGIT_CHANGES:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(
-                f"{type(model).__name__} has config.{name}={getattr(config, name)}: its head is not linear."
-            )
     if is_multimodal(model):
         dummy_image_prompt(model)
 
@@ -69,7 +61,7 @@ def packed_logprobs(
     pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": _grids(model, batch)}
     options = {"temperature": temperature, "entropy": entropy}
     head = _logprob_head(unwrap(model), batch, options, logprob_bytes, float32_head)
-    with head, _kept_pictures(vision_cache, model, batch):
+    with linear_logits(model), head, _kept_pictures(vision_cache, model, batch):
         found = model(
             input_ids=batch.input_ids[None],
             attention_mask=None,
@@ -87,20 +79,23 @@ def _logprob_head(
 ) -> AbstractContextManager[None]:
     """Within this context, the model's head maps [1, T, H] to log-probs and entropies [2, N] instead of logits."""
     head = model.get_output_embeddings()
-    own_forward = head.forward
+    own_forward, formula = head.forward, logit_formula(model)
+    if formula.softcap is None:
+        options = options | {"temperature": options["temperature"] / formula.scale}
 
     def forward(hidden: Tensor) -> Tensor:
         # Autocast would have the head's product in half precision.
         whole = torch.autocast(hidden.device.type, enabled=False) if float32 else nullcontext()
         # Without gradients it belongs to the pass of the reference, or of the old log-probs.
         with whole, span("update/head") if torch.is_grad_enabled() else nullcontext():
-            if type(head) is nn.Linear and head.bias is None:
+            if type(head) is nn.Linear and head.bias is None and formula.softcap is None:
                 x, weight = (hidden[0].float(), head.weight.float()) if float32 else (hidden[0], head.weight)
                 output = linear_logprob(x, weight, batch.targets, rows=batch.rows, byte_budget=byte_budget, **options)
-            else:  # adapters, a bias, a quantized head
+            else:  # adapters, a bias, a quantized head, a cap
                 rows = hidden[0, batch.rows]
                 logits = float32_logits(head, rows) if float32 else own_forward(rows)
-                output = logprob_from_logits(logits, batch.targets, **options)
+                capped = logits if formula.softcap is None else formula.capped(logits * formula.scale)
+                output = logprob_from_logits(capped, batch.targets, **options)
         return torch.stack([part for part in output if part is not None])
 
     return replaced_forward(head, forward)

@@ -5,7 +5,7 @@ share one prompt (`SharedPrefixLayout` says which), so a prompt is stored and co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -31,6 +31,42 @@ class SharedPrefixLayout:
     """Causal: each completion to itself."""
     across: Segments
     """All completions of a group to their prompt; 0 queries for a prompt without completions."""
+    windows: dict[tuple[int, torch.device], "Windowed"] = field(default_factory=dict, compare=False)
+    """Made when first asked for; the layers of a model share them."""
+
+    @property
+    def longest(self) -> int:
+        """At least the tokens of the longest prompt and completion together."""
+        return max(self.prompts.q_lengths, default=0) + max(self.completions.q_lengths, default=0)
+
+    def windowed(self, window: int, device: torch.device) -> "Windowed":
+        """The attention of layers in which a token sees the last `window` tokens, itself included."""
+        if (window, device) not in self.windows:
+            self.windows[window, device] = self._windowed(window, device)
+        return self.windows[window, device]
+
+    def _windowed(self, window: int, device: torch.device) -> "Windowed":
+        prompts = self.prompts.q_lengths
+        ends, counts, own_lengths = list(accumulate(prompts)), iter(self.completions.tiles), self.completions.q_lengths
+        keys = [torch.arange(self.prompt_tokens)]
+        k_lengths, first, start = list(prompts), 0, self.prompt_tokens
+        for end, length, asked in zip(ends, prompts, self.across.q_lengths, strict=True):
+            seen = min(length, window - 1)
+            for own in own_lengths[first : first + (count := next(counts) if asked else 0)]:
+                keys += [torch.arange(end - seen, end), torch.arange(start, start + own)]
+                k_lengths.append(seen + own)
+                start += own
+            first += count
+        segments = Segments.of([*prompts, *own_lengths], k_lengths, window=window)
+        return Windowed(moved(torch.cat(keys), device), segments.to(device))
+
+
+class Windowed(NamedTuple):
+    """One causal attention of all tokens: each prompt to itself, each completion to its prompt's end and itself."""
+
+    keys: Tensor
+    """[Tk] int64: the token that each key is, a prompt's last ones once for every completion."""
+    segments: Segments
 
 
 @dataclass(frozen=True)
@@ -267,12 +303,12 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
 
 def _moved(record: Any, device: torch.device) -> Any:
     changed: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
+    for name in (part.name for part in fields(record)):
+        value = getattr(record, name)
         if isinstance(value, Tensor):
-            changed[field.name] = moved(value, device)
+            changed[name] = moved(value, device)
         elif isinstance(value, Segments):
-            changed[field.name] = value.to(device)
+            changed[name] = value.to(device)
         elif isinstance(value, SharedPrefixLayout):
-            changed[field.name] = _moved(value, device)
+            changed[name] = _moved(value, device)
     return replace(record, **changed)

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from fastgrpo.model.attention import Backend, pick_attention
+from fastgrpo.model.attention import Backend, pick_attention, varlen_attention
+from fastgrpo.model.probe import CHANGES, HostReadError, attention_layers
 from fastgrpo.update.packing import SharedPrefixLayout
 
 NAME = "fastgrpo_shared_prefix"
 """The name under which the attention is registered."""
-
-UNKNOWN_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change the attention and are not supported here."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,14 @@ class SharedPrefix:
 
 
 def shared_prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, *, scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SharedPrefixLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(q kᵀ scale) v over the tokens that `layout` lets each attend to; differentiable in q, k and v.
 
@@ -44,6 +49,7 @@ def shared_prefix_attention(
         q: [T, H, D].
         k, v: [T, Hkv, D], H a multiple of Hkv.
         scale: None is 1 / √D.
+        window: a token sees only so many tokens of its prompt and completion, itself included; None: all before it.
 
     Returns:
         [T, H, D].
@@ -55,6 +61,9 @@ def shared_prefix_attention(
     if len(q) != tokens:
         raise ValueError(f"q has {len(q)} tokens, the layout {tokens}: pass the layout of this batch.")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if window is not None and window < layout.longest:
+        keys, segments = layout.windowed(window, q.device)
+        return varlen_attention(q, k[keys], v[keys], segments, causal=True, scale=scale, backend=backend)
     out: Tensor = _SharedPrefixAttention.apply(q, k, v, layout, scale, pick_attention(q, backend))
     return out
 
@@ -114,12 +123,13 @@ def _attention_function(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     shared_prefix: SharedPrefix | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
     assert shared_prefix is not None, "the model does not hand its keywords on to its attention"
-    for name in UNKNOWN_ARGUMENTS:
+    for name in CHANGES:
         if arguments.get(name) is not None:
             raise ValueError(f"shared-prefix attention does not support {name}={arguments[name]!r} of this model.")
     assert attention_mask is None
@@ -129,7 +139,8 @@ def _attention_function(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     with torch.autocast(kind, enabled=False):
-        out = shared_prefix_attention(q, k, v, shared_prefix.layout, scale=scaling, backend=shared_prefix.backend)
+        layout, backend = shared_prefix.layout, shared_prefix.backend
+        out = shared_prefix_attention(q, k, v, layout, scale=scaling, window=sliding_window, backend=backend)
     return out[None], None
 
 
@@ -142,13 +153,15 @@ def require_support(model: Any) -> None:
     name, config = type(model).__name__, model.config.get_text_config()
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface.")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if kinds or window is not None:
-        raise ValueError(
-            f"{name} has layers of {', '.join(sorted(kinds)) or 'sliding_attention'} (config.sliding_window={window}): "
-            "shared-prefix attention sees all of the prompt; set use_sliding_window=False if prompts are shorter."
-        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ValueError(f"{name} has layers of {', '.join(sorted(kinds))}, which shared prefixes do not know.")
+    try:
+        changes = {CHANGES[change] for layer in attention_layers(model) for change in layer.changes}
+    except HostReadError:  # which is no hindrance here
+        changes = set()
+    if changes:
+        raise ValueError(f"{name} has attention with {', '.join(sorted(changes))}, which shared prefixes do not know.")
     if dropout := getattr(config, "attention_dropout", 0.0):
         raise ValueError(f"{name} has config.attention_dropout={dropout}: set it to 0.")
 

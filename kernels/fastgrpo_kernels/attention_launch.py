@@ -89,12 +89,14 @@ def launch_attention(
     scale: float,
     grouped: bool,
     new: NewTokens | None = None,
+    window: int = 0,
 ) -> Tensor:
-    """[B, Hq, D]; does not check its inputs."""
+    """[B, Hq, D]; does not check its inputs. `window` 0: none; with one, each row reads its prefix itself."""
     if not len(query):
         return query.new_empty(query.shape)
+    grouped = grouped and window == 0  # rows of a prefix would start at different tokens of it
     name = _tiling_for(query, key_cache, layout, grouped, new is not None)
-    return _launch(TILINGS[name], query, key_cache, value_cache, layout, scale, grouped, new)
+    return _launch(TILINGS[name], query, key_cache, value_cache, layout, scale, grouped, new, window)
 
 
 def _launch(
@@ -106,6 +108,7 @@ def _launch(
     scale: float,
     grouped: bool,
     new: NewTokens | None,
+    window: int = 0,
 ) -> Tensor:
     rows, heads, width = query.shape
     page_size, kv_heads = key_cache.shape[1:3]
@@ -163,6 +166,7 @@ def _launch(
         tiles,
         prefix_splits,
         row_splits,
+        window,
         KV_HEADS=kv_heads,
         GROUP=group,
         D=width,
@@ -170,6 +174,7 @@ def _launch(
         GROUPED=grouped,
         READ_PREFIX=has_prefix and not grouped,
         ROTATE=new is not None,
+        WINDOWED=window > 0,
         BLOCK_P=max(8, triton.next_power_of_2(prefixes)),
         PREFIX_M=prefix_m,
         ROW_M=max(16, triton.next_power_of_2(group)),
@@ -289,7 +294,9 @@ class Synthetic:
 def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of the launcher on meta tensors: the 2B and 7B models, groups of 8 on a prefix of 704 tokens."""
 
-    def case(rows: int, heads: int, kv_heads: int, page_size: int, grouped: bool, tiling: Tiling) -> Callable[[], None]:
+    def case(
+        rows: int, heads: int, kv_heads: int, page_size: int, grouped: bool, tiling: Tiling, window: int = 0
+    ) -> Callable[[], None]:
         def run() -> None:
             def integers(*shape: int) -> Tensor:
                 return torch.empty(shape, dtype=torch.int32, device="meta")
@@ -304,7 +311,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
             layout = PagedLayout(suffixes, integers(rows), prefixes, prefix_lens, integers(rows), cu_rows)
             slots = torch.empty(rows, dtype=torch.int64, device="meta")
             for new in (NewTokens(key, value, angle, angle, slots), None):
-                _launch(tiling, query, keys, values, layout, 128**-0.5, grouped, new)
+                _launch(tiling, query, keys, values, layout, 128**-0.5, grouped, new, window)
 
         return run
 
@@ -312,6 +319,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for heads, kv_heads in ((12, 2), (28, 4)):
             label = f"attention {heads}/{kv_heads} page 16 B=64 grouped=True {name}"
             yield label, case(64, heads, kv_heads, 16, True, tiling)
+    default = next(iter(TILINGS.values()))
     for rows, page_size, grouped in ((8, 16, True), (512, 16, True), (64, 64, True), (64, 16, False)):
         label = f"attention 12/2 page {page_size} B={rows} grouped={grouped}"
-        yield label, case(rows, 12, 2, page_size, grouped, next(iter(TILINGS.values())))
+        yield label, case(rows, 12, 2, page_size, grouped, default)
+    yield "attention 12/2 page 16 B=64 window 512", case(64, 12, 2, 16, False, default, window=512)

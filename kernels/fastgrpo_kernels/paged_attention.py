@@ -20,6 +20,7 @@ def paged_attention(
     *,
     scale: float,
     grouped: bool | None = None,
+    window: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """softmax(scale · q·K) V of one query per row, over the row's prefix and then its own tokens. [B, Hq, D].
@@ -34,16 +35,18 @@ def paged_attention(
         grouped: whether a prefix is read once for all rows that share it. Both give the same result up to rounding.
             None: on the torch backend yes, on triton where prefix tables have room for
             `attention_launch.GROUPED_FROM_TOKENS`.
+        window: only the last so many tokens of a row are read, each row on its own; None: all.
 
     Raises:
         ValueError: shapes that do not fit, or caches that are not contiguous.
     """
     check_attention(query, key_cache, value_cache, layout)
+    check_window(window)
     name = pick_backend(query, backend)
     if grouped is None:
         grouped = name == "torch" or is_worth_grouping(layout, key_cache)
     if name == "torch":
-        return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped)
+        return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped, window=window)
     return _operator(
         query,
         key_cache,
@@ -56,7 +59,14 @@ def paged_attention(
         layout.cu_prefix_rows,
         scale,
         grouped,
+        window or 0,
     )
+
+
+def check_window(window: int | None) -> None:
+    """Raises a ValueError for a window that sees nothing."""
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} is not valid: use 1 or more, or None for all tokens.")
 
 
 def check_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: PagedLayout) -> None:
@@ -92,9 +102,10 @@ def _paged_attention(
     cu_prefix_rows: Tensor,
     scale: float,
     grouped: bool,
+    window: int,
 ) -> Tensor:
     layout = PagedLayout(suffix_tables, suffix_lens, prefix_tables, prefix_lens, prefix_ids, cu_prefix_rows)
-    return launch_attention(query, key_cache, value_cache, layout, scale, grouped)
+    return launch_attention(query, key_cache, value_cache, layout, scale, grouped, window=window)
 
 
 def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
@@ -103,8 +114,8 @@ def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
 
 _operator = register_operator(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor suffix_tables, Tensor suffix_lens, "
-    "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped) "
-    "-> Tensor",
+    "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped, "
+    "int window) -> Tensor",
     _paged_attention,
     _fake,
 )

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows", "prefixes", "tiles", "prefix_splits", "row_splits"])
+@triton.jit(do_not_specialize=["rows", "prefixes", "tiles", "prefix_splits", "row_splits", "window"])
 def attend_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -36,6 +36,7 @@ def attend_kernel(
     tiles: tl.tensor,
     prefix_splits: tl.tensor,
     row_splits: tl.tensor,
+    window: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -43,6 +44,7 @@ def attend_kernel(
     GROUPED: tl.constexpr,
     READ_PREFIX: tl.constexpr,
     ROTATE: tl.constexpr,
+    WINDOWED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PREFIX_M: tl.constexpr,
     ROW_M: tl.constexpr,
@@ -54,7 +56,7 @@ def attend_kernel(
 
     Both for the query heads of one KV head; prefixes have the first programs. READ_PREFIX: a row reads its prefix
     itself. ROTATE: queries and keys still have to be rotated, and each row's new key and value are not in the cache
-    yet: its first split writes and includes them.
+    yet: its first split writes and includes them. WINDOWED: a row reads its last `window` tokens only.
     """
     TILE_ROWS: tl.constexpr = PREFIX_M // GROUP
     splits = prefix_splits + row_splits
@@ -81,7 +83,7 @@ def attend_kernel(
                 row = row.to(tl.int64)
                 at = row * query_stride_row + head * query_stride_head
                 q_low, q_high = _load_heads(query, at, row, live, cos, sin, ROTATE, D, BLOCK_H)
-                begin, end = _split_range(tl.load(prefix_lens + prefix), split, prefix_splits, BLOCK_N)
+                begin, end = _split_range(0, tl.load(prefix_lens + prefix), split, prefix_splits, BLOCK_N)
                 top, total, mixed = _nothing_yet(PREFIX_M, BLOCK_D)
                 table = prefix_tables + prefix.to(tl.int64) * prefix_pages
                 top, total, mixed = _attend(
@@ -111,19 +113,25 @@ def attend_kernel(
                 D, BLOCK_H, BLOCK_D,
             )  # fmt: skip
         top, total, mixed = _nothing_yet(ROW_M, BLOCK_D)
+        own_length = tl.load(suffix_lens + one_row)
+        first = own_length * 0  # the first token seen, of the row's prefix and then of its own
         if READ_PREFIX:
             prefix = tl.load(prefix_ids + one_row)
             length = tl.load(prefix_lens + prefix, mask=prefix >= 0, other=0)
-            begin, end = _split_range(length, split, row_splits, BLOCK_N)
+            if WINDOWED:
+                first = tl.maximum(length + own_length - window, 0)
+            begin, end = _split_range(tl.minimum(first, length), length, split, row_splits, BLOCK_N)
             table = prefix_tables + prefix.to(tl.int64) * prefix_pages
             top, total, mixed = _attend(
                 q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
                 KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
             )  # fmt: skip
-        length = tl.load(suffix_lens + one_row)
+            first = tl.maximum(first - length, 0)
+        elif WINDOWED:
+            first = tl.maximum(own_length - window, 0)
         if ROTATE:
-            length -= (new_slot >= 0).to(tl.int32)
-        begin, end = _split_range(length, split, row_splits, BLOCK_N)
+            own_length -= (new_slot >= 0).to(tl.int32)
+        begin, end = _split_range(first, own_length, split, row_splits, BLOCK_N)
         table = suffix_tables + one_row * suffix_pages
         top, total, mixed = _attend(
             q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
@@ -173,11 +181,11 @@ def _load_heads(
 
 @triton.jit
 def _split_range(
-    length: tl.tensor, split: tl.tensor, splits: tl.tensor, BLOCK_N: tl.constexpr
+    first: tl.tensor, length: tl.tensor, split: tl.tensor, splits: tl.tensor, BLOCK_N: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Tokens begin … end of a split: equal parts, in whole blocks."""
-    size = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
-    begin = split * size
+    """Tokens begin … end of a split of tokens first … length: equal parts, in whole blocks."""
+    size = tl.cdiv(tl.cdiv(length - first, splits), BLOCK_N) * BLOCK_N
+    begin = first + split * size
     return begin, tl.minimum(begin + size, length)
 
 

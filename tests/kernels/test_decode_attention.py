@@ -96,6 +96,20 @@ def test_prefixes_read_row_by_row_and_odd_sizes(heads: int, kv_heads: int, width
     check(make_inputs([(20, [1, 3, 20]), (0, [1, 5])], idle=1, heads=heads, kv_heads=kv_heads, width=width), 3e-6)
 
 
+@pytest.mark.parametrize("window", [1, 6, 20, 280])
+def test_windows(window: int) -> None:
+    check(make_inputs(GROUPS, idle=2) | {"window": window}, 3e-6)
+
+
+def test_without_angles_nothing_is_rotated() -> None:
+    inputs = make_inputs(GROUPS, idle=2)
+    still = inputs | {"cos": torch.ones_like(inputs["cos"]), "sin": torch.zeros_like(inputs["sin"])}
+    expected = reference.decode_attention(**copied(still))
+    for backend in ("torch", "triton"):
+        mine = copied(inputs) | {"cos": None, "sin": None}
+        torch.testing.assert_close(decode_attention(**mine, backend=backend), expected, atol=3e-6, rtol=1e-5)
+
+
 def test_more_rows_of_a_group_than_a_tile_holds() -> None:
     check(make_inputs([(260, [1 + i % 3 for i in range(11)]), (7, [40])], heads=12), 3e-6)
 

@@ -42,8 +42,10 @@ class Case:
         width: int = 32,
         page_size: int = 16,
         idle: int = 0,
+        window: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.window = window
         torch.manual_seed(0)
         suffixes = [length for _, lengths in groups for length in lengths] + [0] * idle
         prefixes = [length for length, _ in groups]
@@ -71,6 +73,8 @@ class Case:
         self.slots = [
             torch.cat([prefix_slots[p], own]) if p >= 0 else own for p, own in zip(ids, suffix_slots, strict=True)
         ]
+        if window is not None:
+            self.slots = [slots[-window:] for slots in self.slots]
         self.query = torch.randn(len(ids), heads, width).to(DEVICE, dtype)
         self.key_cache, self.value_cache = self.key_cache.to(DEVICE), self.value_cache.to(DEVICE)
         bounds = [0, *accumulate(len(lengths) for _, lengths in groups)]
@@ -87,6 +91,7 @@ class Case:
             self.layout,
             scale=self.scale,
             grouped=grouped,
+            window=self.window,
             backend=backend,
         )
 
@@ -165,6 +170,20 @@ def test_rows_that_share_a_prefix(
         ),
         backend,
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [1, 7, 33, 64, 500])
+def test_windows(backend: Backend, window: int) -> None:
+    """That end in a row's own tokens, at their start, in its prefix, or see everything."""
+    groups = [(40, [3, 0, 33, 7]), (0, [1, 17]), (530, [5, 64]), (31, [33])]
+    check(Case(groups, heads=6, idle=2, window=window), backend)
+    check(Case([(0, [3, 40])], kv_heads=1, window=window), backend)
+
+
+def test_a_window_that_sees_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="window=0 is not valid"):
+        Case([(4, [3])], window=0).run(None, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

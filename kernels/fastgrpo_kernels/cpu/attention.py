@@ -58,16 +58,21 @@ def paged_attention(
     *,
     scale: float,
     grouped: bool | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.paged_attention`: a prefix is read once for all its rows. Reads `layout` on the host, once.
 
-    `grouped` None means True; False reads it again for each row. Cache contents past a length are ignored, even NaN.
+    `grouped` None means True; False reads it again for each row, as a window does. Cache contents past a length are
+    ignored, even NaN.
     """
     rows, heads, width = query.shape
     if rows == 0:
         return query.new_empty(query.shape)
     kv_heads = key_cache.shape[2]
     queries = query.reshape(rows, kv_heads, heads // kv_heads, width)  # [B, Hkv, R, D]
+    if window is not None and (tokens := _last_tokens(layout, key_cache.shape, window)) is not None:
+        keys, values = (cache.view(-1, 1, kv_heads, width) for cache in (key_cache, value_cache))
+        return _attend(queries, tokens, keys, values, scale)[0].reshape(rows, heads, width)
     suffixes, prefixes = _plan(layout, key_cache.shape)
     own, own_lse = _attend(queries, suffixes, key_cache, value_cache, scale)
     shared, shared_lse = torch.zeros_like(own), torch.full_like(own_lse, -math.inf)
@@ -127,6 +132,37 @@ def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[tuple[i
     return suffixes, [
         (start, end, _tokens(layout.prefix_tables[p : p + 1], [lens[p]], cache)) for p, start, end in read if lens[p]
     ]
+
+
+@lru_cache(maxsize=1)
+def _last_tokens(layout: PagedLayout, cache: torch.Size, window: int) -> _Tokens | None:
+    """The last `window` tokens of each row, in a cache seen as pages of one token; None if no row has more."""
+    pages, page_size, heads, width = cache
+    has_prefix = layout.prefix_ids >= 0
+    prefix = layout.prefix_ids.clamp(min=0).long()
+    if len(layout.prefix_lens) == 0:
+        shared = torch.zeros_like(layout.suffix_lens)
+    else:
+        shared = torch.where(has_prefix, layout.prefix_lens[prefix], 0)
+    total = shared + layout.suffix_lens  # [B]
+    if int(total.max()) <= window:
+        return None
+    at = total[:, None] - window + torch.arange(window, device=total.device)  # [B, window], of the whole sequence
+    is_own, unused = at >= shared[:, None], at < 0
+    inner = torch.where(is_own, at - shared[:, None], at).clamp(min=0)
+
+    def slots_in(tables: Tensor) -> Tensor:
+        column = (inner // page_size).clamp(max=tables.shape[1] - 1)
+        return tables.long().gather(1, column) * page_size + inner % page_size
+
+    slots = slots_in(layout.suffix_tables)
+    if layout.prefix_tables.numel():
+        slots = torch.where(is_own, slots, slots_in(layout.prefix_tables[prefix]))
+    slots = slots.clamp(0, pages * page_size - 1).flatten()
+    size = (len(total), heads, window, width)
+    if not bool(unused.any()):
+        return _Tokens(size, pages=slots)
+    return _Tokens(size, pages=slots, unused=unused, dead=unused.flatten().nonzero().squeeze(1))
 
 
 def _tokens(tables: Tensor, lens: list[int], cache: torch.Size) -> _Tokens:

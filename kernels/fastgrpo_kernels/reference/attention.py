@@ -32,7 +32,13 @@ def rope_and_cache(
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, layout: PagedLayout, *, scale: float
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    layout: PagedLayout,
+    *,
+    scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.paged_attention`: row by row a softmax over the prefix's tokens and the row's own."""
     dtype = computing_dtype(query)
@@ -42,6 +48,8 @@ def paged_attention(
         if prefix >= 0:
             shared = _slots(layout.prefix_tables[prefix], layout.prefix_lens[prefix], key_cache)
             slots = torch.cat((shared, slots))
+        if window is not None:
+            slots = slots[-window:]
         repeats = query.shape[1] // key_cache.shape[2]
         key, value = (  # [N, Hq, D]
             cache.flatten(0, 1)[slots].to(dtype).repeat_interleave(repeats, dim=1) for cache in (key_cache, value_cache)
@@ -63,10 +71,11 @@ def decode_attention(
     layout: PagedLayout,
     *,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.decode_attention`: `rope_and_cache`, then `paged_attention`."""
     rotated = rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
-    return paged_attention(rotated, key_cache, value_cache, layout, scale=scale)
+    return paged_attention(rotated, key_cache, value_cache, layout, scale=scale, window=window)
 
 
 def _slots(table: Tensor, length: Tensor, cache: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 from fastgrpo.cli import doctor
 from fastgrpo.cli.doctor import OPTIONAL, examine
@@ -60,3 +62,28 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert all(part in printed for part in ("torch", "device", *OPTIONAL))
+
+
+def told(model: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["doctor", model]) == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_a_model_is_told_its_paths(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = told(str(tiny_model_dir), capsys)
+    assert "Qwen2VLForConditionalGeneration" in text
+    assert "packed decoder" in text
+    assert "packed, shared prompts" in text
+    assert "M-RoPE" in text
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Gemma2Config(**sizes, head_dim=16, num_key_value_heads=1).save_pretrained(tmp_path)
+    text = told(str(tmp_path), capsys)
+    assert "transformers' generate" in text
+    assert "soft-capped scores" in text
+    assert "padded batches" in text
+    assert "no tokenizer" in text
+
+
+def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "is a folder without a usable config.json" in capsys.readouterr().err

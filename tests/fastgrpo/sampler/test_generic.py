@@ -6,65 +6,37 @@ from typing import Any
 import pytest
 import torch
 from device_only import DeviceOnly, PlainIndexing
+from family_parity import draw, logprobs_of, make_engine, sampler_error
 from fastgrpo_kernels import SampleParams
 from peft import LoraConfig, get_peft_model
-from tiny_families import TEXT_FAMILIES, text_model, text_prompts
+from tiny_families import FAMILIES, family, text_model, text_prompts
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GenerationConfig
 
 from fastgrpo.sampler.choice import unsupported
-from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.sampler.generic_decoder import GenericDecoder, generic_shape
 from fastgrpo.sampler.runner import Limits, Runner
-from fastgrpo.types import Completion, Prompt, SamplingParams
+from fastgrpo.types import Completion, Prompt
 
-GENERIC = [name for name in TEXT_FAMILIES if name != "Qwen2"]
-
-
-class NoText:
-    """A tokenizer that has no words."""
-
-    eos_token_id = None
-
-    def batch_decode(self, ids: Any, **_: Any) -> list[str]:
-        return [""] * len(ids)
+GENERIC = [name for name in FAMILIES if name not in ("Qwen2", "Qwen2-VL", "Qwen2.5-VL")]
 
 
-def make_engine(model: Any, dtype: torch.dtype | None = None, **options: Any) -> SamplerEngine:
-    engine = SamplerEngine(model, NoText(), options=SamplerOptions(page_size=4, **options), dtype=dtype)
-    assert isinstance(engine.decoder, GenericDecoder)
-    engine.sync()
-    return engine
-
-
-def draw(engine: SamplerEngine, prompts: list[Prompt], count: int, **params: Any) -> dict[int, tuple[Completion, ...]]:
-    rollouts = engine.generate(prompts, count, SamplingParams(**({"max_new_tokens": 12} | params)), 0)
-    return {rollout.prompt.row_id: rollout.completions for rollout in rollouts}
-
-
-@torch.no_grad()
-def assert_logprobs(model: Any, prompt: Prompt, completion: Completion, temperature: float, atol: float = 1e-4) -> None:
-    ids = torch.cat([prompt.input_ids, completion.token_ids])[None]
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt.input_ids) - 1 : -1] / temperature
-    plain = logits.float().log_softmax(-1).gather(1, completion.token_ids[:, None]).squeeze(1)
-    torch.testing.assert_close(completion.logprobs, plain, atol=atol, rtol=0)
+def assert_logprobs(model: Any, prompt: Prompt, completion: Completion, temperature: float) -> None:
+    exact = logprobs_of(model, prompt, completion.token_ids, temperature)
+    torch.testing.assert_close(completion.logprobs, exact, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", GENERIC)
 def test_tokens_and_logprobs_are_those_of_transformers(name: str) -> None:
-    model = text_model(name)
-    prompts = text_prompts(1, 9, 22)
-    engine = make_engine(model, max_rows=5, prefill_tokens=12)
-    for prompt, (completion,) in zip(prompts, draw(engine, prompts, 1, temperature=0.0).values(), strict=True):
-        config = GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=0)
-        theirs = model.generate(
-            input_ids=prompt.input_ids[None],
-            attention_mask=torch.ones_like(prompt.input_ids)[None],
-            generation_config=config,
-        )
-        assert completion.token_ids.tolist() == theirs[0, len(prompt.input_ids) :].tolist()
-    model.train()  # as a trainer leaves it
-    found = draw(engine, prompts, 3, temperature=0.8)
+    model, prompts = family(name)
+    assert isinstance(make_engine(model).decoder, GenericDecoder)
+    assert sampler_error(model, prompts) < 1e-4
+
+
+def test_a_policy_in_training_stays_so() -> None:
+    model, prompts = family("Llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    found = draw(make_engine(model), prompts, 3, temperature=0.8)
     assert model.training
     for prompt in prompts:
         assert len({tuple(c.token_ids.tolist()) for c in found[prompt.row_id]}) == 3
@@ -93,9 +65,9 @@ def move_to_fake_cuda(model: Any) -> None:
 
 @pytest.mark.parametrize("name", GENERIC)
 def test_the_step_stays_on_a_cuda_device(name: str) -> None:
-    model = text_model(name)
+    model, _ = family(name)
     shape = generic_shape(model)
-    if name == "Qwen3-MoE":
+    if name.endswith("MoE"):
         model.set_experts_implementation("batched_mm")  # the default, grouped products, asks the GPU what it is
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_to_fake_cuda(model)

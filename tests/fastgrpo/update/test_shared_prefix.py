@@ -35,8 +35,13 @@ def layout_of(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedPrefixLayout
     )
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, Sequence[int]]], window: int = 10**6
+) -> Tensor:
     """Plain attention under a [T, T] mask, in float64: the truth."""
+    places = [torch.arange(prompt) for prompt, _ in groups]
+    places += [torch.arange(prompt, prompt + n) for prompt, lengths in groups for n in lengths]
+    place = torch.cat(places)
     tokens, heads = len(q), q.shape[1]
     seen = torch.zeros(tokens, tokens, dtype=torch.bool)
     prompt_start, start = 0, sum(prompt for prompt, _ in groups)
@@ -48,6 +53,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, 
             seen[start : start + n, start : start + n] = torch.ones(n, n, dtype=torch.bool).tril()
             start += n
         prompt_start += prompt
+    seen &= place[:, None] - place < window
     wide_k, wide_v = (t.double().repeat_interleave(heads // k.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), wide_k) / math.sqrt(q.shape[-1])
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), wide_v)
@@ -114,6 +120,19 @@ def test_nothing_is_read_that_was_not_written(monkeypatch: pytest.MonkeyPatch) -
     leaves = inputs(groups, 4, 2, torch.float32)
     found = with_gradients(shared_prefix_attention(*leaves, layout_of(groups)), leaves)
     assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("window", [1, 3, 8, 60])
+@pytest.mark.parametrize("backend", ["cpu", "math"])
+def test_windows(case: str, window: int, backend: str) -> None:
+    groups = GROUPS[case]
+    leaves = inputs(groups, 4, 2, torch.float64)
+    layout = layout_of(groups)
+    ours = with_gradients(shared_prefix_attention(*leaves, layout, window=window, backend=backend), leaves)
+    truth = with_gradients(full_attention(*leaves, groups, window), leaves)
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-12, rtol=1e-10, msg=name)
 
 
 def test_the_scale_is_the_callers() -> None:
