@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from fastgrpo.data.prompts import mrope_position_ids
-from fastgrpo.model.families import patch_sizes
+from fastgrpo.model.families import family_of, patch_sizes, tile_size
 from fastgrpo.types import Prompt
 
 VOCABULARY = 97
@@ -18,6 +18,10 @@ TEXT = {
 }  # fmt: skip
 HEADS = {"head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,6 +34,7 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Gemma 3": ("Gemma3Text", HEADS | {"sliding_window": 7, "layer_types": WINDOWED}),
     "Qwen2 with window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "layer_types": WINDOWED}),
     "Command R7B": ("Cohere2", HEADS | {"sliding_window": 7, "logit_scale": 0.5, "layer_types": WINDOWED}),
+    "Qwen3-Next": ("Qwen3Next", HEADS | EXPERTS | DELTA | {"shared_expert_intermediate_size": 24}),
     "Phi-3": ("Phi3", {}),
     "Gemma": ("Gemma", HEADS),
     "Granite": ("Granite", {"logits_scaling": 4.0}),
@@ -43,6 +48,10 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48}
+CLIP = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 7,
+}  # fmt: skip
 VISION_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Qwen2-VL": ("Qwen2VL", MROPE, {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}),
     "Qwen2.5-VL": ("Qwen2_5_VL", MROPE, TOWER | {"fullatt_block_indexes": [1], "window_size": 56}),
@@ -52,8 +61,22 @@ VISION_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         MROPE | HEADS | EXPERTS | {"decoder_sparse_step": 1},
         TOWER | {"deepstack_visual_indexes": [0]},
     ),
+    "Qwen3.5": ("Qwen3_5", MROPE | HEADS | DELTA | {"partial_rotary_factor": 1.0}, TOWER),
+    "GLM-4V": (
+        "Glm4v",
+        {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
+        TOWER | {"image_size": 28, "patch_size": 14},
+    ),
+    "LLaVA": ("Llava", {"model_type": "llama"}, CLIP | {"model_type": "clip_vision_model"}),
+    "InternVL": ("InternVL", {"model_type": "qwen2"}, CLIP | {"image_size": [28, 28], "patch_size": [7, 7]}),
 }
 """Name → transformers' prefix of the classes, and what its text and vision configs have."""
+
+OWN = {
+    "LLaVA": {"image_seq_length": 16},
+    "InternVL": {"image_seq_length": 4},
+}
+"""What the whole config of a family has besides."""
 
 
 def vision_model(name: str) -> Any:
@@ -66,12 +89,15 @@ def vision_model(name: str) -> Any:
         video_token_id=VIDEO,
         vision_start_token_id=START,
         vision_end_token_id=END,
+        **OWN.get(name, {}),
     )
     return sharpened(lambda: getattr(transformers, f"{prefix}ForConditionalGeneration")(config))
 
 
 def vision_prompts(model: Any) -> list[Prompt]:
     """One picture, none, and two pictures."""
+    if family_of(model.config).tiles:
+        return tile_prompts(model)
     draw = torch.Generator().manual_seed(0)
     merge, width = patch_sizes(model)
     prompts = []
@@ -85,6 +111,21 @@ def vision_prompts(model: Any) -> list[Prompt]:
         patches = 0 if grid is None else int(grid.prod(1).sum())
         pixels = torch.randn(patches, width, generator=draw) if grids else None
         prompts.append(Prompt(row, ids, mrope_position_ids(ids, grid, IMAGE, merge), pixels, grid, ""))
+    return prompts
+
+
+def tile_prompts(model: Any) -> list[Prompt]:
+    """The same for a family that cuts pictures into tiles."""
+    draw, places = torch.Generator().manual_seed(0), family_of(model.config).tile_places
+    prompts = []
+    for row, counts in enumerate([[2], [], [1, 1]]):
+        ids = torch.randint(3, 80, (5,), generator=draw)
+        for count in counts:
+            own = torch.tensor([START, *[IMAGE] * count * places, END])
+            ids = torch.cat([ids, own, torch.randint(3, 80, (4,), generator=draw)])
+        grid = torch.tensor([[count, 1, 1] for count in counts]) if counts else None
+        pixels = torch.randn(sum(counts), *tile_size(model), generator=draw) if counts else None
+        prompts.append(Prompt(row, ids, torch.arange(len(ids)).expand(3, -1), pixels, grid, ""))
     return prompts
 
 

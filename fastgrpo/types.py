@@ -64,11 +64,11 @@ class Prompt:
     input_ids: Tensor
     """[P] int64, image placeholders expanded to one token per merged patch."""
     position_ids: Tensor
-    """[3, P] int64, M-RoPE positions (temporal, height, width)."""
+    """[3, P] int64, M-RoPE positions (temporal, height, width); of a model with 1-D positions those, thrice."""
     pixel_values: Tensor | None
-    """[patches of all images, patch_dim] float32, or None for a text-only row."""
+    """[patches of all images, patch_dim] or [tiles of all images, 3, H, W] float32, or None for a text-only row."""
     image_grid_thw: Tensor | None
-    """[images, 3] int64, each image's patch grid (time, height, width), or None."""
+    """[images, 3] int64, each image's patch grid (time, height, width) or (tiles, 1, 1), or None."""
     text: str
     """The rendered prompt, image placeholders included: what a report shows."""
     messages: list[dict[str, Any]] | None = None

@@ -173,7 +173,7 @@ class PromptBuilder:
         return Prompt(
             row_id=row.row_id,
             input_ids=input_ids,
-            position_ids=mrope_position_ids(input_ids, image_grid_thw, self.image_token_id, self.merge_size),
+            position_ids=self.positions(input_ids, image_grid_thw),
             pixel_values=pixel_values,
             image_grid_thw=image_grid_thw,
             text=text,
@@ -183,6 +183,18 @@ class PromptBuilder:
             image_digests=image_digests(pixel_values, image_grid_thw),
             images=tuple(row.images),
         )
+
+    def positions(self, input_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        """[3, P], see `Prompt.position_ids`."""
+        grid = None if self.family.tiles else image_grid_thw
+        return mrope_position_ids(input_ids, grid, self.image_token_id, self.merge_size)
+
+    def places(self, image_grid_thw: Tensor | None) -> list[int]:
+        """How many placeholders each picture takes."""
+        if image_grid_thw is None:
+            return []
+        counts: list[int] = (self.family.tile_places * image_grid_thw.prod(-1) // self.merge_size**2).tolist()
+        return counts
 
     def _require_pictures(self, row: Row) -> None:
         """Raises a ValueError that says what keeps this model from taking pictures."""
@@ -229,13 +241,16 @@ class PromptBuilder:
                 "use base mode with a `question` column, or an instruction-tuned model"
             )
         prefilled = messages[-1]["role"] == "assistant" and not complete
-        return self.tokenizer.apply_chat_template(
+        text: str = self.tokenizer.apply_chat_template(
             messages,
             tokenize=False,
             add_generation_prompt=not (prefilled or complete),
             continue_final_message=prefilled,
             **self.chat_template_kwargs,
         )
+        if self.family.image_token is None or self.family.template_has_markers:
+            return text
+        return text.replace(self.family.image_token, self.family.image_place)
 
     def _process_images(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
         """Patches [patches, patch_dim] float32 and grids [images, 3] int64, or None twice."""
@@ -247,14 +262,17 @@ class PromptBuilder:
                 features = self.image_processor(images=row.images, return_tensors="pt")
         except ValueError as error:
             raise RowError(f"image cannot be cut into patches: {error}") from error
-        return features["pixel_values"], features["image_grid_thw"]
+        if not self.family.tiles:
+            return features["pixel_values"], features["image_grid_thw"]
+        tiles = torch.as_tensor(features.get("num_patches", [1] * len(row.images)))
+        return features["pixel_values"], torch.stack([tiles, *[torch.ones_like(tiles)] * 2], dim=1)
 
     def _tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: list[int]) -> Tensor:
         """[P] int64: the text's tokens with every image token repeated once per merged patch of its image.
 
         `first_tokens` go in front, unless the text has them already.
         """
-        lengths = [] if image_grid_thw is None else (image_grid_thw.prod(-1) // self.merge_size**2).tolist()
+        lengths = self.places(image_grid_thw)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise RowError("the prompt is empty")

@@ -15,6 +15,12 @@ class Family:
     """Placeholder of one merged patch in a prompt's text; None: pictures are not supported."""
     image_markers: tuple[str, str] = ("", "")
     """Tokens before and after a picture's placeholders."""
+    template_has_markers: bool = True
+    """Whether the chat template writes the markers, not the placeholder alone."""
+    tiles: bool = False
+    """Whether a picture is cut into tiles [3, H, W] of equally many placeholders, rather than a grid of patches."""
+    tile_places: int = 1
+    """How many, of a tile; 1 for grids, whose patches and placeholders are counted by `image_grid_thw`."""
     mrope_sections: tuple[int, int, int] | None = None
     """transformers' default if `rope_parameters` has no `mrope_section`; None for 1-D positions."""
     has_packed_decoder: bool = False
@@ -49,8 +55,25 @@ QWEN3_VL = replace(
     cached_tower=None,
 )
 QWEN3_5 = replace(QWEN3_VL, name="Qwen3.5", model_types=("qwen3_5", "qwen3_5_moe"), mrope_sections=(11, 11, 10))
+GLM_4V = replace(
+    QWEN3_VL,
+    name="GLM-4V",
+    model_types=("glm4v", "glm4v_moe"),
+    image_token="<|image|>",
+    image_markers=("<|begin_of_image|>", "<|end_of_image|>"),
+    mrope_sections=(8, 12, 12),
+)
+LLAVA = Family("LLaVA", ("llava",), image_token="<image>", tiles=True)
+INTERNVL = Family(
+    "InternVL",
+    ("internvl",),
+    image_token="<IMG_CONTEXT>",
+    image_markers=("<img>", "</img>"),
+    template_has_markers=False,
+    tiles=True,
+)
 
-FAMILIES = (QWEN2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5)
+FAMILIES = (QWEN2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5, GLM_4V, LLAVA, INTERNVL)
 
 VISION_TOWERS = ("visual", "vision_tower", "vision_model")
 """Attribute names of vision towers."""
@@ -62,7 +85,8 @@ PICTURE_TOKENS = ("image_token_id", "image_token_index", "video_token_id")
 def family_of(config: Any) -> Family:
     """The family of a model with this transformers config; if unknown, a text-only one named by its type."""
     kind = config.model_type
-    return next((family for family in FAMILIES if kind in family.model_types), Family(kind, (kind,)))
+    family = next((family for family in FAMILIES if kind in family.model_types), Family(kind, (kind,)))
+    return replace(family, tile_places=config.image_seq_length) if family.tiles else family
 
 
 def unwrap(model: Any) -> Any:
@@ -126,3 +150,11 @@ def patch_sizes(model: Any) -> tuple[int, int]:
         return vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     except AttributeError as error:
         raise ValueError(f"{type(base_model(model)).__name__} has no vision tower like Qwen2-VL's: {error}") from error
+
+
+def tile_size(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the tiles that a family with `tiles` takes."""
+    vision = base_model(model).config.vision_config
+    size = vision.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(vision, "num_channels", 3), height, width

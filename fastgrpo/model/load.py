@@ -112,7 +112,7 @@ def _load_image_processor(name_or_path: str, family: Family, options: dict[str, 
             f"model_name_or_path={name_or_path!r} has no usable image processor (preprocessor_config.json): "
             f"{_one_line(error)}"
         ) from error
-    if family.image_token is not None:
+    if family.image_token is not None and not family.tiles:
         smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
         if smallest > largest:
             raise ValueError(f"min_pixels={smallest} exceeds max_pixels={largest}: set both")
@@ -143,7 +143,7 @@ def checked_processing(tokenizer: Any, image_processor: Any, config: PretrainedC
     if not takes_images(config):
         image_processor = None
     elif image_processor is not None and family.image_token is not None:
-        if not hasattr(image_processor, "merge_size"):
+        if not family.tiles and not hasattr(image_processor, "merge_size"):
             raise ValueError(
                 f"{source} has a {type(image_processor).__name__}, which cuts no patch grids: {family.name} needs the "
                 "image processor that comes with it"

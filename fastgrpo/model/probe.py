@@ -49,7 +49,7 @@ class HostReadError(ValueError):
 
 
 def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
-    """The attention layers of a transformers model, in order; linear attention is none.
+    """The attention layers of a transformers model, in order; layers of linear attention are not among them.
 
     Raises:
         ValueError: a model that takes its attention elsewhere.
@@ -57,8 +57,6 @@ def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
     """
     policy = base_model(model)
     name = type(policy).__name__
-    if not getattr(policy, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface")
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         bare = type(policy)(copy.deepcopy(policy.config)).eval().bfloat16()  # what grouped products of experts take
     bare.config.get_text_config()._attn_implementation = NAME
@@ -77,7 +75,7 @@ def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
         reason = " ".join(str(error).split())
         raise HostReadError(f"{name} reads values on the host in its forward pass: {reason}") from error
     if not record.layers:
-        raise ValueError(f"{name} has no attention layer that takes keywords")
+        raise ValueError(f"{name} does not take its attention, with keywords, from transformers' AttentionInterface")
     return tuple(record.layers)
 
 

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fastgrpo.model.families import end_ids, learns_prompt, mrope_sections, placeholder_ids, unwrap
+from fastgrpo.model.families import end_ids, family_of, learns_prompt, mrope_sections, placeholder_ids, unwrap
 from fastgrpo.plain.hf_generation import LogprobRecorder, RepetitionPenalty, own_defaults_off
 from fastgrpo.types import Completion, Prompt, Rollout, SamplingParams
 
@@ -173,6 +173,8 @@ def vision_inputs(model: Any, prompts: Sequence[Prompt], input_ids: Tensor) -> d
     grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
     if not grids:
         return {}
+    if family_of(unwrap(model).config).tiles:
+        return {"pixel_values": torch.cat(pixel_values).to(input_ids.device)}
     return {
         "pixel_values": torch.cat(pixel_values).to(input_ids.device),
         "image_grid_thw": torch.cat(grids).to(input_ids.device),

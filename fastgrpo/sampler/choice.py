@@ -65,7 +65,8 @@ def build_parts(
         prefill = Prefill(packed, vision_tower(model), image_token, max_tokens, autocast, vision_cache)
         return Parts(packed, prefill, lambda policy: _sync_packed(packed, prefill, policy))
     shape = generic_shape(model)
-    if text_model(model).embed_tokens.weight.dtype != dtype and (reason := _not_mergeable(model)):
+    policy = base_model(model)
+    if policy.get_input_embeddings().weight.dtype != dtype and (reason := not_mergeable(policy)):
         raise ValueError(f"{reason}, so no copy of them in {dtype} can be made")
     generic = GenericDecoder(model, shape, dtype, device)
     return Parts(generic, GenericPrefill(generic, max_tokens, autocast, vision_cache), generic.sync)

@@ -205,7 +205,7 @@ class SamplerEngine:
                 sampling_logprobs,
             )
             if group.unfinished == 0:
-                group.first_logits = None
+                group.first_logits, group.states = None, ()
                 complete.append(group)
         for group in complete:
             yield Rollout(group.prompt, tuple(group.completions[i] for i in range(len(group.sequences))))
@@ -262,5 +262,6 @@ class SamplerEngine:
         coming = self.memory_to_come()
         if self.prefill.vision_cache is not None:
             coming += self.prefill.vision_cache.room
+        coming += limits.rows * KVCache.state_bytes(self.decoder.shape)
         page = KVCache.page_bytes(self.decoder.shape, self.options.page_size, self.decoder.dtype)
         return replace(limits, pages=min(limits.pages, int(0.8 * max(0, free - coming)) // page))

@@ -13,8 +13,9 @@ import torch
 from fastgrpo_kernels import PagedLayout
 from torch import Tensor, nn
 
-from fastgrpo.model.families import base_model, learns_prompt, mrope_sections, text_model
+from fastgrpo.model.families import base_model, family_of, learns_prompt, mrope_sections
 from fastgrpo.model.fused_vision import fused_vision, takes_host_grids
+from fastgrpo.model.linear_attention import linear_layers
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.probe import CHANGES, attention_layers
 from fastgrpo.model.replaced_forward import replaced_forward
@@ -48,12 +49,33 @@ def generic_shape(model: Any) -> CacheShape:
     changes = sorted({change for layer in layers for change in layer.changes})
     if changes:
         raise ValueError(f"its attention has {', '.join(CHANGES[change] for change in changes)}")
-    if [layer.index for layer in layers] != list(range(config.num_hidden_layers)):
+    linear = [module for _, module in sorted(linear_layers(model).items())]
+    if [layer.index for layer in layers] != _attention_indices(model):
         raise ValueError(f"{len(layers)} of its {config.num_hidden_layers} layers are attention of their own")
     sizes = {(layer.kv_heads, layer.key_dim, layer.value_dim) for layer in layers}
     if len(sizes) > 1 or layers[0].key_dim != layers[0].value_dim or layers[0].key_dim % 2:
         raise ValueError(f"{name}'s layers have keys and values of several sizes, (heads, key, value): {sorted(sizes)}")
-    return CacheShape(len(layers), layers[0].kv_heads, layers[0].key_dim, config.vocab_size)
+    states = [
+        size
+        for module in linear
+        for size in (
+            (module.conv_dim, module.conv_kernel_size - 1),
+            (module.num_v_heads, module.head_k_dim, module.head_v_dim),
+        )
+    ]
+    return CacheShape(
+        layers=len(layers),
+        kv_heads=layers[0].kv_heads,
+        head_dim=layers[0].key_dim,
+        vocabulary=config.vocab_size,
+        state_sizes=tuple(states),
+    )
+
+
+def _attention_indices(model: Any) -> list[int]:
+    """Of the layers that are not linear attention."""
+    count, linear = base_model(model).config.get_text_config().num_hidden_layers, linear_layers(model)
+    return [i for i in range(count) if i not in linear]
 
 
 class GenericDecoder:
@@ -64,6 +86,7 @@ class GenericDecoder:
         self.dtype = dtype
         self.device = torch.device(device)
         self.axes = 3 if mrope_sections(model) else 1
+        self.places = {index: place for place, index in enumerate(_attention_indices(model))}
         self.model = base_model(model)
         """What runs: the policy itself, or the copy."""
         self.copy: Any = None
@@ -72,7 +95,7 @@ class GenericDecoder:
         """Takes over the policy's weights: by reading them in place, else into the copy. Under ZeRO-3 all ranks
         together."""
         policy = base_model(model)
-        weight = text_model(policy).embed_tokens.weight
+        weight = policy.get_input_embeddings().weight
         in_place = weight.dtype == self.dtype and weight.device.type == self.device.type
         if self.copy is None and in_place and not is_partitioned(policy.parameters()):
             self.model = policy
@@ -98,7 +121,7 @@ class GenericDecoder:
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, layout: PagedLayout, cache: KVCache) -> Tensor:
         """See `Decoder.decode`."""
-        return self(tokens, positions.expand(self.axes, -1), PagedStep(cache, slots, layout, None))
+        return self(tokens, positions.expand(self.axes, -1), PagedStep(cache, slots, layout, None, self.places))
 
     def __call__(self, tokens: Tensor, positions: Tensor, step: PagedStep, **inputs: Any) -> Tensor:
         """Logits [N, V] of tokens [T] at positions [axes, T]."""
@@ -154,14 +177,19 @@ class GenericPrefill:
         if pixels:
             grids = torch.cat([p.image_grid_thw for p in prompts if p.image_grid_thw is not None])
             inputs["pixel_values"] = moved(torch.cat(pixels), device).to(self.decoder.dtype)
-            inputs["image_grid_thw"] = grids if takes_host_grids(tower) else moved(grids, device)
+            if not family_of(self.decoder.model.config).tiles:
+                inputs["image_grid_thw"] = grids if takes_host_grids(tower) else moved(grids, device)
             if self.vision_cache is not None:
                 kept = self.vision_cache.serving(tower, [d for prompt in prompts for d in prompt.image_digests])
         positions = torch.cat([p.position_ids for p in prompts], dim=1)[: self.decoder.axes]
-        step = PagedStep(cache, moved(torch.cat(slots), device), None, Segments.of(lengths).to(device))
+        segments = Segments.of(lengths).to(device)
+        step = PagedStep(cache, moved(torch.cat(slots), device), None, segments, self.decoder.places)
         tokens = torch.cat([p.input_ids for p in prompts])
         with fused_vision(tower), patches_by_matmul(tower), kept:
-            return self.decoder(moved(tokens, device), moved(positions, device), step, **inputs)
+            logits = self.decoder(moved(tokens, device), moved(positions, device), step, **inputs)
+        for i, group in enumerate(groups):
+            group.states = tuple(part for states in step.prompt_states for part in states[i])
+        return logits
 
 
 def _passes(groups: Sequence[PromptGroup], max_tokens: int) -> Iterator[list[PromptGroup]]:

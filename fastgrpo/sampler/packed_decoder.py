@@ -24,7 +24,7 @@ STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on the length so far."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoderShape(CacheShape):
     """Sizes and constants of a packed decoder."""
 

@@ -1,15 +1,19 @@
 """Attention over the paged cache, plugged into transformers' models for sampling."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import torch
 from fastgrpo_kernels import PagedLayout, decode_attention
 from torch import Tensor
 from transformers import AttentionInterface
 
 from fastgrpo.model.attention import varlen_attention
+from fastgrpo.model.linear_attention import State, StateCache, linear_layers, run_prompts
+from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.segments import Segments
 from fastgrpo.sampler.decoder import KVCache
 
@@ -28,6 +32,10 @@ class PagedStep:
     """Of a decode step, one token per row; None in a prefill."""
     prompts: Segments | None
     """Of a prefill, whole prompts; None in a decode step."""
+    places: dict[int, int]
+    """Of each attention layer, by its index among all: its place in the cache."""
+    prompt_states: list[list[State]] = field(default_factory=list)
+    """Filled by a prefill: for each layer of linear attention, the state after each prompt."""
 
     @property
     def longest(self) -> int:
@@ -50,7 +58,8 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
-    keys, values = paged.cache.keys[module.layer_idx], paged.cache.values[module.layer_idx]
+    place = paged.places[module.layer_idx]
+    keys, values = paged.cache.keys[place], paged.cache.values[place]
     q, k, v = (tensor[0].transpose(0, 1).to(keys.dtype) for tensor in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if paged.layout is not None:
@@ -71,6 +80,22 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
+def _linear_attention(own: Any, place: int, hidden_states: Tensor, *, paged: PagedStep, **_: Any) -> Tensor:
+    """[1, T, H] → [1, T, H] through the `place`-th layer of linear attention: prompts, or a token of each row."""
+    if paged.prompts is not None:
+        out, states = run_prompts(own, hidden_states, paged.prompts.q_lengths)
+        paged.prompt_states.append(states)
+        return out
+    rows = hidden_states[0].unsqueeze(1)  # [B, 1, H]
+    before = [state.narrow(0, 0, len(rows)) for state in paged.cache.states[2 * place : 2 * place + 2]]
+    cache = StateCache(State(*before))
+    out = own(rows, cache_params=cache)
+    is_active = paged.slots >= 0
+    for old, new in zip(before, cache.state, strict=True):
+        old.copy_(torch.where(is_active.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old))
+    return out.transpose(0, 1)
+
+
 @contextmanager
 def paged_layers(model: Any) -> Iterator[None]:
     """Within this context, the language model's layers read and write the paged cache."""
@@ -78,6 +103,9 @@ def paged_layers(model: Any) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        yield
+        with ExitStack() as stack:
+            for place, (_, module) in enumerate(sorted(linear_layers(model).items())):
+                stack.enter_context(replaced_forward(module, partial(_linear_attention, module.forward, place)))
+            yield
     finally:
         config._attn_implementation = before

@@ -143,7 +143,7 @@ class Runner:
         self.limits = limits
         self.page_size = page_size
         self.params = params
-        self.cache = KVCache.empty(decoder.shape, limits.pages, page_size, decoder.dtype, device)
+        self.cache = KVCache.empty(decoder.shape, limits.pages, page_size, decoder.dtype, device, limits.rows)
         vocabulary = decoder.shape.vocabulary
         self.state = RowState.empty(limits, vocabulary if params.repetition_penalty != 1.0 else 0, device)
         self.prefix_tables = torch.zeros(limits.groups, limits.prefix_pages, dtype=torch.int32, device=device)
@@ -234,7 +234,10 @@ class Runner:
         assert len(running) <= self.limits.rows
         assert all(sequence.row is not None for sequence in running[: len(old)])
         if old != list(range(len(old))):
-            self.state.permute(self._to_device(old, torch.int64))
+            rows = self._to_device(old, torch.int64)
+            self.state.permute(rows)
+            for state in self.cache.states:
+                state[: len(old)] = state[rows]
         previous, self.rows = len(self.rows), list(running)
         for row, sequence in enumerate(running):
             sequence.row = row
@@ -277,6 +280,8 @@ class Runner:
             state.seen.fill_(False)
             for row, sequence in zip(state.seen, sequences, strict=True):
                 row[sequence.group.prompt.input_ids.to(row.device)] = True
+        for i, buffer in enumerate(self.cache.states):
+            buffer[start : len(self.rows)] = torch.cat([sequence.group.states[i] for sequence in sequences])
         logits = [_first_logits(sequence.group) for sequence in sequences]
         self._draw(torch.cat(logits), state, state.finished.logical_not())
 

@@ -38,6 +38,8 @@ class PromptGroup:
     """Cache pages of the prompt, with one reference per unfinished sequence; empty before admission."""
     first_logits: Tensor | None = None
     """[1, V] logits from which every completion draws its first token; None before the prefill."""
+    states: tuple[Tensor, ...] = ()
+    """[1, …] each, from which every completion starts in layers of linear attention; see `CacheShape.state_sizes`."""
     unfinished: int = 0
     """Sequences that have neither ended nor been aborted."""
     completions: dict[int, Completion] = field(default_factory=dict)

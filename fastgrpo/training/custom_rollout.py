@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgrpo.data.chat import convert_chat
-from fastgrpo.data.prompts import PromptBuilder, mrope_position_ids
+from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.model.families import end_ids
 from fastgrpo.scoring.rewards import shown_prompt
 from fastgrpo.training.setup import sampling_params
@@ -101,17 +101,15 @@ class CustomRollout:
         input_ids = torch.tensor(ids, dtype=torch.int64)
         if torch.equal(input_ids, prompt.input_ids):
             return prompt
-        token, merge = self.builder.image_token_id, self.builder.merge_size
-        grids = prompt.image_grid_thw
+        token, grids = self.builder.image_token_id, prompt.image_grid_thw
         places = 0 if token is None else int((input_ids == token).sum())
-        wanted = 0 if grids is None else int(grids.prod(dim=1).sum()) // merge**2
+        wanted = sum(self.builder.places(grids))
         if places != wanted:
             raise ValueError(
                 f"rollout_func returned prompt_ids with {places} image tokens for row {prompt.row_id}, whose pictures "
                 f"take {wanted}: tokenize with the model's processor."
             )
-        positions = mrope_position_ids(input_ids, grids, token, merge)
-        return replace(prompt, input_ids=input_ids, position_ids=positions)
+        return replace(prompt, input_ids=input_ids, position_ids=self.builder.positions(input_ids, grids))
 
     def _completion(
         self, prompt: Prompt, index: int, ids: Sequence[int], logprobs: Tensor, mask: Any, columns: dict[str, Any]

@@ -13,7 +13,16 @@ from fastgrpo_kernels import LogprobOutput, linear_logprob, logprob_from_logits
 from fastgrpo_profiling import span
 from torch import Tensor, nn
 
-from fastgrpo.model.families import base_model, is_multimodal, learns_prompt, mrope_sections, patch_sizes, unwrap
+from fastgrpo.model.families import (
+    base_model,
+    family_of,
+    is_multimodal,
+    learns_prompt,
+    mrope_sections,
+    patch_sizes,
+    tile_size,
+    unwrap,
+)
 from fastgrpo.model.float32_head import float32_logits
 from fastgrpo.model.fused_vision import takes_host_grids
 from fastgrpo.model.logit_formula import linear_logits, logit_formula
@@ -58,7 +67,9 @@ def packed_logprobs(
         vision_cache: features of pictures, if the tower is frozen.
         float32_head: the head's product in float32.
     """
-    pictures = {"pixel_values": batch.pixel_values, "image_grid_thw": _grids(model, batch)}
+    pictures = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
+    if pictures and not family_of(base_model(model).config).tiles:
+        pictures["image_grid_thw"] = _grids(model, batch)
     options = {"temperature": temperature, "entropy": entropy}
     head = _logprob_head(unwrap(model), batch, options, logprob_bytes, float32_head)
     with linear_logits(model), head, _kept_pictures(vision_cache, model, batch):
@@ -67,7 +78,7 @@ def packed_logprobs(
             attention_mask=None,
             # Always passed: transformers might otherwise reuse values of the last `generate`.
             position_ids=batch.position_ids[:, None] if mrope_sections(model) else batch.position_ids[:1],
-            **(pictures if batch.pixel_values is not None else {}),
+            **pictures,
             use_cache=False,
             shared_prefix=SharedPrefix(batch.layout, attn_backend),
         ).logits
@@ -101,10 +112,11 @@ def _logprob_head(
     return replaced_forward(head, forward)
 
 
-def _grids(model: Any, batch: PackedBatch) -> Tensor | None:
+def _grids(model: Any, batch: PackedBatch) -> Tensor:
     """Keeps the grids on the host for a tower that reads them only there."""
     grids = batch.image_grid_thw
-    if grids is None or takes_host_grids(vision_tower(unwrap(model))):
+    assert grids is not None
+    if takes_host_grids(vision_tower(unwrap(model))):
         return grids
     return moved(grids, batch.input_ids.device)
 
@@ -117,11 +129,21 @@ def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) ->
 
 
 def dummy_image_prompt(model: Any) -> Prompt:
-    """The smallest prompt with a picture (one black merged patch), to send gradients through the vision tower.
+    """The smallest prompt with a picture (one black merged patch or tile), for gradients through the vision tower.
 
     Raises:
-        ValueError: a vision tower that is not of the Qwen2-VL kind.
+        ValueError: a family whose pictures are not known.
     """
+    family = family_of(base_model(model).config)
+    if family.tiles:
+        return Prompt(
+            row_id=-1,
+            input_ids=torch.full((family.tile_places,), base_model(model).config.image_token_id),
+            position_ids=torch.arange(family.tile_places).expand(3, -1),
+            pixel_values=torch.zeros(1, *tile_size(model)),
+            image_grid_thw=torch.ones(1, 3, dtype=torch.int64),
+            text="",
+        )
     merge, patch_dim = patch_sizes(model)
     return Prompt(
         row_id=-1,

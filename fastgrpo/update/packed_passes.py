@@ -20,6 +20,7 @@ from fastgrpo.update.fused_text import fused_text
 from fastgrpo.update.packed_forward import dummy_image_prompt, packed_logprobs, require_packed_support
 from fastgrpo.update.packing import PackedBatch, idle_batch
 from fastgrpo.update.shared_prefix import shared_prefix_layers
+from fastgrpo.update.shared_state import shared_state_layers
 
 Output = TypeVar("Output")
 
@@ -103,6 +104,7 @@ class PackedPasses:
         towers = [vision_tower(model) for model in models]
         with (
             shared_prefix_layers(*models),
+            shared_state_layers(*models),
             fused_text(*models),
             fused_vision(*towers, backend=self.attn_backend),
             patches_by_matmul(*towers),

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from fastgrpo.model.attention import Backend, pick_attention, varlen_attention
+from fastgrpo.model.linear_attention import linear_layers
 from fastgrpo.model.probe import CHANGES, HostReadError, attention_layers
 from fastgrpo.update.packing import SharedPrefixLayout
 
@@ -151,9 +152,11 @@ AttentionInterface.register(NAME, _attention_function)
 def require_support(model: Any) -> None:
     """Raises a ValueError that says why a transformers model cannot be trained on packed groups."""
     name, config = type(model).__name__, model.config.get_text_config()
-    if not getattr(model, "_supports_attention_backend", False):
+    linear = linear_layers(model)
+    if not linear and not getattr(model, "_supports_attention_backend", False):
         raise ValueError(f"{name} does not take its attention from transformers' AttentionInterface.")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds -= {"linear_attention"} if linear else set()
     if kinds:
         raise ValueError(f"{name} has layers of {', '.join(sorted(kinds))}, which shared prefixes do not know.")
     try:

@@ -34,23 +34,29 @@ class PlainIndexing(TorchFunctionMode):
     """Makes x[…] of slices, None and tensors out of operators: torch's own looks for the device, which a fake lacks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.Tensor.__getitem__:
-            return func(*args, **(kwargs or {}))
-        tensor, index = args
-        index = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in [i for i in index if not isinstance(i, torch.Tensor)]:
-            place = [i is Ellipsis for i in index].index(True)
-            missing = tensor.ndim - sum(i is not None for i in index) + 1
-            index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
-        axis = 0
-        for i in index:
-            if i is None:
-                tensor, axis = tensor.unsqueeze(axis), axis + 1
-            elif isinstance(i, int):
-                tensor = tensor.select(axis, i)
-            elif isinstance(i, slice):
-                start, stop, step = i.indices(tensor.shape[axis])
-                tensor, axis = torch.ops.aten.slice(tensor, axis, start, stop, step), axis + 1
-            else:
-                tensor, axis = tensor.index_select(axis, i), axis + 1
-        return tensor
+        if func is torch.Tensor.__getitem__:
+            return indexed(*args)
+        if func is torch.Tensor.__setitem__:
+            return indexed(*args[:2]).copy_(args[2])
+        return func(*args, **(kwargs or {}))
+
+
+def indexed(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """tensor[index]; a view but for tensors in the index."""
+    index = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in [i for i in index if not isinstance(i, torch.Tensor)]:
+        place = [i is Ellipsis for i in index].index(True)
+        missing = tensor.ndim - sum(i is not None for i in index) + 1
+        index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
+    axis = 0
+    for i in index:
+        if i is None:
+            tensor, axis = tensor.unsqueeze(axis), axis + 1
+        elif isinstance(i, int):
+            tensor = tensor.select(axis, i)
+        elif isinstance(i, slice):
+            start, stop, step = i.indices(tensor.shape[axis])
+            tensor, axis = torch.ops.aten.slice(tensor, axis, start, stop, step), axis + 1
+        else:
+            tensor, axis = tensor.index_select(axis, i), axis + 1
+    return tensor
