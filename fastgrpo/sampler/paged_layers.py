@@ -92,7 +92,7 @@ def _linear_attention(own: Any, place: int, hidden_states: Tensor, *, paged: Pag
     out = own(rows, cache_params=cache)
     is_active = paged.slots >= 0
     for old, new in zip(before, cache.state, strict=True):
-        old.copy_(torch.where(is_active.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old))
+        torch.where(is_active.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old, out=old)
     return out.transpose(0, 1)
 
 

@@ -34,10 +34,11 @@ class PlainIndexing(TorchFunctionMode):
     """Makes x[…] of slices, None and tensors out of operators: torch's own looks for the device, which a fake lacks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__:
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__":
             return indexed(*args)
-        if func is torch.Tensor.__setitem__:
-            return indexed(*args[:2]).copy_(args[2])
+        if name == "__setitem__":
+            return torch.ops.aten.copy_.default(indexed(*args[:2]), args[2])
         return func(*args, **(kwargs or {}))
 
 

@@ -8,6 +8,7 @@ from transformers import Gemma2Config
 
 from fastgrpo.cli import doctor
 from fastgrpo.cli.doctor import OPTIONAL, examine
+from fastgrpo.cli.doctor_model import examine_model
 from fastgrpo.cli.main import main
 
 
@@ -64,24 +65,20 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(part in printed for part in ("torch", "device", *OPTIONAL))
 
 
-def told(model: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["doctor", model]) == 0
-    return " ".join(capsys.readouterr().out.replace("│", " ").split())
-
-
 def test_a_model_is_told_its_paths(tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = told(str(tiny_model_dir), capsys)
-    assert "Qwen2VLForConditionalGeneration" in text
-    assert "packed decoder" in text
-    assert "packed, shared prompts" in text
-    assert "M-RoPE" in text
+    told = {row.part: row for row in examine_model(str(tiny_model_dir))}
+    assert told["model"].found.startswith("Qwen2VLForConditionalGeneration")
+    assert (told["sampling"].found, told["update"].found) == ("packed decoder", "packed, shared prompts")
+    assert told["positions"].found == "M-RoPE"
+    assert told["pictures"].found == "<|vision_start|><|image_pad|><|vision_end|>"
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     Gemma2Config(**sizes, head_dim=16, num_key_value_heads=1).save_pretrained(tmp_path)
-    text = told(str(tmp_path), capsys)
-    assert "transformers' generate" in text
-    assert "soft-capped scores" in text
-    assert "padded batches" in text
-    assert "no tokenizer" in text
+    told = {row.part: row for row in examine_model(str(tmp_path))}
+    assert told["sampling"].found == "transformers' generate"
+    assert "soft-capped scores" in told["sampling"].consequence
+    assert told["update"].found == "padded batches"
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert "padded" in capsys.readouterr().out
 
 
 def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
