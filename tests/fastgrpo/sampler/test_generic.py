@@ -67,7 +67,7 @@ def move_to_fake_cuda(model: Any) -> None:
 def test_the_step_stays_on_a_cuda_device(name: str) -> None:
     model, _ = family(name)
     shape = generic_shape(model)
-    if name.endswith("MoE"):
+    if hasattr(model.config.get_text_config(), "num_experts"):
         model.set_experts_implementation("batched_mm")  # the default, grouped products, asks the GPU what it is
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_to_fake_cuda(model)
