@@ -259,7 +259,9 @@ class PromptBuilder:
         assert self.image_processor is not None
         try:
             with span("data/images"):
-                features = self.image_processor(images=row.images, return_tensors="pt")
+                # What InternVL's joint processor asks of its image processor.
+                options = {"crop_to_patches": True} if hasattr(self.image_processor, "crop_to_patches") else {}
+                features = self.image_processor(images=row.images, return_tensors="pt", **options)
         except ValueError as error:
             raise RowError(f"image cannot be cut into patches: {error}") from error
         if not self.family.tiles:

@@ -1,6 +1,8 @@
 """The generic decoder: other families' own layers over the paged cache, against transformers."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -104,6 +106,33 @@ def test_other_dtypes_get_a_copy_that_follows_the_policy() -> None:
             parameter.mul_(1.1)
     engine.sync()
     assert_logprobs(copy.deepcopy(model).float(), prompts[0], draw(engine, prompts, 1)[0][0], 1.0)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-VL", "Gemma"])
+def test_partitioned_weights_are_gathered_into_a_copy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 as the sync sees it: parameters with `ds_id` are empty but inside GatheredParameters."""
+    deepspeed = pytest.importorskip("deepspeed")
+    model, prompts = family(name)
+    whole_model = copy.deepcopy(model)
+    engine = make_engine(model)
+    whole: dict[int, torch.Tensor] = {}
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id, whole[i] = i, parameter.data
+        parameter.data = parameter.data.new_empty(0)
+
+    @contextmanager
+    def gathered(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+        for parameter in parameters:
+            parameter.data = whole[parameter.ds_id]
+        yield
+        for parameter in parameters:
+            parameter.data = parameter.data.new_empty(0)
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", gathered)
+    engine.sync()
+    for row, (completion,) in draw(engine, prompts, 1).items():
+        assert_logprobs(whole_model, prompts[row], completion, 1.0)
+    assert not any(parameter.numel() for parameter in model.parameters())
 
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
