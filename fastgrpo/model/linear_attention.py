@@ -38,9 +38,6 @@ class StateCache:
         assert self.recurrent is not None
         return State(self.convolution, self.recurrent)
 
-    def has_previous_state(self, *_: Any, **__: Any) -> bool:
-        return self.recurrent is not None
-
     def get_conv_state(self, *_: Any, **__: Any) -> Tensor | None:
         return self.convolution
 
@@ -64,6 +61,24 @@ class StateCache:
     def update_recurrent_state(self, state: Tensor, *_: Any, **__: Any) -> Tensor:
         self.recurrent = state
         return state
+
+    # Before transformers 5.23, modules look into the cache's layers.
+
+    record_past = True
+
+    @property
+    def layers(self) -> "StateCache":
+        return self
+
+    def __getitem__(self, layer: int) -> "StateCache":
+        return self
+
+    @property
+    def recurrent_states(self) -> list[Tensor | None]:
+        return [self.recurrent]
+
+    def has_previous_state(self, *_: Any, **__: Any) -> bool:
+        return self.recurrent is not None
 
 
 def linear_layers(model: Any) -> dict[int, Any]:

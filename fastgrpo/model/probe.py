@@ -57,26 +57,31 @@ def attention_layers(model: Any) -> tuple[AttentionLayer, ...]:
     """
     policy = base_model(model)
     name = type(policy).__name__
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        bare = type(policy)(copy.deepcopy(policy.config)).eval().bfloat16()  # what grouped products of experts take
-    bare.config.get_text_config()._attn_implementation = NAME
     record = _Record()
     zero = torch.zeros(1, 1, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad():
-            bare(
+            _bare(policy)(
                 input_ids=zero,
                 attention_mask=None,
                 position_ids=zero.expand(3, 1, 1) if mrope_sections(model) else zero,
                 use_cache=False,
                 probe=record,
             )
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise HostReadError(f"{name} reads values on the host in its forward pass: {reason}") from error
+        raise HostReadError(f"{name} does not run without values: {reason}") from error
     if not record.layers:
         raise ValueError(f"{name} does not take its attention, with keywords, from transformers' AttentionInterface")
     return tuple(record.layers)
+
+
+def _bare(policy: Any) -> Any:
+    """A copy without weights, in what transformers' grouped products of experts take."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        bare = type(policy)(copy.deepcopy(policy.config)).eval().bfloat16()
+    bare.config.get_text_config()._attn_implementation = NAME
+    return bare
 
 
 def _attention(

@@ -69,7 +69,7 @@ def build_parts(
     if policy.get_input_embeddings().weight.dtype != dtype and (reason := not_mergeable(policy)):
         raise ValueError(f"{reason}, so no copy of them in {dtype} can be made")
     generic = GenericDecoder(model, shape, dtype, device)
-    return Parts(generic, GenericPrefill(generic, max_tokens, autocast, vision_cache), generic.sync)
+    return Parts(generic, GenericPrefill(generic, max_tokens, vision_cache), generic.sync)
 
 
 def _not_mergeable(model: Any) -> str | None:

@@ -26,7 +26,7 @@ from fastgrpo.model.zero import is_partitioned
 from fastgrpo.sampler.decoder import CacheShape, KVCache
 from fastgrpo.sampler.paged_layers import PagedStep, paged_layers
 from fastgrpo.sampler.sequence import PromptGroup
-from fastgrpo.sampler.weight_sync import empty_model, sync_module
+from fastgrpo.sampler.weight_sync import empty_model, not_mergeable, sync_module
 
 LENGTH_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the longest sequence of a batch."""
@@ -93,7 +93,11 @@ class GenericDecoder:
 
     def sync(self, model: Any) -> None:
         """Takes over the policy's weights: by reading them in place, else into the copy. Under ZeRO-3 all ranks
-        together."""
+        together.
+
+        Raises:
+            ValueError: adapters that cannot be merged into a copy.
+        """
         policy = base_model(model)
         weight = policy.get_input_embeddings().weight
         in_place = weight.dtype == self.dtype and weight.device.type == self.device.type
@@ -101,6 +105,8 @@ class GenericDecoder:
             self.model = policy
             return
         if self.copy is None:
+            if reason := not_mergeable(policy):
+                raise ValueError(f"the sampler needs a copy of the policy's weights, but {reason}.")
             self.copy = empty_model(policy, self.dtype, self.device)
         sync_module(self.copy, policy)
         self.model = self.copy
@@ -146,13 +152,10 @@ def _logits(head: nn.Linear, hidden: Tensor) -> Tensor:
 class GenericPrefill:
     """Runs whole prompts, with their pictures, through the model's own forward pass."""
 
-    def __init__(
-        self, decoder: GenericDecoder, max_tokens: int, autocast: Any, vision_cache: VisionCache | None
-    ) -> None:
-        """`max_tokens`: of a pass; a longer prompt is not split. `autocast`: of the policy's own modules."""
+    def __init__(self, decoder: GenericDecoder, max_tokens: int, vision_cache: VisionCache | None) -> None:
+        """`max_tokens`: of a pass; a longer prompt is not split."""
         self.decoder = decoder
         self.max_tokens = max_tokens
-        self.autocast = autocast
         self.vision_cache = vision_cache
 
     def run(self, groups: Sequence[PromptGroup], cache: KVCache, page_size: int) -> None:

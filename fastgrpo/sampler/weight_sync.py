@@ -102,7 +102,9 @@ def not_mergeable(*modules: nn.Module) -> str | None:
 
 def _is_plain_lora(layer: Any) -> bool:
     """Whether a peft layer computes W + scaling · B A and nothing else."""
-    return hasattr(layer, "lora_A") and not layer.lora_variant and not any(layer.lora_bias.values())
+    wraps_parameter = hasattr(layer, "parameter_name")  # of experts
+    plain = hasattr(layer, "lora_A") and not layer.lora_variant and not any(layer.lora_bias.values())
+    return plain and not wraps_parameter
 
 
 class _Waiting:
