@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlavaConfig, PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration, VipLlavaConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from fastgrpo.data.prompts import PromptBuilder, PromptCollator, mrope_position_ids
@@ -273,9 +273,11 @@ def test_models_that_cannot_take_the_rows(tokenizer: Any, image_processor: Any) 
     refuse(PromptBuilder(text_only, image_processor), row, r"no <\|image_pad\|> token")
     unmarked = make_tokenizer(["<|endoftext|>", "<|image_pad|>"])
     refuse(PromptBuilder(unmarked, image_processor), row, r"no <\|vision_start\|> token")
-    llava = PromptBuilder(tokenizer, image_processor, family=family_of(LlavaConfig()))
+    unknown = PromptBuilder(tokenizer, image_processor, family=family_of(VipLlavaConfig()))
     refuse(
-        llava, row, "row 3 has images, but how llava models take pictures is not known.*train one of Qwen2-VL, Qwen2.5"
+        unknown,
+        row,
+        "row 3 has images, but how vipllava models take pictures is not known.*train one of Qwen2-VL, Qwen2.5",
     )
     chat_row = Row(0, messages=[{"role": "user", "content": "Hi"}])
     refuse(PromptBuilder(text_only, None), chat_row, "no chat template.*base mode")

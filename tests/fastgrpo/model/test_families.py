@@ -126,8 +126,8 @@ def test_family_of(config: Any, family: Any) -> None:
 
 
 def test_an_unknown_family_has_its_types_name_and_no_pictures() -> None:
-    family = family_of(transformers.LlavaConfig())
-    assert (family.name, family.image_token, family.image_place) == ("llava", None, "")
+    family = family_of(transformers.VipLlavaConfig())
+    assert (family.name, family.image_token, family.image_place) == ("vipllava", None, "")
     assert not family.has_packed_decoder
 
 

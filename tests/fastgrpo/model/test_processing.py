@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers import AutoConfig, LlavaConfig, Qwen2Config
+from transformers import AutoConfig, Qwen2Config, VipLlavaConfig
 
 from fastgrpo.model.families import QWEN2, QWEN2_VL
 from fastgrpo.model.load import load_policy, load_processing, processing_from
@@ -81,8 +81,8 @@ def test_of_an_unknown_family_the_text_side_can_be_used(parts: Any, tmp_path: Pa
         "num_attention_heads": 2,
     }  # fmt: skip
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = transformers.LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision))
+    model = transformers.VipLlavaForConditionalGeneration(VipLlavaConfig(text_config=text, vision_config=vision))
     model.save_pretrained(tmp_path)
     parts.tokenizer.save_pretrained(tmp_path)
     for found in (load_processing(str(tmp_path)), processing_from(parts.tokenizer, model.config)):
-        assert (found.family.name, found.image_processor) == ("llava", None)
+        assert (found.family.name, found.image_processor) == ("vipllava", None)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.model.load import load_policy, load_processing
@@ -41,19 +41,19 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def llava(vocabulary: int) -> LlavaForConditionalGeneration:
+def vipllava(vocabulary: int) -> VipLlavaForConditionalGeneration:
     text = {
         "model_type": "llama", "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 32,
         "num_hidden_layers": 1, "num_attention_heads": 2, "eos_token_id": 0,
     }  # fmt: skip
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
+    return VipLlavaForConditionalGeneration(VipLlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
 
 
 def test_text_rows_on_a_family_of_its_own(tiny_model_dir: Path, tmp_path: Path) -> None:
     processing = load_processing(str(tiny_model_dir))
-    build(llava(len(processing.tokenizer)), tiny_model_dir, tmp_path, max_steps=1).train()
+    build(vipllava(len(processing.tokenizer)), tiny_model_dir, tmp_path, max_steps=1).train()
     assert steps_of(tmp_path)[0]["grad_norm"] > 0
 
 
@@ -61,14 +61,14 @@ def test_pictures_on_a_family_of_its_own(tiny_model_dir: Path, tmp_path: Path) -
     rows = [row | {"image": Image.new("RGB", (56, 56))} for row in TEXT_ROWS]
     vocabulary = len(load_processing(str(tiny_model_dir)).tokenizer)
     with pytest.raises(
-        ValueError, match="row 0 has images, but how llava models take pictures is not known to fastgrpo"
+        ValueError, match="row 0 has images, but how vipllava models take pictures is not known to fastgrpo"
     ):
-        build(llava(vocabulary), tiny_model_dir, tmp_path, rows)
+        build(vipllava(vocabulary), tiny_model_dir, tmp_path, rows)
 
 
 def test_a_model_from_nowhere_needs_a_tokenizer(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="processing_class is missing, and this LlavaForConditionalGeneration was not"):
-        build(llava(64), tiny_model_dir, tmp_path, processing_class=None)
+    with pytest.raises(ValueError, match="is missing, and this VipLlavaForConditionalGeneration was not"):
+        build(vipllava(64), tiny_model_dir, tmp_path, processing_class=None)
 
 
 def test_adapters_twice(tiny_model_dir: Path, tmp_path: Path) -> None:
