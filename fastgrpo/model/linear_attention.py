@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo.model.families import base_model
 
@@ -86,11 +87,13 @@ def linear_layers(model: Any) -> dict[int, Any]:
     return {module.layer_idx: module for module in base_model(model).modules() if type(module).__name__ in CLASSES}
 
 
-def run_prompts(forward: Callable[..., Tensor], hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[State]]:
-    """Outputs [1, T, H] of prompts that lie one after another in hidden [1, T, H], and the state after each."""
-    outputs, states = [], []
-    for part in hidden.split(list(lengths), dim=1):
-        cache = StateCache()
-        outputs.append(forward(part, cache_params=cache))
-        states.append(cache.state)
-    return torch.cat(outputs, dim=1), states
+def run_prompts(forward: Callable[..., Tensor], hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, State]:
+    """Outputs [1, T, H] of n prompts that lie one after another in hidden [1, T, H], and the states after them.
+
+    As one left-padded batch, which is exact: zeros leave the convolution and a state of zeros as they are. One call:
+    under ZeRO-3 every rank must call a module equally often.
+    """
+    cache = StateCache()
+    rows = pad_sequence(hidden[0].split(list(lengths)), batch_first=True, padding_side="left")
+    found = forward(rows, cache_params=cache)
+    return torch.cat([row[len(row) - n :] for row, n in zip(found, lengths, strict=True)])[None], cache.state

@@ -191,7 +191,7 @@ class GenericPrefill:
         with fused_vision(tower), patches_by_matmul(tower), kept:
             logits = self.decoder(moved(tokens, device), moved(positions, device), step, **inputs)
         for i, group in enumerate(groups):
-            group.states = tuple(part for states in step.prompt_states for part in states[i])
+            group.states = tuple(part[i : i + 1] for state in step.prompt_states for part in state)
         return logits
 
 

@@ -34,8 +34,8 @@ class PagedStep:
     """Of a prefill, whole prompts; None in a decode step."""
     places: dict[int, int]
     """Of each attention layer, by its index among all: its place in the cache."""
-    prompt_states: list[list[State]] = field(default_factory=list)
-    """Filled by a prefill: for each layer of linear attention, the state after each prompt."""
+    prompt_states: list[State] = field(default_factory=list)
+    """Filled by a prefill: for each layer of linear attention, the states after the prompts."""
 
     @property
     def longest(self) -> int:

@@ -29,12 +29,13 @@ def _forward(own: Any, hidden_states: Tensor, *, shared_prefix: SharedPrefix, **
     layout = shared_prefix.layout
     prompt = layout.prompt_tokens
     seen, states = run_prompts(own, hidden_states[:, :prompt], layout.prompts.q_lengths)
-    lengths = list(layout.completions.q_lengths)
-    if not lengths:
-        return seen
-    counts = iter(layout.completions.tiles)
+    lengths, counts = list(layout.completions.q_lengths), iter(layout.completions.tiles)
     owners = [p for p, asked in enumerate(layout.across.q_lengths) if asked for _ in range(next(counts))]
-    start = State(*(torch.cat([states[p][part] for p in owners]) for part in range(2)))
-    rows = pad_sequence(hidden_states[0, prompt:].split(lengths), batch_first=True)  # [S, longest, H]
-    found = own(rows, cache_params=StateCache(start))
+    parts = hidden_states[0, prompt:].split(lengths)
+    if not lengths:  # ranks under ZeRO-3 must call a module equally often, so an unused token stands in
+        owners, parts = [0], hidden_states[0, :1].split(1)
+    start = State(*(part[owners] for part in states))
+    found = own(pad_sequence(parts, batch_first=True), cache_params=StateCache(start))  # [S, longest, H]
+    if not lengths:
+        return seen + 0.0 * found[:, :1]
     return torch.cat([seen[0], *(row[:n] for row, n in zip(found, lengths, strict=True))])[None]
