@@ -31,6 +31,12 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
     "Mistral without window": ("Mistral", {"sliding_window": None}),
     "Mistral": ("Mistral", {"sliding_window": 7}),
+    "Gemma 2": (
+        "Gemma2",
+        HEADS
+        | {"sliding_window": 7, "layer_types": WINDOWED, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}
+        | {"attn_implementation": "eager"},  # transformers' other ones leave the cap out
+    ),
     "Gemma 3": ("Gemma3Text", HEADS | {"sliding_window": 7, "layer_types": WINDOWED}),
     "Qwen2 with window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "layer_types": WINDOWED}),
     "Command R7B": ("Cohere2", HEADS | {"sliding_window": 7, "logit_scale": 0.5, "layer_types": WINDOWED}),

@@ -112,7 +112,8 @@ def varlen_attention(
         [Tq, H, D].
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    out: Tensor = _VarlenAttention.apply(q, k, v, segments, causal, scale, pick_attention(q, backend))
+    chosen = pick_attention(q, backend if segments.softcap is None else "math")
+    out: Tensor = _VarlenAttention.apply(q, k, v, segments, causal, scale, chosen)
     return out
 
 
@@ -191,8 +192,8 @@ def _window_mask(segments: Segments, tile: _Tile, like: Tensor) -> Tensor | None
     return mask.masked_fill_((behind < 0) | (behind >= segments.window), -math.inf)
 
 
-DenseForward = Callable[[Tensor, Tensor, Tensor, bool, float, Tensor | None], tuple[Tensor, Tensor]]
-DenseBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, bool, float, Tensor | None], Gradients]
+DenseForward = Callable[..., tuple[Tensor, Tensor]]
+DenseBackward = Callable[..., Gradients]
 
 
 def _tiled_forward(
@@ -203,7 +204,7 @@ def _tiled_forward(
     for tile in _tiles(segments, causal):
         mask = _window_mask(segments, tile, q)
         inputs = tile.pad(q[tile.q]), tile.pad(k[tile.k]), tile.pad(v[tile.k])
-        tile_out, tile_lse = dense(*inputs, causal and mask is None, scale, mask)
+        tile_out, tile_lse = dense(*inputs, causal and mask is None, scale, mask, segments.softcap)
         out[tile.q] = tile.flatten(tile_out)
         lse[:, tile.q] = tile.flatten(tile_lse[..., None])[..., 0].T
     return out, lse
@@ -227,15 +228,17 @@ def _tiled_backward(
         tile_grad, tile_q, tile_out = (tile.pad(tensor[tile.q]) for tensor in (grad_out, q, out))
         tile_lse = tile.pad(lse[:, tile.q].T[..., None])[..., 0]
         mask, keys = _window_mask(segments, tile, q), (tile.pad(k[tile.k]), tile.pad(v[tile.k]))
-        gradients = dense(tile_grad, tile_q, *keys, tile_out, tile_lse, causal and mask is None, scale, mask)
+        rest = causal and mask is None, scale, mask, segments.softcap
+        gradients = dense(tile_grad, tile_q, *keys, tile_out, tile_lse, *rest)
         dq[tile.q], dk[tile.k], dv[tile.k] = (tile.flatten(gradient) for gradient in gradients)
     return dq, dk, dv
 
 
 def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     out: Tensor
+    assert softcap is None, "a cap takes the math backend"
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = attend(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
@@ -251,6 +254,7 @@ def _cpu_backward(
     causal: bool,
     scale: float,
     mask: Tensor | None,
+    softcap: float | None,
 ) -> Gradients:
     gradients: Gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
@@ -259,9 +263,9 @@ def _cpu_backward(
 
 
 def _math_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, causal, scale, mask)
+    scores = _masked(_scores(q, k, scale, softcap), causal, mask)
     lse = scores.logsumexp(dim=-1)
     out = (scores - lse[..., None]).exp() @ _per_query_head(v, q).to(scores.dtype)
     return out.to(q.dtype), lse
@@ -277,25 +281,33 @@ def _math_backward(
     causal: bool,
     scale: float,
     mask: Tensor | None,
+    softcap: float | None,
 ) -> Gradients:
     dtype = lse.dtype
     grad_out, wide_k, wide_v = grad_out.to(dtype), _per_query_head(k, q).to(dtype), _per_query_head(v, q).to(dtype)
-    probs = (_scores(q, k, causal, scale, mask) - lse[..., None]).exp()  # [n, H, L, Lk]
+    scores = _scores(q, k, scale, softcap)
+    probs = (_masked(scores, causal, mask) - lse[..., None]).exp()  # [n, H, L, Lk]
     row_sum = (grad_out * out.to(dtype)).sum(dim=-1, keepdim=True)
     d_scores = probs * (grad_out @ wide_v.transpose(-1, -2) - row_sum) * scale
+    if softcap is not None:
+        d_scores = d_scores * (1 - (scores / softcap) ** 2)
     dq = (d_scores @ wide_k).to(q.dtype)
     dk, dv = d_scores.transpose(-1, -2) @ q.to(dtype), probs.transpose(-1, -2) @ grad_out
     shared = (k.shape[1], q.shape[1] // k.shape[1])
     return dq, dk.unflatten(1, shared).sum(2).to(k.dtype), dv.unflatten(1, shared).sum(2).to(v.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, causal: bool, scale: float, mask: Tensor | None) -> Tensor:
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
     """[n, H, L, Lk], in float32 for half precision."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).transpose(-1, -2) * scale
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _masked(scores: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     if not causal:
         return scores if mask is None else scores + mask
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill(future, -math.inf)
 
 

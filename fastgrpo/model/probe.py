@@ -14,7 +14,6 @@ NAME = "fastgrpo_probe"
 """The name under which the attention is registered."""
 
 CHANGES = {
-    "softcap": "soft-capped scores",
     "s_aux": "attention sinks",
     "position_bias": "a bias by position",
     "indexer_topk": "chosen keys",

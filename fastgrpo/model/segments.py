@@ -22,6 +22,8 @@ class Segments:
     """Counts of consecutive sequences that a backend without variable lengths pads together; their sum is n."""
     window: int | None = None
     """Keys that a causal query sees, itself included; the last query of a sequence is at its last key. None: all."""
+    softcap: float | None = None
+    """Scores s become softcap · tanh(s / softcap) before the softmax (Gemma 2); None: they stay."""
 
     @classmethod
     def of(

@@ -55,6 +55,7 @@ def _attention(
     paged: PagedStep,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
@@ -64,12 +65,13 @@ def _attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     if paged.layout is not None:
         window = None if sliding_window is None or sliding_window >= paged.longest else sliding_window
-        out = decode_attention(q, k, v, None, None, keys, values, paged.slots, paged.layout, scale=scale, window=window)
+        kind: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        out = decode_attention(q, k, v, None, None, keys, values, paged.slots, paged.layout, **kind)
     else:
         assert paged.prompts is not None
         for cache, new in ((keys, k), (values, v)):
             cache.view(-1, *cache.shape[2:]).index_copy_(0, paged.slots, new)
-        segments = paged.prompts
+        segments = replace(paged.prompts, softcap=softcap)
         if sliding_window is not None and sliding_window < segments.max_q:
             segments = replace(segments, window=sliding_window)
         out = varlen_attention(q, k, v, segments, causal=True, scale=scale)

@@ -45,6 +45,11 @@ class SharedPrefixLayout:
             self.windows[window, device] = self._windowed(window, device)
         return self.windows[window, device]
 
+    def capped(self, softcap: float) -> "SharedPrefixLayout":
+        """The same with soft-capped scores."""
+        parts = {name: getattr(self, name) for name in ("prompts", "completions", "across")}
+        return replace(self, **{name: replace(part, softcap=softcap) for name, part in parts.items()})
+
     def _windowed(self, window: int, device: torch.device) -> "Windowed":
         prompts = self.prompts.q_lengths
         ends, counts, own_lengths = list(accumulate(prompts)), iter(self.completions.tiles), self.completions.q_lengths

@@ -7,7 +7,7 @@ log-sum-exp, so a prompt's keys and values exist once, however many completions 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ def shared_prefix_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(q kᵀ scale) v over the tokens that `layout` lets each attend to; differentiable in q, k and v.
@@ -51,6 +52,7 @@ def shared_prefix_attention(
         k, v: [T, Hkv, D], H a multiple of Hkv.
         scale: None is 1 / √D.
         window: a token sees only so many tokens of its prompt and completion, itself included; None: all before it.
+        softcap: scores s become softcap · tanh(s / softcap), in plain torch; None: they stay.
 
     Returns:
         [T, H, D].
@@ -64,7 +66,10 @@ def shared_prefix_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if window is not None and window < layout.longest:
         keys, segments = layout.windowed(window, q.device)
+        segments = replace(segments, softcap=softcap)
         return varlen_attention(q, k[keys], v[keys], segments, causal=True, scale=scale, backend=backend)
+    if softcap is not None:
+        layout, backend = layout.capped(softcap), "math"
     out: Tensor = _SharedPrefixAttention.apply(q, k, v, layout, scale, pick_attention(q, backend))
     return out
 
@@ -125,6 +130,7 @@ def _attention_function(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     shared_prefix: SharedPrefix | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
@@ -141,7 +147,9 @@ def _attention_function(
     q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
     with torch.autocast(kind, enabled=False):
         layout, backend = shared_prefix.layout, shared_prefix.backend
-        out = shared_prefix_attention(q, k, v, layout, scale=scaling, window=sliding_window, backend=backend)
+        out = shared_prefix_attention(
+            q, k, v, layout, scale=scaling, window=sliding_window, softcap=softcap, backend=backend
+        )
     return out[None], None
 
 

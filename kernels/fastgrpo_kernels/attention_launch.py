@@ -29,6 +29,7 @@ PROGRAMS = 1024
 """Target number of programs: about eight per multiprocessor of a large GPU."""
 
 MAX_SPLITS = 16
+LOG2_E = 1.4426950408889634
 MEASURED_BYTES = 2**28
 """Page size of the cache on which tilings are timed."""
 
@@ -90,13 +91,14 @@ def launch_attention(
     grouped: bool,
     new: NewTokens | None = None,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """[B, Hq, D]; does not check its inputs. `window` 0: none; with one, each row reads its prefix itself."""
+    """[B, Hq, D]; does not check its inputs. `window`, `softcap` 0: none. In windows a row reads its prefix itself."""
     if not len(query):
         return query.new_empty(query.shape)
     grouped = grouped and window == 0  # rows of a prefix would start at different tokens of it
     name = _tiling_for(query, key_cache, layout, grouped, new is not None)
-    return _launch(TILINGS[name], query, key_cache, value_cache, layout, scale, grouped, new, window)
+    return _launch(TILINGS[name], query, key_cache, value_cache, layout, scale, grouped, new, window, softcap)
 
 
 def _launch(
@@ -109,6 +111,7 @@ def _launch(
     grouped: bool,
     new: NewTokens | None,
     window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     rows, heads, width = query.shape
     page_size, kv_heads = key_cache.shape[1:3]
@@ -160,13 +163,15 @@ def _launch(
         *value.stride()[:2],
         layout.suffix_tables.shape[1],
         prefix_pages,
-        scale * 1.4426950408889634,  # exp2 is the hardware's: scores in units of log2
+        # exp2 is the hardware's: scores in units of log2.
+        scale / softcap if softcap else scale * LOG2_E,
         rows,
         prefixes,
         tiles,
         prefix_splits,
         row_splits,
         window,
+        softcap * LOG2_E,
         KV_HEADS=kv_heads,
         GROUP=group,
         D=width,
@@ -175,6 +180,7 @@ def _launch(
         READ_PREFIX=has_prefix and not grouped,
         ROTATE=new is not None,
         WINDOWED=window > 0,
+        CAPPED=softcap > 0,
         BLOCK_P=max(8, triton.next_power_of_2(prefixes)),
         PREFIX_M=prefix_m,
         ROW_M=max(16, triton.next_power_of_2(group)),

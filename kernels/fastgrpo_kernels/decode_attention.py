@@ -6,7 +6,7 @@ from fastgrpo_kernels import cpu
 from fastgrpo_kernels.attention_launch import NewTokens, is_worth_grouping, launch_attention
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
-from fastgrpo_kernels.paged_attention import check_attention, check_window
+from fastgrpo_kernels.paged_attention import check_attention, check_kind
 from fastgrpo_kernels.types import PagedLayout
 
 
@@ -23,6 +23,7 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """`rope_and_cache` of one new token per row, then `paged_attention`, the new tokens included. [B, Hq, D].
@@ -41,12 +42,13 @@ def decode_attention(
             row without tokens of its own.
         layout: which pages each row reads, including the new token.
         window: only the last so many tokens of a row are read, the new one included; None: all.
+        softcap: scores s become softcap · tanh(s / softcap); None: they stay.
 
     Raises:
         ValueError: shapes that do not fit, or caches that are not contiguous.
     """
     check_attention(query, key_cache, value_cache, layout)
-    check_window(window)
+    check_kind(window, softcap)
     rows, _, width = query.shape
     if key.shape != value.shape or key.shape != (rows, key_cache.shape[2], width) or width % 2:
         raise ValueError(
@@ -57,7 +59,9 @@ def decode_attention(
     if cos is None or sin is None:
         if is_torch:
             cpu.write_cache(key, value, key_cache, value_cache, slots)
-            return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale, window=window)
+            return cpu.paged_attention(
+                query, key_cache, value_cache, layout, scale=scale, window=window, softcap=softcap
+            )
         cos, sin = query.new_ones(rows, width), query.new_zeros(rows, width)
     if cos.shape != (rows, width) or sin.shape != cos.shape or slots.shape != (rows,):
         raise ValueError(
@@ -66,7 +70,7 @@ def decode_attention(
         )
     if is_torch:
         rotated = cpu.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
-        return cpu.paged_attention(rotated, key_cache, value_cache, layout, scale=scale, window=window)
+        return cpu.paged_attention(rotated, key_cache, value_cache, layout, scale=scale, window=window, softcap=softcap)
     return _operator(
         query,
         key,
@@ -85,6 +89,7 @@ def decode_attention(
         scale,
         is_worth_grouping(layout, key_cache),
         window or 0,
+        softcap or 0.0,
     )
 
 
@@ -106,10 +111,11 @@ def _decode_attention(
     scale: float,
     grouped: bool,
     window: int,
+    softcap: float,
 ) -> Tensor:
     layout = PagedLayout(suffix_tables, suffix_lens, prefix_tables, prefix_lens, prefix_ids, cu_prefix_rows)
     new = NewTokens(key, value, cos, sin, slots)
-    return launch_attention(query, key_cache, value_cache, layout, scale, grouped, new, window)
+    return launch_attention(query, key_cache, value_cache, layout, scale, grouped, new, window, softcap)
 
 
 def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
@@ -119,7 +125,8 @@ def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
 _operator = register_operator(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_cache, "
     "Tensor(b!) value_cache, Tensor slots, Tensor suffix_tables, Tensor suffix_lens, Tensor prefix_tables, "
-    "Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped, int window) -> Tensor",
+    "Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped, int window, "
+    "float softcap) -> Tensor",
     _decode_attention,
     _fake,
 )

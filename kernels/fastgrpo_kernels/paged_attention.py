@@ -21,6 +21,7 @@ def paged_attention(
     scale: float,
     grouped: bool | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """softmax(scale · q·K) V of one query per row, over the row's prefix and then its own tokens. [B, Hq, D].
@@ -36,17 +37,20 @@ def paged_attention(
             None: on the torch backend yes, on triton where prefix tables have room for
             `attention_launch.GROUPED_FROM_TOKENS`.
         window: only the last so many tokens of a row are read, each row on its own; None: all.
+        softcap: scores s become softcap · tanh(s / softcap); None: they stay.
 
     Raises:
         ValueError: shapes that do not fit, or caches that are not contiguous.
     """
     check_attention(query, key_cache, value_cache, layout)
-    check_window(window)
+    check_kind(window, softcap)
     name = pick_backend(query, backend)
     if grouped is None:
         grouped = name == "torch" or is_worth_grouping(layout, key_cache)
     if name == "torch":
-        return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale, grouped=grouped, window=window)
+        return cpu.paged_attention(
+            query, key_cache, value_cache, layout, scale=scale, grouped=grouped, window=window, softcap=softcap
+        )
     return _operator(
         query,
         key_cache,
@@ -60,11 +64,14 @@ def paged_attention(
         scale,
         grouped,
         window or 0,
+        softcap or 0.0,
     )
 
 
-def check_window(window: int | None) -> None:
-    """Raises a ValueError for a window that sees nothing."""
+def check_kind(window: int | None, softcap: float | None) -> None:
+    """Raises a ValueError for a window that sees nothing, or a cap that is not positive."""
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} is not valid: use a positive number, or None.")
     if window is not None and window < 1:
         raise ValueError(f"window={window} is not valid: use 1 or more, or None for all tokens.")
 
@@ -103,9 +110,10 @@ def _paged_attention(
     scale: float,
     grouped: bool,
     window: int,
+    softcap: float,
 ) -> Tensor:
     layout = PagedLayout(suffix_tables, suffix_lens, prefix_tables, prefix_lens, prefix_ids, cu_prefix_rows)
-    return launch_attention(query, key_cache, value_cache, layout, scale, grouped, window=window)
+    return launch_attention(query, key_cache, value_cache, layout, scale, grouped, window=window, softcap=softcap)
 
 
 def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
@@ -115,7 +123,7 @@ def _fake(query: Tensor, *_: Tensor | float | bool) -> Tensor:
 _operator = register_operator(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor suffix_tables, Tensor suffix_lens, "
     "Tensor prefix_tables, Tensor prefix_lens, Tensor prefix_ids, Tensor cu_prefix_rows, float scale, bool grouped, "
-    "int window) -> Tensor",
+    "int window, float softcap) -> Tensor",
     _paged_attention,
     _fake,
 )

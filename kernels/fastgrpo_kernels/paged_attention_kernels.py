@@ -37,6 +37,7 @@ def attend_kernel(
     prefix_splits: tl.tensor,
     row_splits: tl.tensor,
     window: tl.tensor,
+    cap: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -45,6 +46,7 @@ def attend_kernel(
     READ_PREFIX: tl.constexpr,
     ROTATE: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PREFIX_M: tl.constexpr,
     ROW_M: tl.constexpr,
@@ -57,6 +59,7 @@ def attend_kernel(
     Both for the query heads of one KV head; prefixes have the first programs. READ_PREFIX: a row reads its prefix
     itself. ROTATE: queries and keys still have to be rotated, and each row's new key and value are not in the cache
     yet: its first split writes and includes them. WINDOWED: a row reads its last `window` tokens only.
+    CAPPED: scores s, in units of log2, become cap · tanh(s); `scale` then gives s / cap.
     """
     TILE_ROWS: tl.constexpr = PREFIX_M // GROUP
     splits = prefix_splits + row_splits
@@ -87,8 +90,8 @@ def attend_kernel(
                 top, total, mixed = _nothing_yet(PREFIX_M, BLOCK_D)
                 table = prefix_tables + prefix.to(tl.int64) * prefix_pages
                 top, total, mixed = _attend(
-                    q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-                    KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
+                    q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale, cap,
+                    KV_HEADS, D, PAGE_SIZE, CAPPED, BLOCK_N, BLOCK_H, BLOCK_D,
                 )  # fmt: skip
                 slot = (row * (KV_HEADS * GROUP) + head) * splits + split
                 _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
@@ -123,8 +126,8 @@ def attend_kernel(
             begin, end = _split_range(tl.minimum(first, length), length, split, row_splits, BLOCK_N)
             table = prefix_tables + prefix.to(tl.int64) * prefix_pages
             top, total, mixed = _attend(
-                q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-                KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
+                q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale, cap,
+                KV_HEADS, D, PAGE_SIZE, CAPPED, BLOCK_N, BLOCK_H, BLOCK_D,
             )  # fmt: skip
             first = tl.maximum(first - length, 0)
         elif WINDOWED:
@@ -134,12 +137,12 @@ def attend_kernel(
         begin, end = _split_range(first, own_length, split, row_splits, BLOCK_N)
         table = suffix_tables + one_row * suffix_pages
         top, total, mixed = _attend(
-            q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale,
-            KV_HEADS, D, PAGE_SIZE, BLOCK_N, BLOCK_H, BLOCK_D,
+            q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale, cap,
+            KV_HEADS, D, PAGE_SIZE, CAPPED, BLOCK_N, BLOCK_H, BLOCK_D,
         )  # fmt: skip
         if ROTATE:
             top, total, mixed = _attend_new(
-                q_low, q_high, top, total, mixed, is_mine, new_low, new_high, new_value, scale
+                q_low, q_high, top, total, mixed, is_mine, new_low, new_high, new_value, scale, cap, CAPPED
             )
         slot = (row * (KV_HEADS * GROUP) + head) * splits + prefix_splits + split
         _store_partial(partial, partial_lse, slot, live, top, total, mixed, D, BLOCK_D)
@@ -210,9 +213,11 @@ def _attend(
     value_cache: tl.tensor,
     kv_head: tl.tensor,
     scale: tl.tensor,
+    cap: tl.tensor,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    CAPPED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -233,6 +238,8 @@ def _attend(
         v = tl.load(values, mask=live[:, None] & (d[None, :] < D), other=0.0)  # [N, D]
         scores = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
         scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee") * scale
+        if CAPPED:
+            scores = cap * (2.0 * tl.sigmoid(2.0 * scores) - 1.0)
         scores = tl.where(live[None, :], scores, float("-inf"))  # [M, N]
         new_top = tl.maximum(top, tl.max(scores, 1))  # finite: the first token of a block is live
         weights = tl.exp2(scores - new_top[:, None])
@@ -282,10 +289,14 @@ def _attend_new(
     high: tl.tensor,
     new_value: tl.tensor,
     scale: tl.tensor,
+    cap: tl.tensor,
+    CAPPED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Adds the row's new token to the online softmax where `is_mine`."""
     score = tl.sum(q_low.to(tl.float32) * low.to(tl.float32), 1)
     score = (score + tl.sum(q_high.to(tl.float32) * high.to(tl.float32), 1)) * scale  # [M]
+    if CAPPED:
+        score = cap * (2.0 * tl.sigmoid(2.0 * score) - 1.0)
     score = tl.where(is_mine, score, float("-inf"))
     new_top = tl.maximum(top, score)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)

@@ -101,6 +101,11 @@ def test_windows(window: int) -> None:
     check(make_inputs(GROUPS, idle=2) | {"window": window}, 3e-6)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_soft_caps(window: int | None) -> None:
+    check(make_inputs(GROUPS, idle=2) | {"softcap": 0.7, "window": window}, 3e-6)
+
+
 def test_without_angles_nothing_is_rotated() -> None:
     inputs = make_inputs(GROUPS, idle=2)
     still = inputs | {"cos": torch.ones_like(inputs["cos"]), "sin": torch.zeros_like(inputs["sin"])}

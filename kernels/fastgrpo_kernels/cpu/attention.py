@@ -59,6 +59,7 @@ def paged_attention(
     scale: float,
     grouped: bool | None = None,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.paged_attention`: a prefix is read once for all its rows. Reads `layout` on the host, once.
 
@@ -72,16 +73,16 @@ def paged_attention(
     queries = query.reshape(rows, kv_heads, heads // kv_heads, width)  # [B, Hkv, R, D]
     if window is not None and (tokens := _last_tokens(layout, key_cache.shape, window)) is not None:
         keys, values = (cache.view(-1, 1, kv_heads, width) for cache in (key_cache, value_cache))
-        return _attend(queries, tokens, keys, values, scale)[0].reshape(rows, heads, width)
+        return _attend(queries, tokens, keys, values, scale, softcap)[0].reshape(rows, heads, width)
     suffixes, prefixes = _plan(layout, key_cache.shape)
-    own, own_lse = _attend(queries, suffixes, key_cache, value_cache, scale)
+    own, own_lse = _attend(queries, suffixes, key_cache, value_cache, scale, softcap)
     shared, shared_lse = torch.zeros_like(own), torch.full_like(own_lse, -math.inf)
     for start, end, prefix in prefixes:
         members = queries[start:end]
         together = grouped is not False and prefix.shape[0] == 1
         if together:
             members = members.transpose(0, 1).reshape(1, kv_heads, -1, width)  # [1, Hkv, G · R, D]
-        part, lse = _attend(members, prefix, key_cache, value_cache, scale)
+        part, lse = _attend(members, prefix, key_cache, value_cache, scale, softcap)
         if together:
             part = part.view(kv_heads, end - start, -1, width).transpose(0, 1)
             lse = lse.view(kv_heads, end - start, -1).transpose(0, 1)
@@ -186,7 +187,12 @@ def _tokens(tables: Tensor, lens: list[int], cache: torch.Size) -> _Tokens:
 
 
 def _attend(
-    queries: Tensor, tokens: _Tokens, key_cache: Tensor, value_cache: Tensor, scale: float
+    queries: Tensor,
+    tokens: _Tokens,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries [N, Hkv, M, D] to N sequences, or to one: outputs like them, log-sum-exp [N, Hkv, M]."""
     keys, values = tokens.read(key_cache), tokens.read(value_cache)
@@ -196,12 +202,14 @@ def _attend(
     if tokens.unused is not None:
         bias = torch.zeros(tokens.unused.shape, dtype=dtype, device=queries.device)
         bias = bias.masked_fill_(tokens.unused, _NOTHING)[:, None, None]
-    if queries.device.type == "cpu":
+    if queries.device.type == "cpu" and softcap is None:
         # The CPU operator of scaled_dot_product_attention, with the log-sum-exp: half the time of the code below.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=bias, scale=scale
         )
     scores = (queries @ keys.transpose(-1, -2)).to(dtype) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp().to(values.dtype) @ values, lse

@@ -39,6 +39,7 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.paged_attention`: row by row a softmax over the prefix's tokens and the row's own."""
     dtype = computing_dtype(query)
@@ -55,6 +56,8 @@ def paged_attention(
             cache.flatten(0, 1)[slots].to(dtype).repeat_interleave(repeats, dim=1) for cache in (key_cache, value_cache)
         )
         scores = torch.einsum("hd,nhd->hn", query[row].to(dtype), key) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         outputs[row] = torch.einsum("hn,nhd->hd", scores.softmax(dim=-1), value)
     return outputs
 
@@ -72,10 +75,11 @@ def decode_attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.decode_attention`: `rope_and_cache`, then `paged_attention`."""
     rotated = rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
-    return paged_attention(rotated, key_cache, value_cache, layout, scale=scale, window=window)
+    return paged_attention(rotated, key_cache, value_cache, layout, scale=scale, window=window, softcap=softcap)
 
 
 def _slots(table: Tensor, length: Tensor, cache: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma2Config
+from transformers import GptOssConfig
 
 from fastgrpo.cli import doctor
 from fastgrpo.cli.doctor import OPTIONAL, examine
@@ -72,10 +72,10 @@ def test_a_model_is_told_its_paths(tiny_model_dir: Path, tmp_path: Path, capsys:
     assert told["positions"].found == "M-RoPE"
     assert told["pictures"].found == "<|vision_start|><|image_pad|><|vision_end|>"
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    Gemma2Config(**sizes, head_dim=16, num_key_value_heads=1).save_pretrained(tmp_path)
+    GptOssConfig(**sizes, head_dim=16, num_key_value_heads=1, num_local_experts=2).save_pretrained(tmp_path)
     told = {row.part: row for row in examine_model(str(tmp_path))}
     assert told["sampling"].found == "transformers' generate"
-    assert "soft-capped scores" in told["sampling"].consequence
+    assert "attention sinks" in told["sampling"].consequence
     assert told["update"].found == "padded batches"
     assert main(["doctor", str(tmp_path)]) == 0
     assert "padded" in capsys.readouterr().out

@@ -36,7 +36,12 @@ def layout_of(groups: Sequence[tuple[int, Sequence[int]]]) -> SharedPrefixLayout
 
 
 def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, Sequence[int]]], window: int = 10**6
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Sequence[tuple[int, Sequence[int]]],
+    window: int = 10**6,
+    softcap: float | None = None,
 ) -> Tensor:
     """Plain attention under a [T, T] mask, in float64: the truth."""
     places = [torch.arange(prompt) for prompt, _ in groups]
@@ -56,6 +61,8 @@ def full_attention(
     seen &= place[:, None] - place < window
     wide_k, wide_v = (t.double().repeat_interleave(heads // k.shape[1], dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), wide_k) / math.sqrt(q.shape[-1])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -math.inf).softmax(-1), wide_v)
 
 
@@ -120,6 +127,18 @@ def test_nothing_is_read_that_was_not_written(monkeypatch: pytest.MonkeyPatch) -
     leaves = inputs(groups, 4, 2, torch.float32)
     found = with_gradients(shared_prefix_attention(*leaves, layout_of(groups)), leaves)
     assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("window", [None, 8])
+def test_soft_caps(case: str, window: int | None) -> None:
+    groups = GROUPS[case]
+    leaves = inputs(groups, 4, 2, torch.float64)
+    capped = shared_prefix_attention(*leaves, layout_of(groups), window=window, softcap=1.5)
+    ours = with_gradients(capped, leaves)
+    truth = with_gradients(full_attention(*leaves, groups, window or 10**6, 1.5), leaves)
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-12, rtol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("case", GROUPS)
