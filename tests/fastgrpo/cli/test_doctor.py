@@ -72,7 +72,9 @@ def test_a_model_is_told_its_paths(tiny_model_dir: Path, tmp_path: Path, capsys:
     assert told["positions"].found == "M-RoPE"
     assert told["pictures"].found == "<|vision_start|><|image_pad|><|vision_end|>"
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    GptOssConfig(**sizes, head_dim=16, num_key_value_heads=1, num_local_experts=2).save_pretrained(tmp_path)
+    GptOssConfig(
+        **sizes, head_dim=16, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1
+    ).save_pretrained(tmp_path)
     told = {row.part: row for row in examine_model(str(tmp_path))}
     assert told["sampling"].found == "transformers' generate"
     assert "attention sinks" in told["sampling"].consequence
