@@ -57,11 +57,12 @@ def test_the_reference_ones_on_request(tmp_path, tiny_model_dir, processing):
 
 
 def test_a_model_the_sampler_does_not_know_falls_back_with_one_warning(tmp_path, processing, caplog):
-    model, settings = llama(processing), config(tmp_path)
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    model, settings = llama(processing, rope_parameters=rope), config(tmp_path)
     engine = build_engine(model, processing.tokenizer, settings, Accelerator())
     assert isinstance(engine, PlainEngine)
     (record,) = caplog.records
-    assert "model type llama is none of" in record.message
+    assert "its rotary embedding is of type dynamic" in record.message
     assert "Lost are" in record.message
     ids = torch.tensor([5, 6, 7])
     engine.sync()

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from rounding import PRODUCTS, RoundedAtRandom
 from torch import Tensor
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2_5_VLConfig,
@@ -384,14 +384,9 @@ def test_stale_positions_of_a_rollout_do_not_leak(model_of: Any) -> None:
 
 def test_families_that_cannot_be_packed_are_refused() -> None:
     sizes = {**TEXT, "head_dim": 8}
-    softcapped = Gemma2ForCausalLM(
-        Gemma2Config(**{**sizes, "layer_types": ["full_attention"] * 2, "sliding_window": None})
-    )
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
-        packed(softcapped, LossParams())
-    windows = Qwen2ForCausalLM(Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=4, max_window_layers=1))
-    with pytest.raises(ValueError, match=r"sliding_attention.*use_sliding_window=False"):
-        packed(windows, LossParams())
+    sinks = GptOssForCausalLM(GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(ValueError, match="attention sinks"):
+        packed(sinks, LossParams())
     dropping = LlamaForCausalLM(LlamaConfig(**TEXT, attention_dropout=0.1))
     with pytest.raises(ValueError, match=r"attention_dropout=0\.1: set it to 0"):
         packed(dropping, LossParams())
