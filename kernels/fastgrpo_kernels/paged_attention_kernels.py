@@ -116,25 +116,27 @@ def attend_kernel(
                 D, BLOCK_H, BLOCK_D,
             )  # fmt: skip
         top, total, mixed = _nothing_yet(ROW_M, BLOCK_D)
-        own_length = tl.load(suffix_lens + one_row)
-        first = own_length * 0  # the first token seen, of the row's prefix and then of its own
+        first = 0  # of the row's own tokens that are seen
         if READ_PREFIX:
             prefix = tl.load(prefix_ids + one_row)
             length = tl.load(prefix_lens + prefix, mask=prefix >= 0, other=0)
             if WINDOWED:
-                first = tl.maximum(length + own_length - window, 0)
-            begin, end = _split_range(tl.minimum(first, length), length, split, row_splits, BLOCK_N)
+                unseen = tl.maximum(length + tl.load(suffix_lens + one_row) - window, 0)
+                first = tl.maximum(unseen - length, 0)
+                begin, end = _split_range(tl.minimum(unseen, length), length, split, row_splits, BLOCK_N)
+            else:
+                begin, end = _split_range(0, length, split, row_splits, BLOCK_N)
             table = prefix_tables + prefix.to(tl.int64) * prefix_pages
             top, total, mixed = _attend(
                 q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale, cap,
                 KV_HEADS, D, PAGE_SIZE, CAPPED, BLOCK_N, BLOCK_H, BLOCK_D,
             )  # fmt: skip
-            first = tl.maximum(first - length, 0)
-        elif WINDOWED:
-            first = tl.maximum(own_length - window, 0)
+        length = tl.load(suffix_lens + one_row)
+        if WINDOWED and not READ_PREFIX:
+            first = tl.maximum(length - window, 0)
         if ROTATE:
-            own_length -= (new_slot >= 0).to(tl.int32)
-        begin, end = _split_range(first, own_length, split, row_splits, BLOCK_N)
+            length -= (new_slot >= 0).to(tl.int32)
+        begin, end = _split_range(first, length, split, row_splits, BLOCK_N)
         table = suffix_tables + one_row * suffix_pages
         top, total, mixed = _attend(
             q_low, q_high, top, total, mixed, begin, end, table, key_cache, value_cache, kv_head, scale, cap,
