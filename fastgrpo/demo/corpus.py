@@ -1,25 +1,49 @@
-"""The pretraining corpus of the demo's base model: questions about synthetic scenes, with reasoned and guessed answers.
+"""The pretraining corpora of the tiny models: questions about synthetic scenes, with reasoned and guessed answers.
 
 A document is a picture, a question in one of the demo's two prompt wordings, a completion, and after the end token a
 description of the picture ("across: red 2, blue 5. down: blue 1, red 4."; places are numbered 1 to 5 from the left and
 from the top).
 Most completions are guesses: an option drawn at random ("i guess it is left."), correct no more often than chance, with
 or without answer tags. The reasoned ones ("let me check.") repeat the objects asked about with their places, and give
-the correct answer in tags.
+the correct answer in tags. A `Mix` changes that: the miniature of the paper's experiment has others
+(`fastgrpo.demo.miniature`).
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fastgrpo.demo.scenes import SceneQuestion
+from fastgrpo.demo.scenes import COUNTS, SceneObject, SceneQuestion
 
 PLACES = 5
 """Number of places along each side of a picture."""
 OPENERS = (" i guess it is", " it seems to be", " maybe it is", " probably")
-TAGGED_GUESSES = (0.7, 0.25, 0.35)
-"""Share of guesses in answer tags, for each wording of the question."""
+RECHECK = " wait, let me check again:"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How completions are worded, and how often they are right. The defaults are the demo's."""
+
+    opener: str = " let me check."
+    """Begins a reasoned completion."""
+    tagged_guesses: tuple[float, float, float] = (0.7, 0.25, 0.35)
+    """Share of guesses in answer tags, for each wording of the question."""
+    tagged_reasons: float = 1.0
+    """Share of reasoned completions in answer tags."""
+    guesses_know: bool = False
+    """Guesses are the gold answer, not an option drawn at random."""
+    count_each: bool = False
+    """A reasoned count of all objects names the number of each colour first."""
+    slips: float = 0.0
+    """Share of reasoned completions whose first look is a `hasty` one."""
+    rechecks: float = 0.0
+    """Share of reasoned completions that look a second time, whether or not the first look was right. The second is."""
+
+
+DEMO_MIX = Mix()
 
 
 def place(fraction: float) -> int:
@@ -40,12 +64,13 @@ def description(question: SceneQuestion, rng: np.random.Generator) -> str:
     return f" across:{across}. down:{down}."
 
 
-def looking(question: SceneQuestion) -> str:
+def looking(question: SceneQuestion, count_each: bool = False) -> str:
     """The reasoning before a reasoned answer: the number counted, or the places of the objects in the question."""
     if question.kind == "count":
-        colours = {thing.colour for thing in question.subjects}
+        colours = Counter(thing.colour for thing in question.subjects)
         what = next((colour for colour in colours if f" {colour} objects" in question.question), "all")
-        return f" counts: {what} {len(question.subjects)}."
+        each = [f" {colour} {count}" for colour, count in colours.items()] if count_each and what == "all" else []
+        return f" counts:{','.join([*each, f' {what} {len(question.subjects)}'])}."
     across = ",".join(f" {thing.colour} {place(thing.x)}" for thing in question.subjects)
     down = ",".join(f" {thing.colour} {place(thing.y)}" for thing in question.subjects)
     if question.kind == "distance":
@@ -53,16 +78,48 @@ def looking(question: SceneQuestion) -> str:
     return f" across:{across}." if question.kind == "left_right" else f" down:{down}."
 
 
-def completion(question: SceneQuestion, rng: np.random.Generator, careful: float) -> str:
+def hasty(question: SceneQuestion, rng: np.random.Generator) -> SceneQuestion:
+    """The question as a hasty look sees it: another number of objects, or its two objects in each other's place.
+
+    The answer is wrong, and the one that follows from what was seen.
+    """
+    if question.kind == "count":
+        count = int(rng.choice([count for count in COUNTS if str(count) != question.answer]))
+        return replace(question, subjects=(question.subjects * max(COUNTS))[:count], answer=str(count))
+    (first, second), (answer,) = question.subjects, [c for c in question.choices if c != question.answer]
+    return replace(question, subjects=(_moved(first, second), _moved(second, first)), answer=answer)
+
+
+def _moved(thing: SceneObject, place_of: SceneObject) -> SceneObject:
+    return replace(thing, x=place_of.x, y=place_of.y)
+
+
+def completion(question: SceneQuestion, rng: np.random.Generator, careful: float, mix: Mix = DEMO_MIX) -> str:
     """The text after `<think>`, without the end token; reasoned with probability `careful`, else a guess."""
     if rng.random() < careful:
-        answer = question.answer
-        return f" let me check.{looking(question)} so {answer}. </think> <answer>{answer}</answer>"
-    guess = _choice(rng, question.choices)
-    opening = f"{_choice(rng, OPENERS)} {guess}."
-    if rng.random() < TAGGED_GUESSES[question.wording]:
-        return f"{opening} </think> <answer>{guess}</answer>"
-    return opening if rng.random() < 0.5 else f"{opening} the answer is {guess}."
+        thought, answer = _reasoning(question, rng, mix)
+        tagged = _draw(mix.tagged_reasons, rng)
+    else:
+        answer = question.answer if mix.guesses_know else _choice(rng, question.choices)
+        thought = f"{_choice(rng, OPENERS)} {answer}."
+        tagged = rng.random() < mix.tagged_guesses[question.wording]
+    if tagged:
+        return f"{thought} </think> <answer>{answer}</answer>"
+    return thought if rng.random() < 0.5 else f"{thought} the answer is {answer}."
+
+
+def _reasoning(question: SceneQuestion, rng: np.random.Generator, mix: Mix) -> tuple[str, str]:
+    """The text, and the answer that it arrives at."""
+    seen = hasty(question, rng) if _draw(mix.slips, rng) else question
+    text = f"{mix.opener}{looking(seen, mix.count_each)} so {seen.answer}."
+    if not _draw(mix.rechecks, rng):
+        return text, seen.answer
+    return f"{text}{RECHECK}{looking(question, mix.count_each)} so {question.answer}.", question.answer
+
+
+def _draw(share: float, rng: np.random.Generator) -> bool:
+    """True with probability `share`. Nothing is drawn where it is 0 or 1, so the demo's corpus stays as it was."""
+    return rng.random() < share if 0 < share < 1 else share >= 1
 
 
 def _choice(rng: np.random.Generator, items: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from fastgrpo.data.cvbench import convert_cvbench
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
-from fastgrpo.demo.corpus import completion, description
+from fastgrpo.demo.corpus import DEMO_MIX, Mix, completion, description
 from fastgrpo.demo.scenes import Kind, SceneQuestion, cvbench_row, render, sat_row, scene_question
 
 DEMO_KINDS: tuple[Kind, ...] = ("count", "left_right", "above_below", "depth")
@@ -33,6 +33,8 @@ class Example:
     """[patches, 588] float16: one of the two equal temporal halves."""
     grid: Tensor
     """[1, 3] int64."""
+    opening: str = ""
+    """What a completion begins with: "<think>" where the prompt does not end in it."""
 
 
 def question_row(question: SceneQuestion) -> Row:
@@ -57,7 +59,8 @@ class Examples(Dataset[Example]):
         assert prompt.pixel_values is not None
         assert prompt.image_grid_thw is not None
         patches = prompt.pixel_values.view(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588).half()
-        return Example(question, prompt.input_ids, prompt.position_ids, patches, prompt.image_grid_thw)
+        opening = "<think>" if self.builder.mode == "instruct" else ""
+        return Example(question, prompt.input_ids, prompt.position_ids, patches, prompt.image_grid_thw, opening)
 
 
 def load_pool(seed: int, count: int, builder: PromptBuilder) -> list[Example]:
@@ -67,7 +70,7 @@ def load_pool(seed: int, count: int, builder: PromptBuilder) -> list[Example]:
     pool = []
     for examples in loader:  # cloned, since shared memory holds one file open per tensor
         pool += [
-            Example(e.question, *(t.clone() for t in (e.input_ids, e.position_ids, e.patches, e.grid)))
+            Example(e.question, *(t.clone() for t in (e.input_ids, e.position_ids, e.patches, e.grid)), e.opening)
             for e in examples
         ]
     return pool
@@ -96,19 +99,22 @@ def make_batch(
     tokenizer: PreTrainedTokenizerFast,
     rng: np.random.Generator,
     careful: float | None,
+    mix: Mix = DEMO_MIX,
 ) -> Batch:
     """Documents with newly drawn texts.
 
     Args:
         careful: share of reasoned completions; None leaves out question and completion, so that only the description
             follows the picture.
+        mix: the wording of completions.
     """
     end = tokenizer.eos_token
     texts = [description(example.question, rng) + end for example in examples]
     if careful is None:
         examples = [_picture_only(example, tokenizer) for example in examples]
     else:
-        texts = [completion(e.question, rng, careful) + end + t for e, t in zip(examples, texts, strict=True)]
+        completions = [e.opening + completion(e.question, rng, careful, mix) for e in examples]
+        texts = [said + end + described for said, described in zip(completions, texts, strict=True)]
     tails = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     longest = max(len(e.input_ids) + len(tail) for e, tail in zip(examples, tails, strict=True))
     input_ids = torch.full((len(examples), longest), tokenizer.pad_token_id)

@@ -18,7 +18,7 @@ The shipped weights come from this script with its defaults (seed 0, 2,000 steps
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from fastgrpo.data.prompts import BASE_PROMPT, PromptBuilder
 from fastgrpo.data.row_dataset import as_rows
 from fastgrpo.demo.base_model import build_config, build_image_processor_config, build_tokenizer, save_model
-from fastgrpo.demo.corpus import PLACES, corpus_texts, place
+from fastgrpo.demo.corpus import DEMO_MIX, PLACES, Mix, corpus_texts, place
 from fastgrpo.demo.documents import DEMO_KINDS, Example, load_pool, make_batch, pixel_values, question_row
 from fastgrpo.demo.scenes import COLOURS, SHAPES, cvbench_row, scene_question
 from fastgrpo.evaluation.benchmark import evaluate
@@ -100,10 +100,11 @@ def initialise(model: Qwen2VLForConditionalGeneration) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then a cosine to 2 % of the peak."""
-    if step < 100:
-        return peak * (step + 1) / 100
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - 100) / max(1, steps - 100))))
+    """Linear warm-up over 100 steps or a quarter of them all, then a cosine to 2 % of the peak."""
+    warm_up = min(100, steps // 4)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))))
 
 
 def careful_share(step: int, steps: int) -> float | None:
@@ -121,8 +122,16 @@ def train(
     batch_size: int,
     peak: float,
     seed: int,
+    share: Callable[[int, int], float | None] = careful_share,
+    mix: Mix = DEMO_MIX,
 ) -> Iterator[tuple[int, float]]:
-    """Yields (steps done, language-modelling loss) after each step."""
+    """Yields (steps done, language-modelling loss) after each step.
+
+    Args:
+        peak: the learning rate.
+        share: from (step, steps) to `careful` of `make_batch`.
+        mix: the wording of completions.
+    """
     rng = np.random.default_rng(seed)
     image_tokens = ImageTokens(model)
     parameters = [*model.parameters(), *image_tokens.head.parameters()]
@@ -132,7 +141,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
         examples = [pool[i] for i in rng.integers(len(pool), size=batch_size)]
-        batch = make_batch(examples, tokenizer, rng, careful_share(step, steps))
+        batch = make_batch(examples, tokenizer, rng, share(step, steps), mix)
         logits = model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
