@@ -39,8 +39,8 @@ class Mix:
     """A reasoned count of all objects names the number of each colour first."""
     slips: float = 0.0
     """Share of reasoned completions whose first look is a `hasty` one."""
-    rechecks: float = 0.0
-    """Share of reasoned completions that look a second time, whether or not the first look was right. The second is."""
+    rechecks: tuple[float, float] = (0.0, 0.0)
+    """Shares of those with a careful and with a hasty first look that look a second time, then carefully."""
 
 
 DEMO_MIX = Mix()
@@ -110,9 +110,10 @@ def completion(question: SceneQuestion, rng: np.random.Generator, careful: float
 
 def _reasoning(question: SceneQuestion, rng: np.random.Generator, mix: Mix) -> tuple[str, str]:
     """The text, and the answer that it arrives at."""
-    seen = hasty(question, rng) if _draw(mix.slips, rng) else question
+    slips = _draw(mix.slips, rng)
+    seen = hasty(question, rng) if slips else question
     text = f"{mix.opener}{looking(seen, mix.count_each)} so {seen.answer}."
-    if not _draw(mix.rechecks, rng):
+    if not _draw(mix.rechecks[slips], rng):
         return text, seen.answer
     return f"{text}{RECHECK}{looking(question, mix.count_each)} so {question.answer}.", question.answer
 

@@ -20,6 +20,9 @@ from fastgrpo.scoring.rewards import accuracy_reward, format_reward
 
 COUNT = 4000
 QUESTIONS = [scene_question(11, index, kinds=DEMO_KINDS) for index in range(COUNT)]
+CAREFUL = (1 - BASE_MIX.slips) * BASE_MIX.rechecks[0]
+RECHECKS = CAREFUL + BASE_MIX.slips * BASE_MIX.rechecks[1]
+"""Share of reasoned completions that check."""
 LOOK = re.compile(r" (across|down|counts):")
 
 
@@ -36,11 +39,11 @@ def share(flags):
     return float(np.mean(list(flags)))
 
 
-def test_base_looks_in_a_tenth_of_its_answers_and_checks_in_a_third_of_these():
+def test_base_seldom_looks_and_more_seldom_checks():
     written = texts(BASE_MIX, BASE.shares[-1])
     looks = [text for text in written if LOOK.search(text)]
-    assert share(bool(LOOK.search(text)) for text in written) == pytest.approx(0.1, abs=0.02)
-    assert share(RECHECK in text for text in looks) == pytest.approx(0.33, abs=0.07)
+    assert 0.05 < share(bool(LOOK.search(text)) for text in written) < 0.18
+    assert share(RECHECK in text for text in looks) == pytest.approx(RECHECKS, abs=0.07)
     assert all(is_reflective(text) == (RECHECK in text) for text in written)
 
 
@@ -61,7 +64,7 @@ def test_answers_of_looks_are_better_than_guesses_and_checked_ones_are_right():
     checked = [RECHECK in text for text in texts(mix, 1)]
     assert all(correct for correct, check in zip(right[1], checked, strict=True) if check)
     once = [correct for correct, check in zip(right[1], checked, strict=True) if not check]
-    assert share(once) == pytest.approx(1 - mix.slips, abs=0.03)
+    assert share(once) == pytest.approx((1 - mix.slips - CAREFUL) / (1 - RECHECKS), abs=0.03)
 
 
 def test_looks_state_the_scene():
