@@ -34,7 +34,15 @@ from fastgrpo.data.prompts import Mode, PromptBuilder
 from fastgrpo.demo.base_model import BASE_MODEL_PATH, save_model
 from fastgrpo.demo.corpus import Mix
 from fastgrpo.demo.documents import DEMO_KINDS, load_pool
-from fastgrpo.demo.pretrain import PRETRAIN_SEED, HELD_OUT_SEED = 3000, 3001
+from fastgrpo.demo.pretrain import PRETRAIN_SEED, train
+from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
+from fastgrpo.model.load import load_processing
+
+BASE_MIX = Mix(
+    opener="", tagged_guesses=(0.5,) * 3, tagged_reasons=0.5, count_each=True, slips=0.3, rechecks=(0.25, 0.6)
+)
+INSTRUCT_MIX = replace(BASE_MIX, tagged_guesses=(1.0,) * 3, tagged_reasons=1.0, guesses_know=True)
+TRAIN_SEED, HELD_OUT_SEED = 3000, 3001
 
 
 @dataclass(frozen=True)
