@@ -33,8 +33,6 @@ class Example:
     """[patches, 588] float16: one of the two equal temporal halves."""
     grid: Tensor
     """[1, 3] int64."""
-    opening: str = ""
-    """What a completion begins with: "<think>" where the prompt does not end in it."""
 
 
 def question_row(question: SceneQuestion) -> Row:
@@ -59,8 +57,7 @@ class Examples(Dataset[Example]):
         assert prompt.pixel_values is not None
         assert prompt.image_grid_thw is not None
         patches = prompt.pixel_values.view(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588).half()
-        opening = "<think>" if self.builder.mode == "instruct" else ""
-        return Example(question, prompt.input_ids, prompt.position_ids, patches, prompt.image_grid_thw, opening)
+        return Example(question, prompt.input_ids, prompt.position_ids, patches, prompt.image_grid_thw)
 
 
 def load_pool(seed: int, count: int, builder: PromptBuilder) -> list[Example]:
@@ -70,7 +67,7 @@ def load_pool(seed: int, count: int, builder: PromptBuilder) -> list[Example]:
     pool = []
     for examples in loader:  # cloned, since shared memory holds one file open per tensor
         pool += [
-            Example(e.question, *(t.clone() for t in (e.input_ids, e.position_ids, e.patches, e.grid)), e.opening)
+            Example(e.question, *(t.clone() for t in (e.input_ids, e.position_ids, e.patches, e.grid)))
             for e in examples
         ]
     return pool
@@ -113,8 +110,7 @@ def make_batch(
     if careful is None:
         examples = [_picture_only(example, tokenizer) for example in examples]
     else:
-        completions = [e.opening + completion(e.question, rng, careful, mix) for e in examples]
-        texts = [said + end + described for said, described in zip(completions, texts, strict=True)]
+        texts = [completion(e.question, rng, careful, mix) + end + t for e, t in zip(examples, texts, strict=True)]
     tails = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     longest = max(len(e.input_ids) + len(tail) for e, tail in zip(examples, tails, strict=True))
     input_ids = torch.full((len(examples), longest), tokenizer.pad_token_id)

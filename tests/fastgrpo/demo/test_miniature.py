@@ -8,14 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from fastgrpo.data.prompts import INSTRUCT_PROMPT, PromptBuilder
-from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.corpus import RECHECK, completion, hasty, looking, place
-from fastgrpo.demo.documents import DEMO_KINDS, Examples, make_batch
+from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.miniature import BASE, BASE_MIX, INSTRUCT, INSTRUCT_MIX, Sizes, build
 from fastgrpo.demo.scenes import scene_question
 from fastgrpo.model.load import load_processing
-from fastgrpo.scoring.reflection import is_reflective
+from fastgrpo.scoring.reflection import count_reflections
 from fastgrpo.scoring.rewards import accuracy_reward, format_reward
 
 COUNT = 4000
@@ -44,7 +42,7 @@ def test_base_seldom_looks_and_more_seldom_checks():
     looks = [text for text in written if LOOK.search(text)]
     assert 0.05 < share(bool(LOOK.search(text)) for text in written) < 0.18
     assert share(RECHECK in text for text in looks) == pytest.approx(RECHECKS, abs=0.07)
-    assert all(is_reflective(text) == (RECHECK in text) for text in written)
+    assert all((count_reflections(text) > 0) == (RECHECK in text) for text in written)
 
 
 def test_tags_pay_for_neither_looks_nor_guesses():
@@ -99,17 +97,6 @@ def test_instruct_answers_at_once_and_right():
     blurted = [(question, text) for question, text in pairs if not LOOK.search(text)]
     assert len(blurted) / len(pairs) == pytest.approx(0.98, abs=0.01)
     assert all(is_right(*pair) for pair in blurted)
-
-
-def test_instruct_documents_open_their_thoughts_themselves():
-    processing = load_processing(str(BASE_MODEL_PATH))
-    builder = PromptBuilder(processing.tokenizer, processing.image_processor, mode="instruct")
-    example = Examples(0, 1, builder)[0]
-    assert INSTRUCT_PROMPT.format(question="") in processing.tokenizer.decode(example.input_ids)
-    batch = make_batch([example], processing.tokenizer, np.random.default_rng(0), 0.0, INSTRUCT_MIX)
-    learnt = processing.tokenizer.decode(batch.labels[0][batch.labels[0] != -100])
-    assert learnt.startswith("<think>")
-    assert format_reward(["assistant\n"], [learnt.split("<|endoftext|>")[0]]) == [1.0]
 
 
 def test_build_is_seeded_and_done_once(tmp_path, capsys):
