@@ -118,10 +118,18 @@ def tune(source: Path, out: Path, stage: Stage, seed: int) -> None:
     pool = load_pool(PRETRAIN_SEED + stage.stream + seed, stage.pictures, builder)
     model = Qwen2VLForConditionalGeneration.from_pretrained(source)
     losses = []
-    options = {"batch_size": stage.batch_size, "peak": stage.peak, "seed": seed}
-    for step, loss in train(
-        model, processing.tokenizer, pool, steps=stage.steps, share=stage.share, mix=stage.mix, **options
-    ):
+    steps = train(
+        model,
+        processing.tokenizer,
+        pool,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        peak=stage.peak,
+        seed=seed,
+        share=stage.share,
+        mix=stage.mix,
+    )
+    for step, loss in steps:
         losses.append(loss)
         if step % 50 == 0 or step == stage.steps:
             say(f"{out.name}: step {step} of {stage.steps}, loss {np.mean(losses[-50:]):.3f}")

@@ -14,7 +14,7 @@ from fastgrpo.demo.miniature import BASE, BASE_MIX, INSTRUCT, INSTRUCT_MIX, Size
 from fastgrpo.demo.scenes import scene_question
 from fastgrpo.model.load import load_processing
 from fastgrpo.scoring.reflection import count_reflections
-from fastgrpo.scoring.rewards import accuracy_reward, format_reward
+from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format
 
 COUNT = 4000
 QUESTIONS = [scene_question(11, index, kinds=DEMO_KINDS) for index in range(COUNT)]
@@ -30,7 +30,7 @@ def texts(mix, careful):
 
 
 def is_right(question, text):
-    return accuracy_reward([""], [text], [question.answer], [list(question.choices)]) == [1.0]
+    return tagged_accuracy([""], [text], [question.answer], [list(question.choices)]) == [1.0]
 
 
 def share(flags):
@@ -49,7 +49,7 @@ def test_tags_pay_for_neither_looks_nor_guesses():
     """The form-only control starts level."""
     for careful in (0.0, 1.0):
         written = texts(BASE_MIX, careful)
-        assert share(format_reward(["<think>"], [text])[0] for text in written) == pytest.approx(0.5, abs=0.03)
+        assert share(tagged_format(["<think>"], [text])[0] for text in written) == pytest.approx(0.5, abs=0.03)
 
 
 def test_answers_of_looks_are_better_than_guesses_and_checked_ones_are_right():
