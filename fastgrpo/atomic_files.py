@@ -10,6 +10,7 @@ from typing import Any
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets `write` fill a temporary file beside `path`, syncs it and renames it: `path` is never half written."""
     aside = path.with_name(f".{path.name}.part")
+    remove(aside)  # what a killed write left; a link would lead elsewhere
     write(aside)
     _sync(aside)
     aside.replace(path)
@@ -26,6 +27,14 @@ def publish(aside: Path, final: Path) -> None:
     aside.rename(final)
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all that is in it, or a link, but not what that leads to; nothing may be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

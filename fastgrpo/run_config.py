@@ -1,11 +1,12 @@
 """`RunConfig`: transformers' training arguments, plus what every run of ours has whatever it trains by."""
 
+import copy
 import json
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from transformers import TrainingArguments
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from fastgrpo.batch_plan import BatchPlan
 from fastgrpo.limits import Limits, check_limits, option
+from fastgrpo.redaction import redacted
 
 logger = logging.get_logger(__name__)
 
@@ -141,6 +143,24 @@ class RunConfig(TrainingArguments):
 
     # transformers reads these fields from JSON when they come from the command line.
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "chat_template_kwargs")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are written down, by whatever writes them: without tokens and keys."""
+        return redacted(super().to_dict())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: transformers does so beside a model and before an upload."""
+        return redacted(vars(self))
+
+    def __copy__(self) -> Self:  # otherwise by way of `__getstate__`
+        made = type(self).__new__(type(self))
+        made.__dict__.update(vars(self))
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(vars(self), memo))
+        return made
 
     @property
     def batch_plan(self) -> BatchPlan:

@@ -142,6 +142,7 @@ def load_training_rows(script: RunArguments, seed: int) -> RowDataset:
         max_samples=script.max_samples,
         seed=seed,
         single_image_only=script.single_image_only,
+        picture_folders=script.picture_folders or (),
     )
 
 
@@ -149,12 +150,24 @@ def load_held_out(script: RunArguments, seed: int) -> RowDataset | None:
     """The rows to score before and after training, if any are named."""
     if script.eval_dataset_name is None:
         return None
-    return load_rows(script.eval_dataset_name, split=script.eval_split, max_samples=script.eval_max_samples, seed=seed)
+    return load_rows(
+        script.eval_dataset_name,
+        split=script.eval_split,
+        max_samples=script.eval_max_samples,
+        seed=seed,
+        picture_folders=script.picture_folders or (),
+    )
 
 
 def load_test_split(script: RunArguments, seed: int) -> RowDataset:
     """The test split of the training data; a ValueError where it has none."""
-    return load_rows(script.dataset_name, split=script.dataset_test_split, config_name=script.dataset_config, seed=seed)
+    return load_rows(
+        script.dataset_name,
+        split=script.dataset_test_split,
+        config_name=script.dataset_config,
+        seed=seed,
+        picture_folders=script.picture_folders or (),
+    )
 
 
 def _require_modules(model: PreTrainedModel, script: RunArguments) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.cli.options import Parser
+from fastgrpo.terminal import Terminal
 from fastgrpo.trl_settings import trl_settings
 
 
@@ -48,13 +48,13 @@ def run(argv: Sequence[str]) -> None:
         table = Table("setting of TRL", "here", "what is to know")
         for setting in trl_settings():
             table.add_row(setting.name, setting.status, setting.note)
-        Console().print(table)
+        Terminal().print(table)
         return
     table = Table("part", "found", "what follows")
     findings = examine() if options.model is None else _examine_model(options.model, options.trust_remote_code)
     for finding in findings:
         table.add_row(finding.part, finding.found, finding.consequence)
-    Console().print(table)
+    Terminal().print(table)
 
 
 def _examine_model(name: str, trust_remote_code: bool) -> list[Finding]:

@@ -60,14 +60,14 @@ def scoring_of(target: Target, options: Namespace) -> Scoring:
 
 def load(target: Target, options: Namespace) -> RowDataset:
     """The questions."""
-    from fastgrpo.data.benchmarks import load_benchmark
+    from fastgrpo.data.benchmarks import load_benchmark, with_pictures
     from fastgrpo.data.loading import load_rows
 
     if target.benchmark is None:
         assert target.data is not None
         splits = options.split or ("test", "validation", "val")
         rows = load_rows(target.data, split=splits, max_samples=options.max_samples, seed=options.seed)
-        rows.folder = options.pictures or rows.folder
+        rows.folders = with_pictures(options.pictures, rows.folders)
         return rows
     return load_benchmark(
         target.benchmark,
@@ -126,7 +126,7 @@ def key(model: str, loaded: Inference, rows: RowDataset, options: Namespace) -> 
     return {
         "version": __version__,
         "model": [model, weights],
-        "rows": [rows.schema, len(rows), str(rows.folder), sorted(rows.files)],
+        "rows": [rows.schema, len(rows), list(map(str, rows.folders or ())), sorted(rows.files)],
         "engine": type(loaded.engine).__name__,
         **asked,
         **pixels,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastgrpo.cli.console import say
 from fastgrpo.cli.inference import MODEL_HELP, Inference, add_model_options, load_inference
 from fastgrpo.cli.options import Parser, at_least, between
+from fastgrpo.inert import inert
 
 if TYPE_CHECKING:
     from fastgrpo.types import Completion, SamplingParams
@@ -87,7 +88,7 @@ def show(completions: Sequence[Completion]) -> None:
     for number, completion in enumerate(completions):
         if number:
             print("---")
-        print(completion.text, flush=True)
+        print(inert(completion.text), flush=True)
         if completion.finish_reason == "length":
             say(f"(cut after {len(completion.token_ids)} tokens: --max_new_tokens)")
 

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from fastgrpo import __version__
 from fastgrpo.cli.suggestions import did_you_mean
+from fastgrpo.inert import inert
 
 COMMANDS = {
     "train": ("train a model with GRPO", "fastgrpo train --help lists the flags"),
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = _in_one_line(error)
         if told is None or os.environ.get("FASTGRPO_TRACEBACK"):
             raise
-        print(f"fastgrpo {name}: error: {told}", file=sys.stderr)
+        print(inert(f"fastgrpo {name}: error: {told}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"fastgrpo {name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)

@@ -17,6 +17,7 @@ from fastgrpo.evaluation.judge import Judge
 from fastgrpo.evaluation.refusals import FreeAnswers, RefusalEvaluation, ask_freely, judge_answers, write_refusals
 from fastgrpo.report.comparison import write_comparison
 from fastgrpo.report.refusals import refusal_groups, refusal_tests, write_refusal_page
+from fastgrpo.terminal import Terminal
 from fastgrpo.types import SkippedRow
 
 
@@ -60,7 +61,7 @@ class AccuracyScoring:
         return answers
 
     def finish(self, found: Mapping[str, Evaluation]) -> Path:
-        comparison, console = compare(found, self.options.seed), Console()
+        comparison, console = compare(found, self.options.seed), Terminal()
         if len(found) == 1:
             print_evaluation(next(iter(found.values())), console)
         else:
@@ -93,7 +94,7 @@ class RefusalScoring:
         return evaluation
 
     def finish(self, found: Mapping[str, RefusalEvaluation]) -> Path:
-        print_refusals(found, refusal_tests(found, self.options.seed), Console())
+        print_refusals(found, refusal_tests(found, self.options.seed), Terminal())
         named = {"title": self.target.title, "dataset": self.target.dataset, "seed": self.options.seed}
         return write_refusal_page(found, self.options.output_dir, self.target.name, **named)
 
@@ -130,13 +131,13 @@ def print_skipped(skipped: Mapping[str, Sequence[SkippedRow]], console: Console)
     for name, rows in skipped.items():
         for row in rows:
             told = f"row {row.row_id} skipped: {row.reason}"
-            console.print(f"{name}: {told}" if name else told, highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{name}: {told}" if name else told, soft_wrap=True)
 
 
 def print_tests(tests: Sequence[PairedTest], console: Console) -> None:
     """A line for every two models."""
     for test in tests:
-        console.print(test.text, highlight=False, soft_wrap=True, markup=False)
+        console.print(test.text, soft_wrap=True)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

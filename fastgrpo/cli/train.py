@@ -20,6 +20,7 @@ from fastgrpo.cli.run_arguments import RunArguments
 from fastgrpo.cli.train_help import TRAIN, asked_for_help
 from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
 from fastgrpo.evaluation import Ranks, evaluate, write_evaluation
+from fastgrpo.redaction import redacted
 from fastgrpo.report import finish_run
 from fastgrpo.run_config import RunConfig
 from fastgrpo.training.checkpoints import find_checkpoint
@@ -140,4 +141,4 @@ def _ranks(trainer: RunTrainer) -> Ranks:
 
 
 def _settings_json(config: RunConfig, script: RunArguments) -> str:
-    return json.dumps({**config.to_dict(), **asdict(script)}, indent=2, default=str) + "\n"
+    return json.dumps(redacted({**config.to_dict(), **asdict(script)}), indent=2, default=str) + "\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import ConcatDataset
 
+from fastgrpo.data.images import Folders
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.row_dataset import SCHEMAS, RowDataset
 
@@ -51,7 +52,7 @@ def load_benchmark(
         name: a key of `BENCHMARKS`.
         data: a file, a folder or a hub id to read it from; None: where it is published.
         split: another than the one that scores are published for.
-        pictures: where relative paths of pictures start; None: beside the data.
+        pictures: where pictures lie; None: beside the data.
         max_samples: the first rows alone (of each configuration).
         seed: of the option shuffle (SAT).
 
@@ -71,8 +72,13 @@ def load_benchmark(
                 f"--benchmark {name}: {data} has rows of the schema {part.schema!r}; wanted the columns {columns}"
             )
     rows = parts[0] if len(parts) == 1 else _joined(parts)
-    rows.folder = pictures or rows.folder
+    rows.folders = with_pictures(pictures, rows.folders)
     return rows
+
+
+def with_pictures(pictures: Path | None, folders: Folders) -> Folders:
+    """Where pictures may lie, a folder that the user named before the data set's own."""
+    return folders if pictures is None else (pictures, *(folders or ()))
 
 
 def _places(benchmark: Benchmark, data: str | None) -> list[tuple[str, str | None]]:
@@ -93,4 +99,8 @@ def _joined(parts: Sequence[RowDataset]) -> RowDataset:
     first = parts[0]
     records: Any = ConcatDataset([part.records for part in parts])
     files = frozenset[str]().union(*(part.files for part in parts))
-    return RowDataset(records, first.schema, first.seed, folder=first.folder, files=files)
+    return RowDataset(records, first.schema, first.seed, folders=_all_folders(parts), files=files)
+
+
+def _all_folders(parts: Sequence[RowDataset]) -> Folders:
+    return tuple(dict.fromkeys(folder for part in parts for folder in part.folders or ()))

@@ -1,11 +1,10 @@
 """Conversation rows as TRL takes them (`prompt` or `messages`, optional `image` or `images`) and bare question rows."""
 
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from fastgrpo.data.images import decode_image, decode_images
+from fastgrpo.data.images import Folders, decode_image, decode_images
 from fastgrpo.data.rows import Row, require_text
 from fastgrpo.types import RowError
 
@@ -17,7 +16,7 @@ IMAGE_PLACE = "<image>"
 """A picture's place in the text of `messages`, as in files that LLaVA's and VisualThinker's preparation writes."""
 
 
-def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
+def convert_chat(raw: dict[str, Any], row_id: int, folders: Folders = None) -> Row:
     """Turns a record with a `prompt` (messages or text), `messages` or a question into a row; other columns are kept.
 
     Those of pictures hold them decoded.
@@ -36,7 +35,7 @@ def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -
     Args:
         raw: `prompt` (list of role/content messages, or a finished text), `messages` or a question; `image` or
             `images`, or neither for a text-only row; anything else.
-        folder: where relative paths of pictures start.
+        folders: where pictures may lie, and relative paths start; None: anywhere.
 
     Raises:
         RowError: neither prompt nor question, a malformed message, messages without an answer, a bad picture, or image
@@ -45,14 +44,14 @@ def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -
     if raw.get("image") is not None and raw.get("images") is not None:
         raise RowError("the row has both `image` and `images`; wanted one of them")
     given = raw["images"] if raw.get("images") is not None else raw.get("image")
-    images = decode_images(given, folder)
+    images = decode_images(given, folders)
     columns = {name: value for name, value in raw.items() if name != "prompt"}
     for name in IMAGE_COLUMNS:
         if raw.get(name) is not None:
             columns[name] = images if isinstance(given, list | tuple) else images[0]
     prompt = raw.get("prompt")
     if prompt is None and raw.get("messages") is not None:
-        return _from_messages(raw["messages"], row_id, images, columns, folder)
+        return _from_messages(raw["messages"], row_id, images, columns, folders)
     if prompt is None:
         asked = next((name for name in QUESTION_COLUMNS if raw.get(name) is not None), QUESTION_COLUMNS[0])
         columns.pop(asked, None)
@@ -61,15 +60,15 @@ def convert_chat(raw: dict[str, Any], row_id: int, folder: Path | None = None) -
         return Row(row_id=row_id, images=images, question=require_text(raw, asked), columns=columns)
     if isinstance(prompt, str):
         return Row(row_id=row_id, images=images, messages=prompt, columns=columns)
-    messages, images = _prepare_messages(prompt, images, folder)
+    messages, images = _prepare_messages(prompt, images, folders)
     return Row(row_id=row_id, images=images, messages=messages, columns=columns)
 
 
 def _from_messages(
-    given: Any, row_id: int, images: list[Image.Image], columns: dict[str, Any], folder: Path | None
+    given: Any, row_id: int, images: list[Image.Image], columns: dict[str, Any], folders: Folders
 ) -> Row:
     marked = [_with_places(message) for message in given] if images and isinstance(given, list) else given
-    messages, images = _prepare_messages(marked, images, folder, have_places=marked != given)
+    messages, images = _prepare_messages(marked, images, folders, have_places=marked != given)
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise RowError(f"messages end with {messages[-1]!r}; wanted a question and the assistant's answer")
     *asked, answer = messages
@@ -100,7 +99,7 @@ def message_text(message: dict[str, Any]) -> str:
 
 
 def _prepare_messages(
-    prompt: Any, images: list[Image.Image], folder: Path | None, *, have_places: bool = False
+    prompt: Any, images: list[Image.Image], folders: Folders, *, have_places: bool = False
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """Messages whose pictures became {"type": "image"} parts, and the pictures in the parts' order.
 
@@ -123,7 +122,7 @@ def _prepare_messages(
     if num_places != len(images):
         raise RowError(f"the messages have {num_places} image parts for {len(images)} images")
     loose = iter(images)
-    return messages, [next(loose) if picture is None else decode_image(picture, folder) for picture in carried]
+    return messages, [next(loose) if picture is None else decode_image(picture, folders) for picture in carried]
 
 
 def _own_picture(part: dict[str, Any]) -> Any:

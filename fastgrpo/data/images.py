@@ -5,6 +5,7 @@ import binascii
 import io
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,18 @@ SHORTEST_BASE64 = 36
 WANTED = "wanted encoded bytes, a file's path, base64, a data URI, a PIL image or an array of uint8 or uint16"
 
 
-def decode_image(value: Any, folder: Path | None = None) -> Image.Image:
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "MPO", "DIB")
+"""What is decoded. Others are not needed, and some of Pillow's start programs (EPS: Ghostscript)."""
+
+MAX_PIXELS = 1 << 26
+"""Largest picture, width × height (8192 × 8192), looked up before anything is decoded: a file of 500 KB can hold one
+that takes gigabytes. Models see far less."""
+
+Folders = Sequence[Path] | None
+"""Where pictures may lie; None: anywhere."""
+
+
+def decode_image(value: Any, folders: Folders = None) -> Image.Image:
     """Decodes one picture completely, turned upright by its EXIF orientation, as RGB.
 
     Transparency is laid on white, as transformers' image processors do. Greys of 16 bits are scaled to 8.
@@ -30,11 +42,13 @@ def decode_image(value: Any, folder: Path | None = None) -> Image.Image:
     Args:
         value: encoded bytes, a file's path, base64, a data URI, a PIL image, an array ([H, W] or [H, W, channels],
             uint8; or [H, W] uint16), or the {"bytes", "path"} record of an image column.
-        folder: where relative paths start; where there is no such file, they start in the working directory.
+        folders: where files may lie, links followed; a relative path starts in the first of them that has the file.
+            None, for rows that the caller made: anywhere, and relative paths start in the working directory.
 
     Raises:
-        RowError: nothing there, no such file, bytes that cannot be decoded to the last line, or pixels of 32 bits, of
-            which nobody says how bright the brightest is.
+        RowError: nothing there, no such file, one outside of `folders`, a format that is none of `FORMATS`, more than
+            `MAX_PIXELS`, bytes that cannot be decoded to the last line, or pixels of 32 bits, of which nobody says how
+            bright the brightest is.
     """
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
@@ -42,7 +56,7 @@ def decode_image(value: Any, folder: Path | None = None) -> Image.Image:
         value = bytes(value)
     if value is None or (isinstance(value, str | bytes) and not value.strip()):
         raise RowError("image is missing")
-    source = _find(value, folder) if isinstance(value, str | os.PathLike) else value
+    source = _find(value, folders) if isinstance(value, str | os.PathLike) else value
     if not isinstance(source, Path | bytes | Image.Image | np.ndarray):
         raise RowError(f"image is a {type(value).__name__}; {WANTED}")
     try:
@@ -52,12 +66,12 @@ def decode_image(value: Any, folder: Path | None = None) -> Image.Image:
     except UnidentifiedImageError as error:  # PIL's own message holds an address in memory
         if isinstance(value, str) and isinstance(source, bytes):
             raise RowError(f"image {_short(value)} is neither a file nor a picture in base64") from error
-        raise RowError("image cannot be decoded: its format is unknown") from error
+        raise RowError("image cannot be decoded: its format is none of " + ", ".join(FORMATS)) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, …
         raise RowError(f"image cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def _find(value: str | os.PathLike[str], folder: Path | None) -> Path | bytes:
+def _find(value: str | os.PathLike[str], folders: Folders) -> Path | bytes:
     """The file that a text names, or the bytes that it spells."""
     text = os.fspath(value)
     if text.startswith("data:"):
@@ -67,12 +81,25 @@ def _find(value: str | os.PathLike[str], folder: Path | None) -> Path | bytes:
         return _from_base64(content)
     if text.startswith(("http://", "https://")):
         raise RowError(f"image is the URL {_short(text)}: download it and give the file's path")
-    for start in (*([] if folder is None else [folder]), Path()):
-        if os.path.isfile(start / text):  # Path.is_file raises for a name that is too long
-            return start / text
+    outside = False
+    for start in (Path(),) if folders is None else folders:
+        if "\0" not in text and os.path.isfile(start / text):  # Path.is_file raises for a name that is too long
+            if folders is None or _is_below(start / text, folders):
+                return start / text
+            outside = True
+    if outside:
+        raise RowError(
+            f"image file {_short(text)} lies outside the data set's folder: name its folder in --picture_folders "
+            "(eval: --pictures) if you trust the data set with it"
+        )
     if len(text) >= SHORTEST_BASE64 and "." not in text:
         return _from_base64(text)
     raise RowError(f"image file {_short(text)} does not exist")
+
+
+def _is_below(file: Path, folders: Sequence[Path]) -> bool:
+    found = Path(os.path.realpath(file))
+    return any(found.is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 def _from_base64(text: str) -> bytes:
@@ -90,9 +117,20 @@ def _short(text: str) -> str:
 def _open(source: Path | bytes | Image.Image | np.ndarray[Any, Any]) -> Image.Image:
     if isinstance(source, np.ndarray):
         return Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[-1] == 1 else source)
-    image = source if isinstance(source, Image.Image) else Image.open(_readable(source))
+    image = source if isinstance(source, Image.Image) else Image.open(_readable(source), formats=_formats())
+    if image.format is not None and image.format not in FORMATS:
+        raise RowError(f"image is of the format {image.format}: save it as PNG or JPEG")
+    if image.width * image.height > MAX_PIXELS:
+        raise RowError(f"image has {image.width} × {image.height} pixels, more than {MAX_PIXELS:,}: make it smaller")
     image.load()  # `open` reads the header alone: a truncated file only shows here
     return image
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow knows."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _readable(source: Path | bytes) -> Any:
@@ -123,7 +161,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
-def decode_images(values: Any, folder: Path | None = None) -> list[Image.Image]:
+def decode_images(values: Any, folders: Folders = None) -> list[Image.Image]:
     """Decodes a list of pictures, a single picture, or None (no pictures).
 
     Raises:
@@ -132,11 +170,11 @@ def decode_images(values: Any, folder: Path | None = None) -> list[Image.Image]:
     if values is None:
         return []
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
-        return [decode_image(values, folder)]
+        return [decode_image(values, folders)]
     images = []
     for index, value in enumerate(values):
         try:
-            images.append(decode_image(value, folder))
+            images.append(decode_image(value, folders))
         except RowError as error:
             raise RowError(f"image {index + 1} of {len(values)}: {error}") from error
     return images

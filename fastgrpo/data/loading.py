@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 import xxhash
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from fastgrpo.data.mossbench import published_files, read_published
 from fastgrpo.data.row_dataset import BATCH_ROWS, RowDataset, as_rows, undecoded
@@ -40,6 +41,7 @@ def load_rows(
     max_samples: int | None = None,
     seed: int = 0,
     single_image_only: bool = False,
+    picture_folders: Sequence[str] = (),
 ) -> RowDataset:
     """Opens a data set by path or hub id. Rows stay on disk, memory-mapped, whatever the size.
 
@@ -53,6 +55,7 @@ def load_rows(
         seed: seed of the option shuffle (SAT schema only).
         single_image_only: leave out rows with several images, after `max_samples` is counted, as the
             published SAT preparation does.
+        picture_folders: where its pictures may lie beside its own folder and what the hub's client keeps.
 
     Raises:
         ValueError: no such file, hub data set, split or configuration; unreadable or empty data; columns of
@@ -65,9 +68,15 @@ def load_rows(
         records = _drop_multi_image(records)
     rows = as_rows(records, seed, name=f"dataset_name={name_or_path!r}")
     path = Path(name_or_path).expanduser()
-    rows.folder = path if path.is_dir() else path.parent if path.is_file() else None
+    own = [path] if path.is_dir() else [path.parent] if path.is_file() else []
+    rows.folders = (*own, *(Path(folder).expanduser() for folder in picture_folders), *_caches())
     rows.files = frozenset(map(_identity, files))
     return rows
+
+
+def _caches() -> list[Path]:
+    """Where pictures of data sets on the hub lie once they are downloaded."""
+    return [] if datasets is None else [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
 
 
 def _identity(file: str) -> str:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgrpo.data.images import decode_image
+from fastgrpo.data.images import Folders, decode_image
 from fastgrpo.data.rows import Row, require_text
 from fastgrpo.types import RowError
 
@@ -23,13 +23,13 @@ FLAGS = ("human", "child", "syn", "ocr")
 """Metadata that is 0 or 1: a person, a child, a synthetic picture, text in the picture."""
 
 
-def convert_mossbench(raw: dict[str, Any], row_id: int, folder: Path | None = None) -> Row:
+def convert_mossbench(raw: dict[str, Any], row_id: int, folders: Folders = None) -> Row:
     """Turns a MOSSBench record into a row without a gold answer: what counts is whether it is answered at all.
 
     Args:
         raw: `pid`, `question`, `image`, `short description`, and `metadata` {over, human, child, syn, ocr, harm} or the
             hub's columns `metadata_over`, …; `contrast` where the file that it is from says so.
-        folder: where relative paths of pictures start.
+        folders: where pictures may lie, and relative paths start; None: anywhere.
 
     Returns:
         A question row with the columns `pid`, `question`, `description`, `task` (the stimulus type's name), `contrast`,
@@ -52,7 +52,7 @@ def convert_mossbench(raw: dict[str, Any], row_id: int, folder: Path | None = No
         **{flag: _flag(flag, metadata.get(flag)) for flag in FLAGS},
         "harm": _numbers(metadata.get("harm")),
     }
-    return Row(row_id=row_id, images=[decode_image(raw["image"], folder)], question=question, columns=columns)
+    return Row(row_id=row_id, images=[decode_image(raw["image"], folders)], question=question, columns=columns)
 
 
 def published_files(path: Path) -> list[Path]:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Self
 
 from torch.utils.data import Dataset
@@ -15,6 +14,7 @@ from fastgrpo.data import blink, cvbench, mossbench, sat, vsr
 from fastgrpo.data.blink import convert_blink
 from fastgrpo.data.chat import IMAGE_COLUMNS, convert_chat
 from fastgrpo.data.cvbench import convert_cvbench
+from fastgrpo.data.images import Folders
 from fastgrpo.data.mossbench import convert_mossbench
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
@@ -56,7 +56,7 @@ class Rows:
         records: a HF data set, any sequence-like object of dicts, or a stream of dicts.
         schema: a key of `SCHEMAS`.
         seed: seed of the option shuffle (SAT schema only).
-        folder: where relative paths of pictures start.
+        folders: where pictures may lie, and relative paths of them start; None: anywhere.
         files: what the rows were read from, each file by its content or address; empty for rows in memory.
     """
 
@@ -66,13 +66,13 @@ class Rows:
         schema: str,
         seed: int = 0,
         *,
-        folder: Path | None = None,
+        folders: Folders = None,
         files: frozenset[str] = frozenset(),
     ) -> None:
         self.records = records
         self.schema = schema
         self.seed = seed
-        self.folder = folder
+        self.folders = folders
         self.files = files
         self.checks_golds = False
 
@@ -89,10 +89,10 @@ class Rows:
             RowError: the record is bad, with the reason.
         """
         if self.schema == "sat":
-            return convert_sat(raw, row_id, self.seed, self.folder)
+            return convert_sat(raw, row_id, self.seed, self.folders)
         if self.schema in CONVERTERS:
-            return CONVERTERS[self.schema](raw, row_id, self.folder)
-        row = convert_chat(raw, row_id, self.folder)
+            return CONVERTERS[self.schema](raw, row_id, self.folders)
+        row = convert_chat(raw, row_id, self.folders)
         if self.checks_golds:
             check_gold(row.columns.get("solution"), row.columns.get("choices"))
         return row

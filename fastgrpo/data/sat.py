@@ -2,10 +2,9 @@
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from fastgrpo.data.images import decode_images
+from fastgrpo.data.images import Folders, decode_images
 from fastgrpo.data.rows import Row, require_options, require_text
 from fastgrpo.scoring.golds import gold_text
 from fastgrpo.types import RowError
@@ -13,7 +12,7 @@ from fastgrpo.types import RowError
 REQUIRED_COLUMNS = frozenset({"image_bytes", "question", "answers", "question_type", "correct_answer"})
 
 
-def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0, folder: Path | None = None) -> Row:
+def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0, folders: Folders = None) -> Row:
     """Turns a SAT record into a row. The question ends with the options, in shuffled order.
 
     In the published files the gold answer always stands first. The shuffle is seeded with (seed, row_id), so its order
@@ -22,7 +21,7 @@ def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0, folder: Path | 
     Args:
         raw: `image_bytes` (list of encoded pictures), `question`, `answers` (option texts), `question_type`,
             `correct_answer` (one of `answers`).
-        folder: where relative paths of pictures start.
+        folders: where pictures may lie, and relative paths start; None: anywhere.
 
     Returns:
         A question row with columns `solution` (the gold option's text), `choices` (options as shown), `task`.
@@ -39,7 +38,7 @@ def convert_sat(raw: dict[str, Any], row_id: int, seed: int = 0, folder: Path | 
     if solution not in choices:
         raise RowError(f"correct_answer {solution!r} is not among the answers {choices}")
     random.Random(f"{seed}:{row_id}").shuffle(choices)  # a str seed is hashed by SHA-512, without a salt
-    images = decode_images(raw["image_bytes"], folder)
+    images = decode_images(raw["image_bytes"], folders)
     if not images:
         raise RowError("image_bytes is empty")
     return Row(

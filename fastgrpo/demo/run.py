@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.cli.arguments import parse
@@ -17,6 +16,7 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
+from fastgrpo.terminal import Terminal
 
 SETTINGS = Path(__file__).parent / "demo.yaml"
 DEMO_STEPS = 200
@@ -74,7 +74,7 @@ def _print(summary: dict[str, Any]) -> None:
     table.add_row("chance", _percent(summary["chance"]), _percent(summary["chance"]))
     table.add_row("accuracy, pictures shuffled", "", _percent(summary["answered_accuracy_shuffled_images"]))
     table.add_row("pass@8", _percent(summary["pass_at_8_before"]), "")
-    Console(stderr=True).print(table)
+    Terminal(stderr=True).print(table)
 
 
 def _percent(value: float | None) -> str:

@@ -120,7 +120,12 @@ class _Work:
     def finish(self) -> list[LabRun]:
         done = len(self.all) - len(self.waiting)
         say(f"lab: {len(self.all)} runs, {done} done already, {len(self.places)} at a time")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         progress = Progress(*columns, console=console, disable=not console.is_terminal)
         total = progress.add_task("runs", total=len(self.all), completed=done)
         with progress if console.is_terminal else nullcontext():

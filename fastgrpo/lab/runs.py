@@ -10,6 +10,7 @@ from typing import Any
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.cli.arguments import as_flags
 from fastgrpo.lab.config import Arm, Lab
+from fastgrpo.redaction import redacted
 
 SETTINGS_FILE = "lab_settings.json"
 """What a run was started with: settings of the same arm that differ belong to another run."""
@@ -120,7 +121,9 @@ class LabRun:
         write_aside(self.folder / SETTINGS_FILE, lambda path: path.write_text(text))
 
     def _settings(self) -> dict[str, Any]:
-        told: dict[str, Any] = json.loads(json.dumps({"command": self.arm.command, **self.arm.settings}, default=str))
+        told: dict[str, Any] = json.loads(
+            json.dumps(redacted({"command": self.arm.command, **self.arm.settings}), default=str)
+        )
         return told
 
     def last_line(self) -> str:

@@ -25,7 +25,7 @@ def write_page(
         step_seconds: side → its timed steps.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_page(report, events, step_seconds), encoding="utf-8")
+    path.write_text(render_page(report, events, step_seconds), encoding="utf-8", errors="replace")
 
 
 def render_page(

@@ -18,7 +18,6 @@ from fastgrpo_profiling.report import Cost, InsideDecode, ProfileReport, profile
 from fastgrpo_profiling.roofline import ModelShape, measure_ceilings
 from fastgrpo_profiling.trace import write_trace
 from fastgrpo_profiling.worker import WorkerSide
-from rich.console import Console
 from rich.table import Table
 
 from fastgrpo.atomic_files import write_aside
@@ -35,9 +34,10 @@ from fastgrpo.profile.page import write_page
 from fastgrpo.profile.sides import start
 from fastgrpo.profile.trl import compare_with_trl
 from fastgrpo.report.environment import environment, processor
+from fastgrpo.terminal import Terminal
 from fastgrpo.training.live_figures import compute_dtype, update_of
 
-console = Console(stderr=True)
+console = Terminal(stderr=True)
 
 QUIET = {
     "report_to": "none",
@@ -259,7 +259,7 @@ def print_report(report: ProfileReport) -> None:
     for phase in in_step_order(name for side in figures for name in side.phases):
         seconds = [side.phases.get(phase) for side in figures]
         table.add_row(phase, *("–" if s is None else f"{1e3 * s:,.1f} ms" for s in seconds))
-    output = Console(soft_wrap=True)
+    output = Terminal(soft_wrap=True)
     output.print(table)
     ratio = report.speedup
     output.print(

@@ -53,7 +53,7 @@ def write_page(page: Path, content: Mapping[str, Any], figures: str) -> None:
     """Writes a page about models and, beside it, its figures."""
     html = template("comparison.html.j2").render(palette=PALETTE, **content).strip() + "\n"
     write_aside(page.with_suffix(".json"), lambda path: path.write_text(figures))
-    write_aside(page, lambda path: path.write_text(html, encoding="utf-8"))
+    write_aside(page, lambda path: path.write_text(html, encoding="utf-8", errors="replace"))
 
 
 def _content(comparison: Comparison, title: str, dataset: str) -> dict[str, Any]:

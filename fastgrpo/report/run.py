@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastgrpo.evaluation.figures import Evaluation, integer, mapping, number
 from fastgrpo.evaluation.summary import RunSummary
+from fastgrpo.redaction import redacted
 
 Floats = NDArray[np.float64]
 
@@ -144,7 +145,7 @@ def _read_config(folder: Path, missing: list[str]) -> dict[str, Any]:
         config = _read_json(folder / "config.json", "", [])
         config = {} if "model_type" in config else config
     missing += [] if config else unread
-    return config
+    return redacted(config)  # a report is passed around
 
 
 def _read_metrics(file: Path, missing: list[str]) -> Metrics:

@@ -1,7 +1,6 @@
 """The page's tables as rows of text."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from fastgrpo.report.run import Run, flatten
 
 _OWN_SETTINGS = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint"})
 """Settings in which runs that differ by seed alone may differ."""
-_SECRET = re.compile(r"(hub_token|api_key|secret|password)$")
 Rows = list[list[str]]
 
 
@@ -53,7 +51,7 @@ def differences(runs: Sequence[Run], names: Sequence[str]) -> Rows:
     if len(configs) < 2:
         return []
     keys = dict.fromkeys(key for config in configs for key in config)
-    told = ([key, *(_value(key, flatten(run.config).get(key)) for run in runs)] for key in keys)
+    told = ([key, *(_value(flatten(run.config).get(key)) for run in runs)] for key in keys)
     return [row for row in told if row[0].rsplit(".", 1)[-1] not in _OWN_SETTINGS and len(set(row[1:])) > 1]
 
 
@@ -103,16 +101,9 @@ def evaluations(runs: Sequence[Run], names: Sequence[str]) -> Rows:
 
 def config_rows(run: Run) -> Rows:
     """The settings of a run by name."""
-    return [[key, _value(key, value)] for key, value in sorted(flatten(run.config).items())]
+    return [[key, _value(value)] for key, value in sorted(flatten(run.config).items())]
 
 
-def _value(key: str, value: Any) -> str:
-    """A setting as text; a report is passed around, so access tokens are left out."""
-    if value and is_secret(key):
-        return "(hidden)"
+def _value(value: Any) -> str:
+    """A setting as text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def is_secret(key: str) -> bool:
-    """Whether a setting of this name holds an access token or its like."""
-    return _SECRET.search(key) is not None

@@ -8,6 +8,7 @@ from typing import Any
 from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.atomic_files import write_aside
+from fastgrpo.redaction import redacted
 from fastgrpo.report import finish_run
 from fastgrpo.training import sft, trainer
 from fastgrpo.training.run_trainer import RunTrainer
@@ -30,7 +31,7 @@ class SummedUp(RunTrainer):
             "model_name_or_path": getattr(self.model.config, "_name_or_path", None),
             **({"reward_funcs": self.reward_names} if self.reward_names else {}),
         }
-        text = json.dumps(settings, indent=2, default=str) + "\n"
+        text = json.dumps(redacted(settings), indent=2, default=str) + "\n"
         write_aside(Path(self.config.output_dir) / "settings.json", lambda path: path.write_text(text))
 
 

@@ -59,7 +59,7 @@ def write_model_card(folder: Path, run: RunFacts, log: RunLog, scores: Mapping[s
         metrics=log.last_metrics(LAST_STEPS),
         scores=scores,
     )
-    (folder / "README.md").write_text(text)
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
 def model_card(

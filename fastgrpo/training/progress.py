@@ -17,7 +17,9 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from fastgrpo.inert import inert
 from fastgrpo.run_config import RunConfig
+from fastgrpo.terminal import Terminal
 from fastgrpo.training.completion_records import CompletionRecord
 
 SHOWN = {
@@ -37,7 +39,7 @@ class ProgressDisplay(TrainerCallback):
 
     def __init__(self, config: RunConfig, console: Console | None = None) -> None:
         self.config = config
-        self.console = console or Console(stderr=True)
+        self.console = console or Terminal(stderr=True)
         self.progress: Progress | None = None
         self.start_time = 0.0
         self.start_step = 0
@@ -51,7 +53,9 @@ class ProgressDisplay(TrainerCallback):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             # What a narrow terminal has no room for is cut here, not from the bar.
-            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.fields[figures]}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
             console=self.console,
             expand=True,
         )
@@ -97,7 +101,7 @@ class ProgressDisplay(TrainerCallback):
             records = list({record.row_id: record for record in reversed(records)}.values())[::-1]
         for one in records[: self.config.num_completions_to_print or 0]:
             self.console.print(Rule(f"row {one.row_id} · reward {one.reward} · advantage {one.advantage:.2f}"))
-            self.console.print(Text(one.prompt, style="dim"), Text(one.completion))
+            self.console.print(Text(inert(one.prompt), style="dim"), Text(inert(one.completion)))
 
 
 class StepTrace(TrainerCallback):

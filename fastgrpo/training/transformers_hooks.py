@@ -5,7 +5,6 @@ then clips, steps and schedules. Here the data loader hands out a step's prompts
 other micro-batches, and the whole step is taken in the last one's turn. So the settings are those the user passed.
 """
 
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,11 +17,11 @@ from fastgrpo_profiling.watch import watch_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from fastgrpo.atomic_files import publish
+from fastgrpo.atomic_files import publish, remove
 from fastgrpo.model.load import load_weights
 from fastgrpo.training.checkpoints import ASIDE, load_state, save_state
 
@@ -150,9 +149,11 @@ class TransformersHooks(TimedSteps):
     # Saving
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self.write_card(Path(output_dir or self.args.output_dir))
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle; settings.json has them in plain text
+            self.write_card(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Ours, where transformers would draft one before an upload."""
@@ -166,7 +167,7 @@ class TransformersHooks(TimedSteps):
         name = f"checkpoint-{self.state.global_step}"
         aside = output_dir / ASIDE / name
         if self.args.should_save:
-            shutil.rmtree(output_dir / ASIDE, ignore_errors=True)  # what a killed save left
+            remove(output_dir / ASIDE)  # what a killed save left
         self.accelerator.wait_for_everyone()
         self._saving_aside = True
         try:
@@ -181,7 +182,7 @@ class TransformersHooks(TimedSteps):
                 self.state.save_to_json(str(aside / "trainer_state.json"))
             save_state(aside, {**self.state_to_save(), "sharding": self._sharding()})
             publish(aside, output_dir / name)
-            shutil.rmtree(output_dir / ASIDE)
+            remove(output_dir / ASIDE)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(output_dir / name))
             rotate_checkpoints(

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fastgrpo import atomic_files
-from fastgrpo.atomic_files import publish, write_aside
+from fastgrpo.atomic_files import publish, remove, write_aside
 
 
 def make_checkpoint(folder: Path, *files: str) -> Path:
@@ -94,3 +94,23 @@ def test_publish_killed_while_replacing_never_leaves_half_a_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         publish(aside, old)
     assert os.listdir(old) == ["new"]
+
+
+def test_a_link_where_a_file_is_written_aside_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / ".page.part").symlink_to(tmp_path / "other")
+    write_aside(tmp_path / "page", lambda path: path.write_text("new"))
+    assert (tmp_path / "other").read_text() == "kept"
+    assert (tmp_path / "page").read_text() == "new"
+    assert not (tmp_path / "page").is_symlink()
+
+
+def test_remove(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    for name in ("link", "folder", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert (tmp_path / "other" / "file").read_text() == "kept"

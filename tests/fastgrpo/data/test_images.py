@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastgrpo.data.images import decode_image, decode_images, make_thumbnail
 from fastgrpo.types import RowError
@@ -168,10 +168,53 @@ def test_relative_paths_start_in_the_data_sets_folder(tmp_path: Path, monkeypatc
     for folder, width in (("set", 3), ("work", 5)):
         (tmp_path / folder / "pics").mkdir(parents=True)
         (tmp_path / folder / "pics" / "0.png").write_bytes(encode((width, 2), format="PNG"))
-    (tmp_path / "work" / "here.png").write_bytes(encode((7, 2), format="PNG"))
     monkeypatch.chdir(tmp_path / "work")
+    own = [tmp_path / "set"]
     assert decode_image("pics/0.png").width == 5
-    assert decode_image("pics/0.png", tmp_path / "set").width == 3
-    assert decode_image({"bytes": None, "path": "pics/0.png"}, tmp_path / "set").width == 3
-    assert decode_image("here.png", tmp_path / "set").width == 7
-    assert decode_image(str(tmp_path / "work" / "here.png"), tmp_path / "set").width == 7
+    assert decode_image("pics/0.png", own).width == 3
+    assert decode_image({"bytes": None, "path": "pics/0.png"}, own).width == 3
+    assert decode_image(str(tmp_path / "set" / "pics" / "0.png"), own).width == 3
+
+
+def test_pictures_lie_in_the_data_sets_folder_or_where_the_user_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("set", "private"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "private" / "me.png").write_bytes(encode((7, 2), format="PNG"))
+    (tmp_path / "set" / "link.png").symlink_to(tmp_path / "private" / "me.png")
+    monkeypatch.chdir(tmp_path / "private")
+    own = [tmp_path / "set"]
+    for path in (str(tmp_path / "private" / "me.png"), "../private/me.png", "link.png"):
+        with pytest.raises(RowError, match=r"lies outside the data set's folder: name its folder in --picture_folders"):
+            decode_image(path, own)
+        assert decode_image(path, [*own, tmp_path / "private"]).width == 7
+    with pytest.raises(RowError, match=r"'me\.png' does not exist"):  # the working directory is no place of the set's
+        decode_image("me.png", own)
+
+
+def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = tmp_path / "started"
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {started}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    eps = saved(Image.new("RGB", (4, 4), "red"), "EPS")
+    with pytest.raises(RowError, match="its format is none of PNG, JPEG"):
+        decode_image(eps)
+    with pytest.raises(RowError, match="image is of the format EPS: save it as PNG or JPEG"):
+        decode_image(Image.open(io.BytesIO(eps)))
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats_that_are_decoded(format: str) -> None:
+    assert decode_image(encode(format=format)).size == (40, 30)
+
+
+def test_a_picture_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    wide = saved(Image.new("1", (1 << 14, (1 << 12) + 1)))
+    assert len(wide) < 20_000
+    with pytest.raises(RowError, match="16384 × 4097 pixels, more than 67,108,864: make it smaller"):
+        decode_image(wide)

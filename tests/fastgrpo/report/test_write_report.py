@@ -317,3 +317,19 @@ def test_early_and_late_stand_side_by_side(fake_run: FakeRun) -> None:
     assert "&lt;|image_pad" not in page
     assert '<span class="tag answer">&lt;answer&gt;</span><b class="answer">' in page
     assert "<mark>Wait</mark>, <mark>let me check" in page
+
+
+def test_half_a_surrogate_pair_in_names_and_texts(fake_run: FakeRun) -> None:
+    folder = fake_run(steps=3)
+    for name in ("before", "after"):
+        file = folder / "evals" / f"{name}.json"
+        file.write_text(file.read_text().replace("Relation", "Rel\\ud800ation"))
+    (folder / "settings.json").write_text(json.dumps({"run_name": "\ud800", "\udfff": "a\ud800"}))
+    assert "ation" in write_report([folder]).read_text(encoding="utf-8")
+
+
+def test_pages_forbid_everything_but_their_own_styles_and_pictures(fake_run: FakeRun) -> None:
+    page = text_of(write_report([fake_run(steps=3)]))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page
+    assert "<script" not in page

@@ -21,12 +21,13 @@ def build(tiny_model_dir: Path, sat_file: Path, tmp_path: Path) -> Any:
             for name in ("eval_dataset", "callbacks", "peft_config", "processing_class", "optimizers")
             if name in overrides
         }
+        trainer_class = overrides.pop("trainer_class", GRPOTrainer)
         settings = {
             "output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": [], "save_strategy": "no",
             "max_steps": 2, "num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6,
             "learning_rate": 0.1, "logging_steps": 1, "disable_tqdm": True,
         }  # fmt: skip
-        return GRPOTrainer(
+        return trainer_class(
             model=str(tiny_model_dir) if model is None else model,
             reward_funcs=reward_funcs,
             args=GRPOConfig(**settings | overrides),
