@@ -1,7 +1,7 @@
 """Settings as dataclass fields that say what their values may be, and the one loop that checks them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,7 @@ class Limits:
             return True
         if self.choices:
             return value in self.choices
-        if isinstance(value, str) or not math.isfinite(value):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             return False
         return (
             (self.at_least is None or value >= self.at_least)
@@ -61,7 +61,8 @@ def option(
 
 
 def check_limits(config: Any, inherited: Mapping[str, Limits]) -> None:
-    """Checks every field of a dataclass against its own limits, or against those of `inherited`.
+    """Checks every field of a dataclass against its own limits, or against those of `inherited`; a number that is not
+    finite is allowed in none.
 
     Raises:
         ValueError: a value outside; the message names the field, the value and what may be used.
@@ -71,3 +72,17 @@ def check_limits(config: Any, inherited: Mapping[str, Limits]) -> None:
         value = getattr(config, one.name)
         if limits is not None and not limits.allow(value):
             raise ValueError(f"{one.name}={value!r} is not valid: use {limits}.")
+        if not all(map(math.isfinite, _floats(value))):
+            raise ValueError(f"{one.name}={value!r} is not valid: use finite numbers.")
+
+
+def _floats(value: Any) -> Iterator[float]:
+    """The floating-point numbers in a setting, however deep in lists and objects."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _floats(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _floats(one)

@@ -63,6 +63,7 @@ class ObjectiveSettings:
     nan_rewards: str = option(
         "raise", "A reward that is not finite ends the run, or is taken for None.", choices=("raise", "abstain")
     )
+    reward_timeout: float | None = option(None, "Seconds that a reward function may take; unlimited if unset.", above=0)
     scale_rewards: str = option(
         "group",
         "Divide advantages by the deviation of rewards in the group, batch, or none.",

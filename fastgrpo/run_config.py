@@ -30,6 +30,13 @@ INHERITED = {
         ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed", "data_seed"),
         Limits(at_least=0),
     ),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "label_smoothing_factor"),
+        Limits(at_least=0, at_most=1),
+    ),
+    **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha"), Limits(above=0)),
+    **dict.fromkeys(("ddp_timeout", "dataloader_prefetch_factor", "save_total_limit"), Limits(at_least=1)),
+    "eval_delay": Limits(at_least=0),
     "max_steps": Limits(at_least=-1),
 }
 """What transformers does not check of its own settings."""
@@ -71,6 +78,11 @@ class RunConfig(TrainingArguments):
     )
     resume_from_checkpoint: str | None = option(
         None, "A checkpoint folder, or `last`: the newest of output_dir, from the start where there is none."
+    )
+
+    resume_changed: bool = option(False, "Resume though data, seed, batches or rewards changed.")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "What to do at a loss or gradients that are not finite.", choices=("stop", "skip")
     )
 
     # The model and its prompts
@@ -132,6 +144,8 @@ class RunConfig(TrainingArguments):
             self.dataloader_num_workers = 0 if self.use_cpu or not torch.cuda.is_available() else 2
         self._resolve_checkpointing()
         super().__post_init__()
+        # A reward function that changes the working directory would split the run over two folders.
+        self.output_dir: str = str(Path(self.output_dir).absolute())
         if self.engine == "reference":
             logger.warning("engine=reference is called plain now; plain is used.")
             self.engine = "plain"
@@ -253,6 +267,8 @@ class RunConfig(TrainingArguments):
             )
         _ = self.batch_plan  # raises where sizes do not divide
         _ = self.profiled_steps, self.model_kwargs, self.template_kwargs  # they raise when they cannot be read
+        if self.on_nonfinite == "skip" and self.deepspeed:
+            raise ValueError("on_nonfinite='skip': DeepSpeed steps by itself, so no step can be left out: use stop.")
         if self.torch_compile and self.engine == "fast":
             raise ValueError(
                 "torch_compile=True: no two packed micro-batches have one shape, so each would be compiled anew. Leave "

@@ -1,10 +1,14 @@
 """`fastgrpo train --num_processes N` starts its own processes, through accelerate's launcher."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,6 +17,8 @@ LAUNCH_FLAGS = (
     *("mixed_precision", "gpu_ids"),
 )
 """Flags, and keys of a YAML file, that are the launcher's."""
+SAVING_S = 120.0
+"""Longest to wait for processes that save a checkpoint on SIGTERM."""
 
 
 def launch(command: str, argv: Sequence[str]) -> bool:
@@ -41,8 +47,38 @@ def launch(command: str, argv: Sequence[str]) -> bool:
         for name, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
             flags += [] if name in wanted else [f"--{name}", value]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", "fastgrpo"]
-    if code := subprocess.call([*launcher, command, *rest]):
+    if code := _until_all_have_ended([*launcher, command, *rest]):
         raise SystemExit(code)
+    return True
+
+
+def _until_all_have_ended(command: Sequence[str]) -> int:
+    """Runs a launcher; SIGTERM and SIGINT go on to it and to all its processes. The exit code."""
+    launcher = subprocess.Popen(command, start_new_session=True)
+    received: list[int] = []
+
+    def pass_on(signum: int, _: Any) -> None:
+        received.append(signum)
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signum)
+
+    before = {one: signal.signal(one, pass_on) for one in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = launcher.wait()
+        deadline = time.monotonic() + SAVING_S
+        while received and time.monotonic() < deadline and _is_alive(launcher.pid):
+            time.sleep(0.1)  # accelerate's launcher of one process does not wait for that
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    return 128 + received[-1] if received else code
+
+
+def _is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
     return True
 
 

@@ -58,9 +58,7 @@ class RunArguments:
     dataset_test_split: str = option("test", "Its split for eval_strategy, without eval_dataset_name.")
     max_samples: int | None = option(None, "Train on the first rows only.", at_least=1)
     single_image_only: bool = option(False, "Leave out rows with several pictures.")
-    picture_folders: list[str] | None = option(
-        None, "Folders that pictures of data sets may lie in, beside the data set's own."
-    )
+    picture_folders: list[str] | None = option(None, "Other folders its pictures may lie in.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "float32", "Of the parameters and the optimizer; --bf16 sets what is computed in."
     )

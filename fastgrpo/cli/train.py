@@ -60,7 +60,6 @@ def run_training(config: RunConfig, script: RunArguments, build: Callable[..., A
     if config.load_best_model_at_end and config.eval_strategy == "no":
         raise ValueError("load_best_model_at_end=True needs evaluations to choose by: set eval_strategy.")
     require_writable(output_dir)
-    resuming = find_checkpoint(config.resume_from_checkpoint, output_dir) is not None
     rows, held_out = load_training_rows(script, config.seed), load_held_out(script, config.seed)
     eval_rows = None if config.eval_strategy == "no" else held_out or load_test_split(script, config.seed)
     trainer: RunTrainer = build(config, script, rows, eval_rows=eval_rows)
@@ -71,7 +70,7 @@ def run_training(config: RunConfig, script: RunArguments, build: Callable[..., A
         if held_out is not None and config.eval_strategy == "no":  # else the trainer has looked
             warn_of_shared_rows(rows, held_out)
     with nullcontext() if trainer.run_log is None else trainer.run_log.lock.held():
-        train_between_scores(trainer, script, held_out, resuming=resuming)
+        train_between_scores(trainer, script, held_out)
         if trainer.run_log is None:
             return {}
         summary = finish_run(output_dir, seed=config.seed, wall_s=time.perf_counter() - start)
@@ -80,15 +79,14 @@ def run_training(config: RunConfig, script: RunArguments, build: Callable[..., A
     return summary.to_json()
 
 
-def train_between_scores(
-    trainer: RunTrainer, script: RunArguments, held_out: RowDataset | None, *, resuming: bool
-) -> None:
+def train_between_scores(trainer: RunTrainer, script: RunArguments, held_out: RowDataset | None) -> None:
     """Scores the base on the held-out rows, trains, saves, scores again; without such rows, trains and saves."""
-    config, output_dir, is_main = trainer.config, Path(trainer.config.output_dir), trainer.is_world_process_zero()
-    if trainer.run_log is not None and not resuming:
-        trainer.run_log.start_over()
-    if is_main:
-        write_aside(output_dir / "settings.json", lambda path: path.write_text(_settings_json(config, script)))
+    config, output_dir = trainer.config, Path(trainer.config.output_dir)
+    resuming = trainer.checkpoint_to_resume(config.resume_from_checkpoint) is not None
+    if trainer.run_log is not None:
+        if not resuming:
+            trainer.run_log.start_over()
+        write_aside(output_dir / "settings.json", lambda path: path.write_text(_settings_json(trainer, script)))
     # What the main process finds: nodes may have disks of their own.
     has_before, *_ = _ranks(trainer).gather([(output_dir / "evals" / "before.json").exists()])
     if held_out is not None:
@@ -140,5 +138,6 @@ def _ranks(trainer: RunTrainer) -> Ranks:
     return Ranks(trainer.accelerator.process_index, trainer.accelerator.num_processes)
 
 
-def _settings_json(config: RunConfig, script: RunArguments) -> str:
-    return json.dumps(redacted({**config.to_dict(), **asdict(script)}), indent=2, default=str) + "\n"
+def _settings_json(trainer: RunTrainer, script: RunArguments) -> str:
+    run_id = {} if trainer.run_log is None else {"run_id": trainer.run_log.run_id()}
+    return json.dumps(redacted({**trainer.config.to_dict(), **asdict(script), **run_id}), indent=2, default=str) + "\n"

@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data and prompts": (
         *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "max_samples"),
-        *("single_image_only", "train_on_prompt", "max_length"),
+        *("single_image_only", "picture_folders", "train_on_prompt", "max_length"),
         *("min_pixels", "max_pixels", "prompt_mode", "prompt_template", "chat_template_kwargs", "max_prompt_length"),
         "shuffle_dataset",
     ),
@@ -51,13 +51,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "reward_model_name_or_path",
         "reward_weights",
         "scale_rewards",
+        "reward_timeout",
         "multi_objective_aggregation",
     ),
     "Batches and steps": (
         *("per_device_train_batch_size", "batch_unit", "gradient_accumulation_steps", "generation_batch_size"),
         *("steps_per_generation", "num_iterations", "num_train_epochs", "max_steps", "learning_rate"),
         *("lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm"),
-        "seed",
+        *("on_nonfinite", "seed"),
     ),
     "Rollouts": (
         *("num_generations", "num_generations_eval", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
@@ -83,7 +84,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Output": (
         *("output_dir", "run_name", "report_to", "logging_steps", "log_completions", "log_multimodal"),
         *("num_completions_to_print", "save_steps", "save_total_limit", "save_only_model", "resume_from_checkpoint"),
-        "profile_steps",
+        *("resume_changed", "profile_steps"),
     ),
 }
 """Title → flags, of which a command has most. A flag of ours that no group names comes under `FURTHER`."""

@@ -66,7 +66,7 @@ def decode_image(value: Any, folders: Folders = None) -> Image.Image:
     except UnidentifiedImageError as error:  # PIL's own message holds an address in memory
         if isinstance(value, str) and isinstance(source, bytes):
             raise RowError(f"image {_short(value)} is neither a file nor a picture in base64") from error
-        raise RowError("image cannot be decoded: its format is none of " + ", ".join(FORMATS)) from error
+        raise RowError("image cannot be decoded: its format is unknown, or none of " + ", ".join(FORMATS)) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, …
         raise RowError(f"image cannot be decoded: {type(error).__name__}: {error}") from error
 

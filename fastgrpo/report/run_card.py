@@ -12,7 +12,9 @@ from fastgrpo.report.headline import versions_of
 from fastgrpo.report.run import Run
 from fastgrpo.sft_config import SFTConfig
 
-_OF_THIS_MACHINE = frozenset({"output_dir", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank"})
+_OF_THIS_MACHINE = frozenset(
+    {"output_dir", "run_id", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank"}
+)
 
 
 def run_card(run: Run) -> dict[str, Any]:

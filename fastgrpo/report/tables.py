@@ -9,7 +9,9 @@ from fastgrpo.report.formats import count, duration, percent
 from fastgrpo.report.headline import Form, pass_name, spread
 from fastgrpo.report.run import Run, flatten
 
-_OWN_SETTINGS = frozenset({"seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint"})
+_OWN_SETTINGS = frozenset(
+    {"seed", "data_seed", "output_dir", "run_name", "run_id", "logging_dir", "resume_from_checkpoint"}
+)
 """Settings in which runs that differ by seed alone may differ."""
 Rows = list[list[str]]
 

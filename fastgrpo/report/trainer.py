@@ -28,6 +28,7 @@ class SummedUp(RunTrainer):
     def run_begins(self) -> None:
         """Writes settings.json."""
         settings = self.config.to_dict() | {
+            "run_id": self.run_log.run_id() if self.run_log else None,
             "model_name_or_path": getattr(self.model.config, "_name_or_path", None),
             **({"reward_funcs": self.reward_names} if self.reward_names else {}),
         }

@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastgrpo.rewards import (
     reasoning_accuracy_reward,
     think_format_reward,
 )
+from fastgrpo.scoring.guard import Watch, awaited
 from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format, token_length
 from fastgrpo.types import Prompt, Rollout
 
@@ -116,6 +117,7 @@ def score(
     log_extra: Callable[..., None] | None = None,
     log_metric: Callable[..., None] | None = None,
     nan_rewards: str = "raise",
+    timeout: float | None = None,
 ) -> Tensor:
     """[completions, F] float32: what each function says of each completion, group by group; NaN where it abstained.
 
@@ -124,13 +126,15 @@ def score(
     Args:
         trainer_state, log_extra, log_metric: handed through to the functions.
         nan_rewards: "abstain" takes a reward that is not finite for None; "raise" does not.
+        timeout: seconds that one function may take; None: as long as it takes.
 
     Raises:
-        ValueError: a function raised, or returned something else than one finite number or None per completion.
+        ValueError: a function raised, took too long, or returned something else than one finite number or None per
+            completion.
     """
     places = [(completion.row_id, completion.index) for _, completions in groups for completion in completions]
     handed = {"trainer_state": trainer_state, "log_extra": log_extra or _ignore, "log_metric": log_metric or _ignore}
-    return call_functions(reward_functions, {**reward_arguments(groups), **handed}, places, nan_rewards)
+    return call_functions(reward_functions, {**reward_arguments(groups), **handed}, places, nan_rewards, timeout)
 
 
 def call_functions(
@@ -138,16 +142,17 @@ def call_functions(
     arguments: Mapping[str, Any],
     places: Sequence[tuple[int, int]],
     nan_rewards: str = "raise",
+    timeout: float | None = None,
 ) -> Tensor:
     """As `score`, from the functions' keyword arguments; `places` are the completions' rows and indices within."""
     count = len(places)
     if not count:  # every row of the batch was skipped
         return torch.zeros(0, len(reward_functions))
-    results = [_call(function, arguments) for function in reward_functions]
+    results = [_call(function, arguments, timeout) for function in reward_functions]
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if pending:
-        awaited = _await_all([(reward_functions[i], results[i]) for i in pending], count)
-        for i, result in zip(pending, awaited, strict=True):
+        finished = _await_all([(reward_functions[i], results[i]) for i in pending], count, timeout)
+        for i, result in zip(pending, finished, strict=True):
             results[i] = result
     columns = [
         _validated(reward_name(function), result, places, nan_rewards)
@@ -195,22 +200,28 @@ def _ignore(*_: Any, **__: Any) -> None:
     pass
 
 
-def _call(function: RewardFunction, arguments: Mapping[str, Any]) -> Any:
-    try:
-        return function(**arguments)
-    except Exception as error:
-        raise _failure(function, error, len(arguments["completions"])) from error
-
-
-def _await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int) -> list[Any]:
-    async def finish(function: RewardFunction, result: Any) -> Any:
+def _call(function: RewardFunction, arguments: Mapping[str, Any], timeout: float | None) -> Any:
+    own = {name: _copied(value) for name, value in arguments.items()}
+    with Watch(reward_name(function), timeout).calling():
         try:
-            return await result
+            return function(**own)
         except Exception as error:
-            raise _failure(function, error, count) from error
+            raise _failure(function, error, len(arguments["completions"])) from error
 
+
+def _copied(value: Any) -> Any:
+    """Lists of its own for each function, whatever it does with them."""
+    return [list(one) if type(one) is list else one for one in value] if type(value) is list else value
+
+
+def _await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int, timeout: float | None) -> list[Any]:
     async def finish_all() -> list[Any]:
-        return await asyncio.gather(*(finish(function, result) for function, result in pending))
+        return await asyncio.gather(
+            *(
+                awaited(result, Watch(reward_name(function), timeout), partial(_failure, function, count=count))
+                for function, result in pending
+            )
+        )
 
     return asyncio.run_coroutine_threadsafe(finish_all(), _event_loop()).result()
 

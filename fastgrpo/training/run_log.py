@@ -4,6 +4,8 @@ import json
 import logging
 import math
 import os
+import re
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from itertools import count
@@ -14,19 +16,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastgrpo.atomic_files import write_aside
+from fastgrpo.training.checkpoints import checkpoints_of
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
 OF_A_RUN = (
-    *("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "settings.json", "checkpoint-*"),
+    *("metrics.jsonl", "completions", "evals", "summary.json", "report.html", "settings.json", "run_id"),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer*", "chat_template.jinja", "training_args.bin", "adapter_config.json", "README.md", "trace.json"),
     "runs/*/events.out.tfevents.*",
 )
-"""What a run leaves in its folder: logs and TensorBoard's, checkpoints, the trained model and its card. Anything else
-there is the user's."""
+"""What a run leaves in its folder beside checkpoints: logs and TensorBoard's, the trained model and its card. Anything
+else there is the user's."""
+MOVING = ".moving.json"
+"""What is being moved aside, and where to: a kill amid that leaves it to the next start."""
 
 
 class RunLog:
@@ -44,9 +49,25 @@ class RunLog:
 
     def start_over(self) -> None:
         """Moves what an earlier run left in the folder into previous-N/, so that nothing is lost or mixed."""
+        self.finish_moving()
         if not self.metrics_file.exists():
             return
-        self._move_aside([path for pattern in OF_A_RUN for path in self.folder.glob(pattern)])
+        of_run = [path for pattern in OF_A_RUN for path in self.folder.glob(pattern)]
+        self._move_aside([*of_run, *checkpoints_of(self.folder).values()])
+
+    def run_id(self) -> str:
+        """The random name of the run in this folder, given when it is first asked for."""
+        if known := self.known_run_id():
+            return known
+        made = secrets.token_hex(8)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.folder / "run_id", lambda path: path.write_text(made + "\n"))
+        return made
+
+    def known_run_id(self) -> str | None:
+        """That name, where there is one."""
+        file = self.folder / "run_id"
+        return file.read_text(errors="replace").strip() or None if file.is_file() else None
 
     def continue_after(self, step: int) -> None:
         """Drops what was logged after `step`: those steps will run, and be logged, again.
@@ -54,33 +75,48 @@ class RunLog:
         Checkpoints of later steps, a branch that is left by resuming from an earlier one, move to previous-N/.
         """
         if self.metrics_file.exists():
-            kept = [line for line in self.metrics_file.read_text().splitlines() if _step_of(line) <= step]
-            write_aside(self.metrics_file, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+            kept = [line for line in self.metrics_file.read_bytes().splitlines() if _step_of(line) <= step]
+            write_aside(self.metrics_file, lambda path: path.write_bytes(b"".join(line + b"\n" for line in kept)))
         for path in self.completions_folder.glob("completions_*.parquet"):
-            if int(path.stem.split("_")[1]) > step:
+            if (found := re.fullmatch(r"completions_(\d+)", path.stem)) and int(found[1]) > step:
                 path.unlink()
-        later = [path for path in self.folder.glob("checkpoint-*") if int(path.name.split("-")[1]) > step]
+        later = [path for number, path in checkpoints_of(self.folder).items() if number > step]
         if later:
             self._move_aside(later)
 
     def _move_aside(self, paths: Sequence[Path]) -> None:
-        candidates = (self.folder / f"previous-{number}" for number in count(1))
-        aside = next(path for path in candidates if not path.exists())
-        aside.mkdir()
-        for path in paths:
-            moved = aside / path.relative_to(self.folder)
+        candidates = (f"previous-{number}" for number in count(1))
+        aside = next(name for name in candidates if not (self.folder / name).exists())
+        plan = {"to": aside, "paths": [str(path.relative_to(self.folder)) for path in paths]}
+        write_aside(self.folder / MOVING, lambda path: path.write_text(json.dumps(plan)))
+        self.finish_moving()
+
+    def finish_moving(self) -> None:
+        """Moves what is still to be moved aside, also of a start that was killed amid it."""
+        if not (self.folder / MOVING).is_file():
+            return
+        plan = json.loads((self.folder / MOVING).read_text())
+        aside = self.folder / plan["to"]
+        for name in plan["paths"]:
+            path, moved = self.folder / name, aside / name
+            if not path.exists() or Path(name).is_absolute() or ".." in Path(name).parts:
+                continue
             moved.parent.mkdir(parents=True, exist_ok=True)
             path.rename(moved)
             if path.parent != self.folder and not any(path.parent.iterdir()):
                 path.parent.rmdir()  # TensorBoard would list it still
+        (self.folder / MOVING).unlink()
         logger.warning("%s held an earlier run: moved to %s", self.folder, aside)
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one line and hands it to the operating system, so that it outlives this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.metrics_file.open("a") as file:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        try:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:  # a full disk is told without the file's name
+            raise OSError(error.errno, error.strerror, str(self.metrics_file)) from error
 
     def last_metrics(self, steps: int) -> list[dict[str, Any]]:
         """The lines of the last steps."""
@@ -116,8 +152,8 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")  # a line cut off by a crash belongs to no finished step

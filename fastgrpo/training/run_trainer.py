@@ -1,10 +1,11 @@
 """A trainer with a run folder, whatever it trains by: logs, lock, checkpoints that resume, the model's card."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -12,17 +13,20 @@ from transformers.trainer_utils import TrainOutput
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import Rows
 from fastgrpo.run_config import RunConfig
-from fastgrpo.training.checkpoints import find_checkpoint, load_state
+from fastgrpo.training.checkpoints import NOT_RESUMING, find_checkpoint, load_state
+from fastgrpo.training.guarded_steps import GuardedSteps
 from fastgrpo.training.model_card import RunFacts, write_model_card
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
 from fastgrpo.training.rows import build_loader
 from fastgrpo.training.run_log import RunLog
+from fastgrpo.training.same_run import facts_of, require_same_run
 from fastgrpo.training.step_log import StepLog
-from fastgrpo.training.transformers_hooks import TransformersHooks
 from fastgrpo.types import Engine
 
+Found = TypeVar("Found")
 
-class RunTrainer(TransformersHooks):
+
+class RunTrainer(GuardedSteps):
     """What GRPO and supervised fine-tuning share around their steps.
 
     A subclass sets `config` and `rows` before it calls this constructor (that of transformers' Trainer), `step_log`
@@ -81,18 +85,22 @@ class RunTrainer(TransformersHooks):
         Raises:
             ValueError: no such checkpoint, or another run is writing into the output folder.
         """
-        with nullcontext() if self.run_log is None else self.run_log.lock.held():
+        with nullcontext() if self.run_log is None else self.run_log.lock.held(), self.heeding_sigterm():
             checkpoint = self.begin(resume_from_checkpoint or self.config.resume_from_checkpoint)
             try:
-                return super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+                output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
+                self.require_finite_weights()
+                return output
             finally:
                 self.display.close()
 
     def begin(self, resume: str | bool | None) -> Path | None:
         """Clears the output folder, or cuts its logs back to the checkpoint that the run goes on from: returned."""
         output_dir = Path(self.config.output_dir)
-        checkpoint = find_checkpoint(resume, output_dir)
+        checkpoint = self.checkpoint_to_resume(resume, whole=True)
         state = load_state(checkpoint)
+        if checkpoint is not None:
+            require_same_run(checkpoint, state, self.facts(), self.config)
         self.step_log.start(state)
         self.restore(checkpoint)
         if self.run_log is not None:
@@ -101,15 +109,45 @@ class RunTrainer(TransformersHooks):
             else:
                 self.run_log.start_over()
             self.run_begins()
-        self.accelerator.wait_for_everyone()
+        self.run_id = self.on_main(lambda: "" if self.run_log is None else self.run_log.run_id())
         self.step_log.figures.measure_ceiling()
         return checkpoint
+
+    def checkpoint_to_resume(self, resume: str | bool | None, *, whole: bool = False) -> Path | None:
+        """What `find_checkpoint` finds on the main process, told to all ranks."""
+
+        def find() -> Path | None:
+            if self.run_log is None or resume in NOT_RESUMING:
+                return None
+            self.run_log.finish_moving()  # else an earlier run's checkpoints would be taken for this one's
+            return find_checkpoint(resume, self.run_log.folder, run_id=self.run_log.known_run_id(), whole=whole)
+
+        return self.on_main(find)
+
+    def on_main(self, find: Callable[[], Found]) -> Found:
+        """What the main process finds, on every rank; its ValueError too."""
+        told: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                told[0] = find()
+            except ValueError as error:
+                told[1] = str(error)
+        broadcast_object_list(told)
+        if told[1] is not None:
+            raise ValueError(told[1])
+        found: Found = told[0]
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What makes the run the run it is."""
+        return facts_of(self.config, self.rows, self.model, self.method, self.reward_names)
 
     def state_to_save(self) -> dict[str, Any]:
         """What `train` needs, beside transformers' own state, to continue."""
         if self.run_log is not None:
             self.run_log.sync()  # a checkpoint never knows of steps that the log lost
-        return {"step": self.state.global_step, **self.step_log.state()}
+        about = {"facts": self.facts(), "settings": self.config.to_dict()}
+        return {"step": self.state.global_step, **about, **self.step_log.state()}
 
     def write_card(self, folder: Path, scores: Mapping[str, float | None] | None = None) -> None:
         """Writes README.md beside a saved model; `scores` are figures on held-out rows, by what they are."""

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from fastgrpo.atomic_files import publish, remove
 from fastgrpo.model.load import load_weights
-from fastgrpo.training.checkpoints import ASIDE, load_state, save_state
+from fastgrpo.training.checkpoints import ASIDE, load_state, reading, rotate, save_state
+from fastgrpo.training.manifest import write_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +84,8 @@ class TransformersHooks(TimedSteps):
     has_gradients = True
     """Whether the step under way left any; a subclass's `take_step` says so."""
     _saving_aside = False
+    run_id = ""
+    """The run that checkpoints say they belong to."""
 
     # What a subclass brings
 
@@ -181,13 +183,12 @@ class TransformersHooks(TimedSteps):
                 self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
                 self.state.save_to_json(str(aside / "trainer_state.json"))
             save_state(aside, {**self.state_to_save(), "sharding": self._sharding()})
+            write_manifest(aside, self.run_id)
             publish(aside, output_dir / name)
             remove(output_dir / ASIDE)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(output_dir / name))
-            rotate_checkpoints(
-                str(output_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False
-            )
+            rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -236,10 +237,19 @@ class TransformersHooks(TimedSteps):
                 f"{resume_from_checkpoint} holds no whole weights. Save with stage3_gather_16bit_weights_on_model_save "
                 "in the DeepSpeed config, or resume under the stage and on the ranks it was saved with."
             )
-        if model is None and isinstance(self.model, PreTrainedModel):
-            load_weights(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading(resume_from_checkpoint):
+            if model is None and isinstance(self.model, PreTrainedModel):
+                load_weights(self.model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

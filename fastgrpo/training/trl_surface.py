@@ -118,7 +118,13 @@ class TRLSurface(TRLFunctions, RunTrainer):
     def rewards_of(self, rollouts: Sequence[Rollout]) -> Tensor:
         """[completions, F] float32 of this rank's completions; NaN where a function abstained."""
         if type(self)._calculate_rewards is TRLSurface._calculate_rewards:
-            return score(rollouts, self.reward_functions, **self._handed(), nan_rewards=self.config.nan_rewards)
+            return score(
+                rollouts,
+                self.reward_functions,
+                **self._handed(),
+                nan_rewards=self.config.nan_rewards,
+                timeout=self.config.reward_timeout,
+            )
         columns = reward_arguments(rollouts)
         prompts, completions, ids = (columns.pop(name) for name in ("prompts", "completions", "completion_ids"))
         columns.pop("prompt_texts")
@@ -138,7 +144,13 @@ class TRLSurface(TRLFunctions, RunTrainer):
         columns = {name: [row[name] for row in inputs] for name in (inputs[0] if inputs else ()) if name not in taken}
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
         places = [(i, 0) for i in range(len(prompts))]
-        mine = call_functions(self.reward_functions, {**arguments, **self._handed()}, places, self.config.nan_rewards)
+        mine = call_functions(
+            self.reward_functions,
+            {**arguments, **self._handed()},
+            places,
+            self.config.nan_rewards,
+            self.config.reward_timeout,
+        )
         return torch.tensor(gather_object(mine.tolist())).view(-1, len(self.reward_functions))
 
     def _handed(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,21 @@ def test_without_a_gpu_a_run_is_on_the_cpu(tmp_path: Path, monkeypatch: pytest.M
 def test_the_plain_engine_is_still_found_under_its_old_name(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert make(engine="reference").engine == "plain"
     assert warnings_of(caplog) == ["engine=reference is called plain now; plain is used."]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "beta")
+          for value in (math.nan, math.inf, -1.0)),
+        *((name, math.nan) for name in ("temperature", "top_p", "adam_beta1", "entropy_coef", "vespo_k_pos")),
+        ("reward_weights", [1.0, math.nan]), ("reward_weights", [math.inf]), ("save_steps", 0),
+        ("num_generations_eval", 0), ("adam_beta2", 1.5), ("adam_epsilon", 0.0), ("ddp_timeout", 0), ("eval_delay", -1),
+        ("label_smoothing_factor", 2.0), ("neftune_noise_alpha", -1.0), ("neftune_noise_alpha", math.inf),
+        ("reward_timeout", 0.0), ("reward_timeout", math.inf), ("on_nonfinite", "ignore"),
+        ("lr_scheduler_kwargs", {"min_lr": math.nan}), ("learning_rate", "fast"), ("learning_rate", [1e-6]),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_in_one_place(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=.* is not valid: use "):
+        GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], **{name: value})

@@ -44,7 +44,7 @@ def test_secrets_are_hidden_by_value_wherever_they_stand(monkeypatch: pytest.Mon
     assert found["run_name"] == "with (hidden) in it"
     assert found["model_init_kwargs"] == {
         "proxies": {"https": "https://(hidden)@proxy:80"},
-        "list": ["Bearer (hidden)"],
+        "list": ["by (hidden)"],
     }
     assert found["note"] == "(hidden)"
 

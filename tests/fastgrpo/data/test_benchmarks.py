@@ -43,8 +43,9 @@ def test_statements_from_json(tmp_path: Path, suffix: str) -> None:
     text = json.dumps(records) if suffix == ".json" else "\n".join(map(json.dumps, records))
     (tmp_path / f"vsr{suffix}").write_text(text)
     rows = load_benchmark("vsr", str(tmp_path / f"vsr{suffix}"))
-    assert (rows.schema, len(rows), rows.folder) == ("vsr", 4, tmp_path)
-    assert load_benchmark("vsr", str(tmp_path), pictures=tmp_path / "pictures").folder == tmp_path / "pictures"
+    assert (rows.schema, len(rows), (rows.folders or [None])[0]) == ("vsr", 4, tmp_path)
+    folders = load_benchmark("vsr", str(tmp_path), pictures=tmp_path / "pictures").folders or ()
+    assert folders[:2] == (tmp_path / "pictures", tmp_path)
 
 
 def test_a_folder_with_one_split_of_another_name(tmp_path: Path, cvbench_file: Path, sat_file: Path) -> None:

@@ -200,7 +200,7 @@ def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     eps = saved(Image.new("RGB", (4, 4), "red"), "EPS")
-    with pytest.raises(RowError, match="its format is none of PNG, JPEG"):
+    with pytest.raises(RowError, match="its format is unknown, or none of PNG, JPEG"):
         decode_image(eps)
     with pytest.raises(RowError, match="image is of the format EPS: save it as PNG or JPEG"):
         decode_image(Image.open(io.BytesIO(eps)))

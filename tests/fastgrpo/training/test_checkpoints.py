@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgrpo.training.checkpoints import find_checkpoint, load_state, save_state
+from fastgrpo.training.checkpoints import checkpoints_of, find_checkpoint, load_state, rotate, save_state
 
 
 def make_checkpoint(folder: Path, *files: str) -> Path:
@@ -66,3 +66,34 @@ def test_state_round_trip(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "fastgrpo_state.json").read_text()) == state
     assert load_state(None) == {}
     assert load_state(tmp_path / "none") == {}
+
+
+def test_what_only_looks_like_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    others = {"checkpoint-best", "checkpoint-3-copy", "checkpoint-", "my-checkpoint-4"}
+    for name in ("checkpoint-2", "checkpoint-10", *others):
+        make_checkpoint(tmp_path / name, *RESUMABLE)
+    (tmp_path / "checkpoint-99").write_text("a file")
+    assert list(checkpoints_of(tmp_path)) == [2, 10]
+    assert find_checkpoint("last", tmp_path) == tmp_path / "checkpoint-10"
+    rotate(tmp_path, 1, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-10", "checkpoint-99", *others}
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, None, [1, 2, 3, 4]),
+        (2, None, [3, 4]),
+        (2, 1, [1, 4]),
+        (1, 1, [1, 4]),
+        (1, 4, [4]),
+        (9, None, [1, 2, 3, 4]),
+    ],
+)
+def test_rotation_keeps_the_newest_and_the_best(
+    tmp_path: Path, limit: int | None, best: int | None, kept: list[int]
+) -> None:
+    for number in (1, 2, 3, 4):
+        make_checkpoint(tmp_path / f"checkpoint-{number}", *RESUMABLE)
+    rotate(tmp_path, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert list(checkpoints_of(tmp_path)) == kept

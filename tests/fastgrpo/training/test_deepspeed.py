@@ -163,7 +163,7 @@ def trainer_alone(model: Path, data: Path, out: Path) -> GRPOTrainer:
     config = GRPOConfig(
         output_dir=str(out), use_cpu=True, report_to=[], save_strategy="no", max_steps=3, num_generations=4,
         per_device_train_batch_size=4, max_completion_length=4, learning_rate=0.01, warmup_steps=6,
-        lr_scheduler_type="constant_with_warmup", disable_tqdm=True,
+        lr_scheduler_type="constant_with_warmup", disable_tqdm=True, resume_changed=True,
     )  # fmt: skip
     return GRPOTrainer(str(model), "length", config, load_rows(str(data)))
 
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_zero_3_goes_on_without_deepspeed(
     assert step["learning_rate"] == pytest.approx(0.01 * 2 / 6), "the third of a warm-up that starts at 0"
     assert set(rates) == {step["learning_rate"]}, "not only said: the step is taken with it"
     pieces = tmp_path / "pieces"
-    shutil.copytree(checkpoint, pieces, ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree(checkpoint, pieces, ignore=shutil.ignore_patterns("model.safetensors", "manifest.json"))
     with pytest.raises(ValueError, match="holds no whole weights"):
         trainer_alone(tiny_model_dir, sat_file, tmp_path / "run").train(resume_from_checkpoint=str(pieces))
 

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,23 @@ def test_a_reference_of_a_partitioned_model_is_refused(tmp_path: Path) -> None:
     config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.04)
     with pytest.raises(ValueError, match=r"beta=0.04 needs a frozen copy"):
         resolve_model(model, config, None)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_that_started_the_ranks(tiny_model_dir: Path, sat_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(sat_file), "--output_dir", str(out)]
+    flags += ["--use_cpu", "--max_steps", "500", "--max_completion_length", "4", "--report_to", "none"]
+    flags += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--num_processes", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (tmp_path / "log.txt").open("w") as log:
+        command = [sys.executable, "-m", "fastgrpo", "train", *flags]
+        running = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    while not (out / "metrics.jsonl").exists() and running.poll() is None:
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait(240) == 143, (tmp_path / "log.txt").read_text()
+    (checkpoint,) = out.glob("checkpoint-*")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert checkpoint.name == f"checkpoint-{steps[-1]}"
+    assert (checkpoint / "manifest.json").is_file()

@@ -207,6 +207,7 @@ def test_a_rollout_that_cannot_be_taken_over_is_drawn_anew_in_its_place(
     more = ["--num_iterations", "2", "--save_steps", "3"]
     run(flags(tmp_path, "--max_steps", "3", *more))
     shutil.rmtree(tmp_path / "checkpoint-3" / "rollout")
+    (tmp_path / "checkpoint-3" / "manifest.json").unlink()  # which would call it missing
     run(flags(tmp_path, "--max_steps", "6", *more, "--resume_from_checkpoint"))
     drawn = {file: {row["row_id"] for row in rows} for file, rows in completions_of(tmp_path).items()}
     assert sorted(drawn) == [f"completions_{step:05d}.parquet" for step in (1, 3, 4, 5)]

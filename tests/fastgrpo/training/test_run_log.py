@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,60 @@ def test_start_over_in_a_folder_without_a_run_moves_nothing(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("a model's")
     RunLog(tmp_path).start_over()
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_stray_files_neither_stop_a_resume_nor_are_touched(tmp_path: Path) -> None:
+    log = run_of(tmp_path, 3)
+    stray = [
+        "completions/completions_copy.parquet",
+        "completions/completions_00003 (1).parquet",
+        "checkpoint-best/model",
+    ]
+    for name in stray:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    lines = log.metrics_file.read_bytes().splitlines()
+    log.metrics_file.write_bytes(
+        b"\n".join([lines[0], b"\0\0", b"\xff\xfe", b"7", b"[1]", b"null", *lines[1:]]) + b"\n"
+    )
+    log.continue_after(2)
+    assert steps_in(tmp_path) == [1, 2]
+    assert all((tmp_path / name).read_text() == "mine" for name in stray)
+    assert not list(tmp_path.glob("previous-*"))
+
+
+def test_moving_that_was_killed_is_finished_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for moved_before_the_kill in range(5):
+        folder = tmp_path / str(moved_before_the_kill)
+        log = run_of(folder, 2)
+        old = log.run_id()
+        (folder / "checkpoint-2").mkdir()
+        (folder / "checkpoint-2" / "optimizer.pt").write_text("o")
+        left = [moved_before_the_kill]
+        rename = Path.rename
+
+        def renamed(path: Path, to: Path, left: list[int] = left, rename: Any = rename) -> Path:
+            if "previous-1" in str(to):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+            return rename(path, to)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "rename", renamed)
+            log.start_over()
+        RunLog(folder).finish_moving()
+        assert sorted(path.name for path in folder.iterdir()) == ["previous-1"]
+        assert steps_in(folder / "previous-1") == [1, 2]
+        assert (folder / "previous-1" / "checkpoint-2" / "optimizer.pt").read_text() == "o"
+        assert RunLog(folder).known_run_id() is None
+        assert RunLog(folder).run_id() != old
+
+
+def test_what_is_to_be_moved_lies_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "run").mkdir()
+    plan = {"to": "previous-1", "paths": ["../other", str(tmp_path / "other")]}
+    (tmp_path / "run" / ".moving.json").write_text(json.dumps(plan))
+    RunLog(tmp_path / "run").finish_moving()
+    assert (tmp_path / "other").read_text() == "kept"

@@ -112,6 +112,7 @@ def test_a_resumed_run_has_the_same_reference(build: Any, tmp_path: Path) -> Non
     assert kl_of(tmp_path / "stopped") == kl_of(tmp_path / "whole")
 
     shutil.rmtree(tmp_path / "forgetful" / "checkpoint-3" / "reference")
+    (tmp_path / "forgetful" / "checkpoint-3" / "manifest.json").unlink()  # which would call it missing
     build("forgetful", max_steps=5, **settings).train(resume_from_checkpoint=True)
     assert kl_of(tmp_path / "forgetful")[3:] != kl_of(tmp_path / "whole")[3:], "the reference is part of the state"
 
