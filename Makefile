@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Each test runs on one thread: a process a core, a file in one process.
 PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: install install-bench demo test test-all lint format bench bench-gate aot clean
+.PHONY: install install-bench demo test test-all campaign lint format bench bench-gate aot clean
 
 install: $(VENV)/.installed
 
@@ -39,6 +39,11 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# Kills runs at random instants, some 20 minutes: `make campaign CAMPAIGN_KILLS=40` is shorter.
+CAMPAIGN_KILLS ?= 240
+campaign: install
+	CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) $(BIN)/python -m pytest tests/campaign
 
 lint: install
 	$(BIN)/ruff check .
