@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgrpo.config import GRPOConfig
     from fastgrpo.report.trainer import GRPOTrainer, SFTTrainer
-    from fastgrpo.script_arguments import (
+    from fastgrpo.settings.script_arguments import (
         DatasetMixtureConfig,
         ModelConfig,
         ScriptArguments,
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         get_peft_config,
         get_quantization_config,
     )
-    from fastgrpo.sft_config import SFTConfig
+    from fastgrpo.settings.sft_config import SFTConfig
 
 __version__ = "0.1.0"
 
@@ -39,14 +39,14 @@ __all__ = [
 _MODULES = {
     "GRPOConfig": "fastgrpo.config",
     "GRPOTrainer": "fastgrpo.report.trainer",
-    "SFTConfig": "fastgrpo.sft_config",
+    "SFTConfig": "fastgrpo.settings.sft_config",
     "SFTTrainer": "fastgrpo.report.trainer",
 }
-"""Where a public name is, if not in `fastgrpo.script_arguments`."""
+"""Where a public name is, if not in `fastgrpo.settings.script_arguments`."""
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: the command line starts without torch."""
     if name not in __all__:
         raise AttributeError(f"module 'fastgrpo' has no attribute {name!r}")
-    return getattr(import_module(_MODULES.get(name, "fastgrpo.script_arguments")), name)
+    return getattr(import_module(_MODULES.get(name, "fastgrpo.settings.script_arguments")), name)

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from fastgrpo.batch_plan import BatchPlan, whole_steps
-from fastgrpo.limits import option
-from fastgrpo.objective_settings import LOSS_TYPES, ObjectiveSettings
-from fastgrpo.run_config import RunConfig, parsed
-from fastgrpo.trl_fields import TRLFields
+from fastgrpo.settings.batch_plan import BatchPlan, whole_steps
+from fastgrpo.settings.limits import option
+from fastgrpo.settings.objective_settings import LOSS_TYPES, ObjectiveSettings
+from fastgrpo.settings.run_config import RunConfig, parsed
+from fastgrpo.settings.trl_fields import TRLFields
 
 __all__ = ["LOSS_TYPES", "GRPOConfig"]
 

@@ -10,12 +10,12 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from fastgrpo.batch_plan import PartialGroupsError
 from fastgrpo.cli.launch import LAUNCH_FLAGS
 from fastgrpo.cli.run_arguments import ScriptArguments, SFTArguments
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
-from fastgrpo.sft_config import SFTConfig
+from fastgrpo.settings.batch_plan import PartialGroupsError
+from fastgrpo.settings.sft_config import SFTConfig
 
 logger = logging.get_logger(__name__)
 

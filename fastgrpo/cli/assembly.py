@@ -17,10 +17,10 @@ from fastgrpo.data.row_dataset import RowDataset
 from fastgrpo.model.adapters import adapter_base
 from fastgrpo.model.load import load_policy, load_processing
 from fastgrpo.model.quantized import quantized_loading
-from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.rewards import resolve_reward_functions
-from fastgrpo.script_arguments import ModelConfig, get_quantization_config
-from fastgrpo.sft_config import SFTConfig
+from fastgrpo.settings.run_config import RunConfig
+from fastgrpo.settings.script_arguments import ModelConfig, get_quantization_config
+from fastgrpo.settings.sft_config import SFTConfig
 from fastgrpo.training.sft import SFTTrainer
 from fastgrpo.training.trainer import GRPOTrainer
 

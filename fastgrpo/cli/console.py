@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastgrpo.terminal import Terminal
+from fastgrpo.safe_text.terminal import Terminal
 
 console = Terminal(stderr=True)
 

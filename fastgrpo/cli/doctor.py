@@ -10,8 +10,8 @@ import torch
 from rich.table import Table
 
 from fastgrpo.cli.options import Parser
-from fastgrpo.terminal import Terminal
-from fastgrpo.trl_settings import trl_settings
+from fastgrpo.safe_text.terminal import Terminal
+from fastgrpo.settings.trl_settings import trl_settings
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fastgrpo.cli.console import say
 from fastgrpo.cli.inference import MODEL_HELP, Inference, add_model_options, load_inference
 from fastgrpo.cli.options import Parser, at_least, between
-from fastgrpo.inert import inert
+from fastgrpo.safe_text.inert import inert
 
 if TYPE_CHECKING:
     from fastgrpo.types import Completion, SamplingParams

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from fastgrpo import __version__
 from fastgrpo.cli.suggestions import did_you_mean
-from fastgrpo.inert import inert
+from fastgrpo.safe_text.inert import inert
 
 COMMANDS = {
     "train": ("train a model with GRPO", "fastgrpo train --help lists the flags"),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from transformers.utils import logging
 
 from fastgrpo.cli.options import require_no_splits
-from fastgrpo.limits import check_limits, option
+from fastgrpo.settings.limits import check_limits, option
 
 logger = logging.get_logger(__name__)
 

@@ -17,7 +17,7 @@ from fastgrpo.evaluation.judge import Judge
 from fastgrpo.evaluation.refusals import FreeAnswers, RefusalEvaluation, ask_freely, judge_answers, write_refusals
 from fastgrpo.report.comparison import write_comparison
 from fastgrpo.report.refusals import refusal_groups, refusal_tests, write_refusal_page
-from fastgrpo.terminal import Terminal
+from fastgrpo.safe_text.terminal import Terminal
 from fastgrpo.types import SkippedRow
 
 

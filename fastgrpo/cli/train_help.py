@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 
 from fastgrpo.cli.run_arguments import MAPPED, ScriptArguments, SFTArguments
 from fastgrpo.config import GRPOConfig
-from fastgrpo.sft_config import SFTConfig
-from fastgrpo.trl_fields import FOREIGN
+from fastgrpo.settings.sft_config import SFTConfig
+from fastgrpo.settings.trl_fields import FOREIGN
 
 HELP_WIDTH = 120
 

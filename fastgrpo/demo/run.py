@@ -16,7 +16,7 @@ from fastgrpo.data.loading import load_rows
 from fastgrpo.demo.base_model import BASE_MODEL_PATH
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
-from fastgrpo.terminal import Terminal
+from fastgrpo.safe_text.terminal import Terminal
 
 SETTINGS = Path(__file__).parent / "demo.yaml"
 DEMO_STEPS = 200

@@ -10,7 +10,7 @@ from typing import Any
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.cli.arguments import as_flags
 from fastgrpo.lab.config import Arm, Lab
-from fastgrpo.redaction import redacted
+from fastgrpo.safe_text.redaction import redacted
 
 SETTINGS_FILE = "lab_settings.json"
 """What a run was started with: settings of the same arm that differ belong to another run."""

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo.model.segments import Segments
-from fastgrpo.run_config import ATTN_BACKENDS
+from fastgrpo.settings.run_config import ATTN_BACKENDS
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 
 
 def quantized_loading(quantization_config: Any, config: RunConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from fastgrpo.profile.page import write_page
 from fastgrpo.profile.sides import start
 from fastgrpo.profile.trl import compare_with_trl
 from fastgrpo.report.environment import environment, processor
-from fastgrpo.terminal import Terminal
+from fastgrpo.safe_text.terminal import Terminal
 from fastgrpo.training.live_figures import compute_dtype, update_of
 
 console = Terminal(stderr=True)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fastgrpo.evaluation.figures import Evaluation, integer, mapping, number
 from fastgrpo.evaluation.summary import RunSummary
-from fastgrpo.redaction import redacted
+from fastgrpo.safe_text.redaction import redacted
 
 Floats = NDArray[np.float64]
 

@@ -6,11 +6,11 @@ from typing import Any
 import yaml
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.redaction import is_secret
 from fastgrpo.report.formats import count, duration
 from fastgrpo.report.headline import versions_of
 from fastgrpo.report.run import Run
-from fastgrpo.sft_config import SFTConfig
+from fastgrpo.safe_text.redaction import is_secret
+from fastgrpo.settings.sft_config import SFTConfig
 
 _OF_THIS_MACHINE = frozenset(
     {"output_dir", "run_id", "logging_dir", "run_name", "resume_from_checkpoint", "local_rank"}

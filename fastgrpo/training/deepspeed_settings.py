@@ -2,7 +2,7 @@
 
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 
 
 def take_whole_steps(config: RunConfig) -> None:

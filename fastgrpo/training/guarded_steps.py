@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from fastgrpo.atomic_files import remove
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.checkpoints import ASIDE, find_checkpoint
 from fastgrpo.training.transformers_hooks import TransformersHooks
 

@@ -9,7 +9,7 @@ from fastgrpo_profiling.phases import part_shares
 from fastgrpo_profiling.roofline import NOTHING, ModelShape, StepWork, Update, measure_flops, step_flops
 from torch import nn
 
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.types import Prompt, ScoredRollout, TrainingGroup
 from fastgrpo.update.packing import contributes
 

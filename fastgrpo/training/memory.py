@@ -8,7 +8,7 @@ from fastgrpo_profiling.roofline import ModelShape
 from torch import nn
 from transformers.utils import logging
 
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from fastgrpo_kernels import LossMetrics
 
-from fastgrpo.objective_settings import ObjectiveSettings
+from fastgrpo.settings.objective_settings import ObjectiveSettings
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.types import ObjectiveTerms, SamplingMismatch, UpdateResult
 from fastgrpo.update.sums import combine

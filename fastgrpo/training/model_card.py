@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from peft import PeftModel
 
 from fastgrpo.model.families import base_model, is_multimodal
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.run_log import RunLog
 
 SETTINGS = (

@@ -17,9 +17,9 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from fastgrpo.inert import inert
-from fastgrpo.run_config import RunConfig
-from fastgrpo.terminal import Terminal
+from fastgrpo.safe_text.inert import inert
+from fastgrpo.safe_text.terminal import Terminal
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.completion_records import CompletionRecord
 
 SHOWN = {

@@ -13,8 +13,8 @@ from fastgrpo.data.row_dataset import RowDataset, Rows, as_rows, warn_of_shared_
 from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
 from fastgrpo.data.row_stream import RowStream, StreamBatches, as_stream, is_stream, read_whole, stream_loader
 from fastgrpo.model.load import Processing
-from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.rewards import RewardFunction, reads_golds
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.types import RowError
 
 AnyRows = TypeVar("AnyRows", bound=Rows)

@@ -12,7 +12,7 @@ from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import Rows
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.checkpoints import NOT_RESUMING, find_checkpoint, load_state
 from fastgrpo.training.guarded_steps import GuardedSteps
 from fastgrpo.training.model_card import RunFacts, write_model_card

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from fastgrpo.data.row_dataset import RowDataset, Rows
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.run_config import RunConfig
 
 logger = logging.get_logger(__name__)
 

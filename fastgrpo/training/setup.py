@@ -22,10 +22,10 @@ from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.hf_generation import has_own_generate
 from fastgrpo.plain.supervised import PlainSupervisedUpdater
 from fastgrpo.plain.updater import PlainUpdater
-from fastgrpo.run_config import RunConfig
 from fastgrpo.sampler.choice import unsupported
 from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
-from fastgrpo.sft_config import SFTConfig
+from fastgrpo.settings.run_config import RunConfig
+from fastgrpo.settings.sft_config import SFTConfig
 from fastgrpo.training.deepspeed_settings import take_whole_steps
 from fastgrpo.training.memory import needs_checkpointing
 from fastgrpo.types import Engine, SamplingParams, Updater

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from fastgrpo.data.examples import ExampleBuilder, ExampleCollator
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import as_rows, warn_of_shared_rows
-from fastgrpo.sft_config import SFTConfig
+from fastgrpo.settings.sft_config import SFTConfig
 from fastgrpo.training.live_figures import LiveFigures, patches_of
 from fastgrpo.training.memory import memory_to_come
 from fastgrpo.training.rows import require_a_good_row

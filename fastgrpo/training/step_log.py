@@ -10,8 +10,8 @@ from accelerate.utils import gather_object
 from fastgrpo_profiling import SpanTotal
 from transformers import TrainerState
 
-from fastgrpo.run_config import RunConfig
 from fastgrpo.scoring.advantages import Advantages
+from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.completion_records import CompletionRecord, records_of
 from fastgrpo.training.live_figures import LiveFigures, trained_part
 from fastgrpo.training.metrics import rollout_metrics, update_metrics

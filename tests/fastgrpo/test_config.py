@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fastgrpo import run_config as config_module
 from fastgrpo.config import GRPOConfig
-from fastgrpo.run_config import lacking_for_liger
+from fastgrpo.settings import run_config as config_module
+from fastgrpo.settings.run_config import lacking_for_liger
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.redaction import redacted
+from fastgrpo.safe_text.redaction import redacted
 
 TOKEN = "hf_" + "abcDEF123456" * 3
 

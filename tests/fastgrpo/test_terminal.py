@@ -4,8 +4,8 @@ import pytest
 from rich.rule import Rule
 from rich.table import Table
 
-from fastgrpo.inert import inert
-from fastgrpo.terminal import Terminal
+from fastgrpo.safe_text.inert import inert
+from fastgrpo.safe_text.terminal import Terminal
 
 HOSTILE = [
     "\x1b[2J\x1b]0;title\x07",

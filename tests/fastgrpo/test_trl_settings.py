@@ -9,7 +9,7 @@ import pytest
 
 from fastgrpo.cli.main import main
 from fastgrpo.config import GRPOConfig
-from fastgrpo.trl_settings import HONOURED, MAPPED, OTHER_DEFAULTS, REFUSED, markdown_table, trl_settings
+from fastgrpo.settings.trl_settings import HONOURED, MAPPED, OTHER_DEFAULTS, REFUSED, markdown_table, trl_settings
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((Path(__file__).parent / "recordings" / "trl_grpo_config.json").read_text())["defaults"]
@@ -84,7 +84,7 @@ def test_what_is_honoured_is_told_of_by_nobody(tmp_path: Path, caplog: pytest.Lo
 
 def test_the_documentation_shows_the_table() -> None:
     text = (ROOT / "docs" / "from_trl.md").read_text()
-    assert markdown_table() in text, "write the table of fastgrpo.trl_settings.markdown_table there"
+    assert markdown_table() in text, "write the table of fastgrpo.settings.trl_settings.markdown_table there"
 
 
 def test_doctor_prints_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_a_second_run_in_the_same_folder_keeps_the_first(train: Train, out: Path
 def test_missing_packages_are_one_warning_each_and_the_run_goes_on(
     train: Train, out: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgrpo.run_config.find_spec", lambda name: None if name == "wandb" else object())
+    monkeypatch.setattr("fastgrpo.settings.run_config.find_spec", lambda name: None if name == "wandb" else object())
     code, lines = train("--report_to", "wandb", "--attn_implementation", "flash_attention_2", "--use_liger_kernel")
     assert code == 0, lines
     warnings = [record.getMessage() for record in caplog.records]

@@ -8,7 +8,7 @@ import pytest
 from fastgrpo.cli.main import main
 from fastgrpo.cli.run_arguments import MAPPED, ScriptArguments
 from fastgrpo.cli.train_help import GROUPS, SFT, TRAIN, Page, help_groups, help_text
-from fastgrpo.trl_fields import FOREIGN
+from fastgrpo.settings.trl_fields import FOREIGN
 
 
 def flags(page: Page) -> dict[str, Field[Any]]:

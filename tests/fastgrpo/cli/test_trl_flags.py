@@ -11,7 +11,7 @@ from fastgrpo.cli.arguments import parse, parse_sft
 from fastgrpo.cli.assembly import load_model, lora_config
 from fastgrpo.cli.launch import launch
 from fastgrpo.cli.train_help import SFT, TRAIN, Page
-from fastgrpo.script_arguments import ModelConfig, ScriptArguments
+from fastgrpo.settings.script_arguments import ModelConfig, ScriptArguments
 
 
 @pytest.fixture

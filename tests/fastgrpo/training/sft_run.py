@@ -12,7 +12,7 @@ from data_parallel_run import rows
 from deepspeed_run import shipped
 from transformers.utils import logging
 
-from fastgrpo.sft_config import SFTConfig
+from fastgrpo.settings.sft_config import SFTConfig
 from fastgrpo.training.sft import SFTTrainer
 
 

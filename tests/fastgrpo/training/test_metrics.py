@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from fastgrpo_kernels import LossParams, grpo_loss
 from torch import Tensor
 
-from fastgrpo.objective_settings import ObjectiveSettings
+from fastgrpo.settings.objective_settings import ObjectiveSettings
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.metrics import rollout_metrics, update_metrics
 from fastgrpo.types import ObjectiveTerms, SamplingMismatch, UpdateResult

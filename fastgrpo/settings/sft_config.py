@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from fastgrpo.batch_plan import BatchPlan
-from fastgrpo.limits import option
-from fastgrpo.run_config import RunConfig
+from fastgrpo.settings.batch_plan import BatchPlan
+from fastgrpo.settings.limits import option
+from fastgrpo.settings.run_config import RunConfig
 
 
 @dataclass

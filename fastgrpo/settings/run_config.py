@@ -12,9 +12,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from fastgrpo.batch_plan import BatchPlan
-from fastgrpo.limits import Limits, check_limits, option
-from fastgrpo.redaction import redacted
+from fastgrpo.safe_text.redaction import redacted
+from fastgrpo.settings.batch_plan import BatchPlan
+from fastgrpo.settings.limits import Limits, check_limits, option
 
 logger = logging.get_logger(__name__)
 

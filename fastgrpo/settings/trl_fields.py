@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from fastgrpo.objective_settings import OF_CORRECTION
-from fastgrpo.trl_settings import MAPPED, REFUSED, STATED_OFF
+from fastgrpo.settings.objective_settings import OF_CORRECTION
+from fastgrpo.settings.trl_settings import MAPPED, REFUSED, STATED_OFF
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser
 
-from fastgrpo.limits import check_limits, option
+from fastgrpo.settings.limits import check_limits, option
 
 try:
     import datasets

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from fastgrpo.inert import inert
+from fastgrpo.safe_text.inert import inert
 
 
 class Terminal(Console):

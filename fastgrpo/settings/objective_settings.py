@@ -5,7 +5,7 @@ from typing import Literal
 
 from transformers.utils import logging
 
-from fastgrpo.limits import option
+from fastgrpo.settings.limits import option
 
 logger = logging.get_logger(__name__)
 

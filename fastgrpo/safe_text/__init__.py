@@ -1,0 +1,1 @@
+"""Texts of models, data sets and users, where they are shown or kept: inert, and without secrets."""
