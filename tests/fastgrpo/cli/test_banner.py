@@ -49,7 +49,7 @@ def test_adapters_plain_path_and_modes(facts: Facts) -> None:
     assert facts("--prompt_template", "answer")["prompts"].endswith("template answer")
 
 
-def test_what_falls_back_is_seen(facts: Facts, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_the_paths_of_another_family(facts: Facts, tiny_model_dir: Path, tmp_path: Path) -> None:
     processing = load_processing(str(tiny_model_dir))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(processing.tokenizer), eos_token_id=0, **sizes))
@@ -58,7 +58,7 @@ def test_what_falls_back_is_seen(facts: Facts, tiny_model_dir: Path, tmp_path: P
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "How many?", "solution": "2"}\n' * 4)
     told = facts(model=tmp_path / "llama", data=rows)
-    assert told["rollout"].endswith("transformers' generate (slow)")
+    assert "paged sampler" in told["rollout"]
     assert told["update"].startswith("packed")
     assert told["prompts"] == "as the rows' `prompt` column has them"
 

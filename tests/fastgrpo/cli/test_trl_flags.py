@@ -114,7 +114,17 @@ def test_a_process_that_was_launched_does_not_launch(monkeypatch: pytest.MonkeyP
 def test_flags_reach_accelerates_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[Any] = []
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr("fastgrpo.cli.launch.subprocess.call", lambda command: calls.append(command) or 0)
+
+    class Launcher:
+        pid = 0
+
+        def __init__(self, command: list[str], **_: Any) -> None:
+            calls.append(command)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("fastgrpo.cli.launch.subprocess.Popen", Launcher)
     file = tmp_path / "zero2.yaml"
     file.write_text("")
     assert not launch("sft", ["--max_steps", "1"])

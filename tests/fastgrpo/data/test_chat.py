@@ -112,7 +112,7 @@ def test_parts_may_name_their_pictures(tmp_path: Path) -> None:
         {"type": "image", "base64": encoded},
         {"type": "image", "image": "7.png"},
     ]
-    row = convert_chat({"prompt": [{"role": "user", "content": content}], "image": picture(3)}, 0, tmp_path)
+    row = convert_chat({"prompt": [{"role": "user", "content": content}], "image": picture(3)}, 0, [tmp_path])
     assert widths(row.images) == [7, 3, 7, 7]
 
 

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("label", "solution"), [(1, "(A)"), (0, "(B)"), ("1", "(A)"), ("0", "(B)")])
 def test_a_statement_becomes_a_question(folder: Path, label: object, solution: str) -> None:
-    row = convert_vsr(vsr_row(label=label), row_id=3, folder=folder)
+    row = convert_vsr(vsr_row(label=label), row_id=3, folders=[folder])
     assert row.question == (
         "Is the following statement about the picture true or false? The cat is on the mat. "
         "Select from the following choices.\n(A) True\n(B) False"
@@ -30,7 +30,7 @@ def test_a_statement_becomes_a_question(folder: Path, label: object, solution: s
 
 
 def test_webp_under_another_name(folder: Path) -> None:
-    assert convert_vsr(vsr_row(image="2.png"), row_id=0, folder=folder).images[0].width == 50
+    assert convert_vsr(vsr_row(image="2.png"), row_id=0, folders=[folder]).images[0].width == 50
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_webp_under_another_name(folder: Path) -> None:
 )
 def test_bad_records(folder: Path, changes: dict[str, object], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
-        convert_vsr(vsr_row(**changes), row_id=0, folder=folder)
+        convert_vsr(vsr_row(**changes), row_id=0, folders=[folder])
 
 
 @pytest.mark.skipif(not PUBLISHED.exists(), reason="needs ../shared/data/vsr")

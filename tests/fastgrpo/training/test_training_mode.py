@@ -42,7 +42,7 @@ def test_checkpointing_runs_each_layer_again_in_the_backward_pass(trainer, check
 
 
 def test_a_loss_that_is_not_finite_is_logged_and_counts_as_a_step(trainer):
-    trainer = trainer()
+    trainer = trainer(on_nonfinite="skip")
     accumulate = trainer.updater.accumulate
     trainer.updater.accumulate = lambda groups: replace(accumulate(groups), loss=torch.tensor(math.nan))
     trainer.train()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from plain_forward import hf_inputs
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fastgrpo.data.examples import ExampleBuilder
 from fastgrpo.data.prompts import PromptBuilder
@@ -120,8 +120,8 @@ def test_a_text_model() -> None:
 
 def test_a_model_that_cannot_be_packed_takes_the_plain_path() -> None:
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**TEXT, head_dim=8, sliding_window=6))
-    with pytest.raises(ValueError, match="Gemma2ForCausalLM"):
+    model = GptOssForCausalLM(GptOssConfig(**TEXT, head_dim=8, num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(ValueError, match="attention sinks"):
         SupervisedUpdater(model, token_budget=20)
     model.config._attn_implementation = "eager"
     assert_same(model, PlainSupervisedUpdater(model), text_examples())
