@@ -9,9 +9,11 @@ the correct answer in tags. A `Mix` changes that: the miniature of the paper's e
 (`fastgrpo.demo.miniature`).
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -106,6 +108,15 @@ def completion(question: SceneQuestion, rng: np.random.Generator, careful: float
     if tagged:
         return f"{thought} </think> <answer>{answer}</answer>"
     return thought if rng.random() < 0.5 else f"{thought} the answer is {answer}."
+
+
+AnswerKind = Literal["guess", "look", "check"]
+_LOOK = re.compile(r" (?:across|down|counts):")
+
+
+def answer_kind(text: str) -> AnswerKind:
+    """Whether a completion looks at the picture's objects, and whether it then checks."""
+    return "check" if RECHECK in text else "look" if _LOOK.search(text) else "guess"
 
 
 def _reasoning(question: SceneQuestion, rng: np.random.Generator, mix: Mix) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """The inputs of the paper's experiment in miniature: `python -m fastgrpo.demo.miniature --out DIR [--seed S]`.
 
 Written into DIR, in minutes and from a seed: `base` and `instruct`, two models; `train.parquet`, rows in SAT's schema;
-`heldout.parquet`, questions in CV-Bench's. A folder that is already whole is left as it is.
+`heldout.parquet`, questions in CV-Bench's; `behaviour.json`, how each model answers these. A folder that is already
+whole is left as it is.
 
 *The base* is the demo's, trained further on another mix of documents. It can look at the objects of a question one by
 one and compare ("across: red 2, blue 5. so left."), and does so in about a seventh of its answers; in a third of these
@@ -19,6 +20,7 @@ Whether step-by-step answers, checks and length grow from the reward is left to 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,24 @@ from transformers import Qwen2VLForConditionalGeneration
 from fastgrpo.atomic_files import publish
 from fastgrpo.cli.console import say
 from fastgrpo.cli.options import require_writable
+from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.demo.base_model import BASE_MODEL_PATH, save_model
-from fastgrpo.demo.corpus import Mix
+from fastgrpo.demo.corpus import AnswerKind, Mix, answer_kind
 from fastgrpo.demo.documents import DEMO_KINDS, load_pool
 from fastgrpo.demo.pretrain import PRETRAIN_SEED, train
 from fastgrpo.demo.scenes import write_cvbench_parquet, write_sat_parquet
-from fastgrpo.model.load import load_processing
+from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.sampler.engine import SamplerEngine
+from fastgrpo.scoring.answers import parse_answer
+from fastgrpo.scoring.tagged import is_correct
+from fastgrpo.types import SamplingParams
 
 BASE_MIX = Mix(
     opener="", tagged_guesses=(0.5,) * 3, tagged_reasons=0.5, count_each=True, slips=0.3, rechecks=(0.25, 0.6)
 )
 INSTRUCT_MIX = replace(BASE_MIX, tagged_guesses=(1.0,) * 3, tagged_reasons=1.0, guesses_know=True)
+MAX_TOKENS = 64
 TRAIN_SEED, HELD_OUT_SEED = 3000, 3001
 
 
@@ -96,6 +104,8 @@ def build(out: Path, seed: int = 0, sizes: Sizes = Sizes()) -> None:
     write_cvbench_parquet(aside / "heldout.parquet", sizes.questions, HELD_OUT_SEED, kinds=DEMO_KINDS)
     tune(BASE_MODEL_PATH, aside / "base", sizes.base, seed)
     tune(aside / "base", aside / "instruct", sizes.instruct, seed)
+    figures = {name: behaviour(aside / name, aside / "heldout.parquet") for name in ("base", "instruct")}
+    (aside / "behaviour.json").write_text(json.dumps(figures, indent=2) + "\n")
     (aside / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     publish(aside, out)
 
@@ -134,6 +144,37 @@ def tune(source: Path, out: Path, stage: Stage, seed: int) -> None:
         if step % 50 == 0 or step == stage.steps:
             say(f"{out.name}: step {step} of {stage.steps}, loss {np.mean(losses[-50:]):.3f}")
     save_model(out, model, processing.tokenizer)
+
+
+def behaviour(model: Path, questions: Path, samples: int = 16) -> dict[AnswerKind, dict[str, float | None]]:
+    """Answers drawn at temperature 1, by kind: their `share` of all, the share of these in tags (`tagged`), the
+    `accuracy` of those in tags as the reward reads them, and the mean number of `tokens`; None of no answers."""
+    processing, policy = load_processing(str(model)), load_policy(str(model)).eval()
+    builder = PromptBuilder(processing.tokenizer, processing.image_processor)
+    rows = load_rows(str(questions))
+    prompts = [builder.build(rows.convert(*rows[index])) for index in range(len(rows))]
+    engine = SamplerEngine(policy, processing.tokenizer)
+    engine.sync()
+    answers: dict[AnswerKind, list[tuple[bool, bool, int]]] = {"guess": [], "look": [], "check": []}
+    for prompt, completions in engine.generate(prompts, samples, SamplingParams(MAX_TOKENS), 0):
+        for completion in completions:
+            answer = parse_answer(completion.text)
+            right = is_correct(answer, prompt.columns["solution"], prompt.columns["choices"])
+            answers[answer_kind(completion.text)].append((answer is not None, right, len(completion.token_ids)))
+    total = sum(map(len, answers.values()))
+    return {
+        kind: {
+            "share": len(drawn) / total,
+            "tagged": _mean([tagged for tagged, _, _ in drawn]),
+            "accuracy": _mean([right for tagged, right, _ in drawn if tagged]),
+            "tokens": _mean([length for _, _, length in drawn]),
+        }
+        for kind, drawn in answers.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The mixes of documents, and building the models twice. What training makes of them is docs/aha_mini.md's."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from fastgrpo.demo.corpus import RECHECK, completion, hasty, looking, place
+from fastgrpo.demo.corpus import RECHECK, answer_kind, completion, hasty, looking, place
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.miniature import BASE, BASE_MIX, INSTRUCT, INSTRUCT_MIX, Sizes, build
 from fastgrpo.demo.scenes import scene_question
@@ -21,7 +22,6 @@ QUESTIONS = [scene_question(11, index, kinds=DEMO_KINDS) for index in range(COUN
 CAREFUL = (1 - BASE_MIX.slips) * BASE_MIX.rechecks[0]
 RECHECKS = CAREFUL + BASE_MIX.slips * BASE_MIX.rechecks[1]
 """Share of reasoned completions that check."""
-LOOK = re.compile(r" (across|down|counts):")
 
 
 def texts(mix, careful):
@@ -39,8 +39,8 @@ def share(flags):
 
 def test_base_seldom_looks_and_more_seldom_checks():
     written = texts(BASE_MIX, BASE.shares[-1])
-    looks = [text for text in written if LOOK.search(text)]
-    assert 0.05 < share(bool(LOOK.search(text)) for text in written) < 0.18
+    looks = [text for text in written if answer_kind(text) != "guess"]
+    assert 0.05 < len(looks) / len(written) < 0.18
     assert share(RECHECK in text for text in looks) == pytest.approx(RECHECKS, abs=0.07)
     assert all((count_reflections(text) > 0) == (RECHECK in text) for text in written)
 
@@ -94,9 +94,15 @@ def test_a_hasty_look_leads_to_the_wrong_answer():
 
 def test_instruct_answers_at_once_and_right():
     pairs = list(zip(QUESTIONS, texts(INSTRUCT_MIX, INSTRUCT.shares[-1]), strict=True))
-    blurted = [(question, text) for question, text in pairs if not LOOK.search(text)]
+    blurted = [(question, text) for question, text in pairs if answer_kind(text) == "guess"]
     assert len(blurted) / len(pairs) == pytest.approx(0.98, abs=0.01)
     assert all(is_right(*pair) for pair in blurted)
+
+
+def test_kinds_of_answers_are_told_by_their_words():
+    kinds = [answer_kind(text) for text in texts(replace(BASE_MIX, rechecks=(1.0, 1.0)), 0.5)]
+    assert share(kind == "check" for kind in kinds) == pytest.approx(0.5, abs=0.03)
+    assert "look" not in kinds
 
 
 def test_build_is_seeded_and_done_once(tmp_path, capsys):
@@ -105,7 +111,8 @@ def test_build_is_seeded_and_done_once(tmp_path, capsys):
         build(tmp_path / name, seed, short)
     assert pq.read_metadata(tmp_path / "a" / "train.parquet").num_rows == 3
     assert pq.read_metadata(tmp_path / "a" / "heldout.parquet").num_rows == 2
-    for model in ("base", "instruct"):
+    for model, kinds in json.loads((tmp_path / "a" / "behaviour.json").read_text()).items():
+        assert sum(figures["share"] for figures in kinds.values()) == pytest.approx(1)
         first, same, other = (load_file(tmp_path / name / model / "model.safetensors") for name in "abc")
         assert all(first[key].equal(same[key]) for key in first)
         assert not all(first[key].equal(other[key]) for key in first)
