@@ -30,7 +30,8 @@ def demo(results: Results) -> str:
     among = f"accuracy among those answered (guessing: {100 * runs[0]['chance']:.1f} %)"
     reflective = (percent(f"reflection_rate_{when}", digits=0) for when in ("before", "after"))
     rows = [
-        ["accuracy over all questions", percent("accuracy_before"), f"**{percent('accuracy_after')}**"],
+        ["accuracy, as a person reads the answers", percent("accuracy_before"), f"**{percent('accuracy_after')}**"],
+        ["accuracy by the reward's grader", percent("accuracy_strict_before"), percent("accuracy_strict_after")],
         [form, percent("answered_rate_before"), percent("answered_rate_after", spread=False)],
         [among, percent("answered_accuracy_before"), f"**{percent('answered_accuracy_after')}**"],
         ["… with the pictures shuffled between questions", "", percent("answered_accuracy_shuffled_images")],

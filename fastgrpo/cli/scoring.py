@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -111,7 +112,8 @@ def print_refusals(found: Mapping[str, RefusalEvaluation], tests: Sequence[Paire
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """One model's figures."""
-    table = Table("task", "questions", "accuracy", "strict", "unreadable", "answered", "accuracy of answered", "chance")
+    columns = ("task", "n", "accuracy", "strict", "unreadable", "answered", "of those", "chance")
+    table = Table(*columns, box=SIMPLE_HEAD)  # fits 80 characters
     for task, score in [*evaluation.by_task.items(), ("total", evaluation.total)]:
         rates = [score.accuracy, score.accuracy_strict, score.unreadable_rate]
         rates += [score.answered_rate, score.answered_accuracy, score.chance]

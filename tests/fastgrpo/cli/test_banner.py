@@ -1,5 +1,6 @@
 """What a run says before its first step."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_a_run_as_it_is_by_default(facts: Facts, tiny_model_dir: Path) -> None:
     assert told["model"].startswith(f"{tiny_model_dir}: ")
     assert told["model"].endswith("K parameters, all trained")
     assert "CPU" in told["device"]
-    assert ", float32, " in told["device"]
+    assert re.search(r", float32, \d+\.\d GiB free$", told["device"])
     assert told["rollout"] == "2 prompts × 4 completions of at most 9 tokens, paged sampler, torch kernels"
     assert told["update"] == "packed, cpu attention, torch kernels"
     assert told["prompts"] == "base mode: plain text without roles, template paper"

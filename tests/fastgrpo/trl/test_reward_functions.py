@@ -142,6 +142,19 @@ def test_a_function_may_abstain(build: Any) -> None:
     assert "rewards/abstains/mean" not in line
 
 
+def test_what_is_no_number_ends_the_run_or_abstains(build: Any) -> None:
+    def divides(completions: Any, **_: Any) -> list[float]:
+        return [float("nan"), *[1.0] * (len(completions) - 1)]
+
+    with pytest.raises(ValueError, match=r"divides.*row \d+.*--nan_rewards abstain"):
+        build(reward_funcs=[divides, "length"]).train()
+    trainer = build(reward_funcs=[divides, "length"], nan_rewards="abstain")
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["rewards/divides/mean"] == 1.0
+    assert line["reward"] > line["rewards/token_length/mean"]
+
+
 def test_a_warning_when_nothing_scores_a_completion(build: Any, caplog: pytest.LogCaptureFixture) -> None:
     def abstains(completions: Any, **_: Any) -> list[None]:
         return [None] * len(completions)
