@@ -6,7 +6,9 @@ counted (`fastgrpo_profiling.prediction`, `fastgrpo_profiling.memory_estimate`) 
 
 import argparse
 import sys
+from dataclasses import replace
 
+from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS
 from fastgrpo_profiling.prediction import BEFORE, GPUS, NOW, Counts, Gpu, decode_step_seconds, step_seconds
 from harness import Result, print_table
 from step_setup import PAPER
@@ -20,15 +22,25 @@ def decode_step(gpu: Gpu, counts: Counts) -> dict[str, float]:
     return decode_step_seconds(gpu, SHAPE, PAPER.prompts * PAPER.group, kv, counts)
 
 
+def micro_batches_of(token_budget: int) -> int:
+    """Of whole groups."""
+    together = max(token_budget // (WORK.prompts[0] + PAPER.group * PAPER.tokens), 1)
+    return -(-PAPER.prompts // together)
+
+
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--gpu", choices=tuple(GPUS), default="h100")
-    arguments.add_argument("--token_budget", type=int, default=16_384)
     arguments.add_argument("--out", metavar="FILE", help="also write the JSON record here")
     options = arguments.parse_args()
     gpu, result = GPUS[options.gpu], Result("predict_step", "cpu")
-    sides = {"before": BEFORE, "now": NOW}
-    found = {name: step_seconds(gpu, SHAPE, WORK, counts) for name, counts in sides.items()}
+    budget = PAPER.budget_without_checkpointing(gpu.memory_bytes)
+    sides = {"before": BEFORE, "now": replace(NOW, checkpointing=budget is None)}
+    micro_batches = {"before": micro_batches_of(TOKEN_BUDGETS[0]), "now": micro_batches_of(budget or TOKEN_BUDGETS[0])}
+    found = {
+        name: step_seconds(gpu, SHAPE, WORK, counts, micro_batches=micro_batches[name])
+        for name, counts in sides.items()
+    }
     phases = list(dict.fromkeys(phase for one in found.values() for phase in one))
     rows = [[phase, *(one.get(phase, 0.0) for one in found.values())] for phase in phases]
     rows.append(["total", *(sum(one.values()) for one in found.values())])
@@ -37,19 +49,19 @@ def main() -> int:
     rows = [[part, *(1e3 * one[part] for one in parts.values())] for part in parts["now"]]
     rows.append(["total", *(1e3 * sum(one.values()) for one in parts.values())])
     print_table("A decode step half-way, milliseconds", ["part", *parts], rows)
-    memory = {
-        name: PAPER.memory(again, token_budget=options.token_budget, half_reference=NOW.half_reference)
-        for name, again in {"checkpointed": True, "not checkpointed": False}.items()
-    }
+    ways = {"checkpointed": None} | {f"not, at {tokens:,} tokens": tokens for tokens in TOKEN_BUDGETS}
+    memory = {name: PAPER.memory(tokens, half_reference=NOW.half_reference) for name, tokens in ways.items()}
     rows = [[part, *(one[part] / 1e9 for one in memory.values())] for part in memory["checkpointed"]]
     rows.append(["total", *(sum(one.values()) / 1e9 for one in memory.values())])
     print_table(f"Memory, GB of {gpu.memory_bytes / 1e9:.0f}", ["for", *memory], rows)
-    used = memory["checkpointed" if NOW.checkpointing else "not checkpointed"]
+    used = PAPER.memory(budget, half_reference=NOW.half_reference)
     result.checks["it fits"] = sum(used.values()) <= gpu.memory_bytes
     result.figures = {
         "gpu": gpu.name,
         "total_s": sum(found["now"].values()),
         "before_s": sum(found["before"].values()),
+        "token_budget": budget or TOKEN_BUDGETS[0],
+        "checkpointing": budget is None,
         "phases": found["now"],
         "decode_step_ms": 1e3 * sum(parts["now"].values()),
         "peak_gb": sum(used.values()) / 1e9,

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import yaml
-from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
+from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS, StepSetting, budget_without_checkpointing, step_bytes
 from fastgrpo_profiling.roofline import ModelShape, StepWork
 from workloads import MODELS, save_endless_model
 
-from fastgrpo.config import GRPOConfig
 from fastgrpo.demo.documents import DEMO_KINDS
 from fastgrpo.demo.scenes import write_sat_parquet
 from fastgrpo.profile.run import QUIET
@@ -70,11 +69,21 @@ class StepSize:
         completions = [[self.tokens] * self.group] * self.prompts
         return StepWork([patches // 4 + WORDS] * self.prompts, [patches] * self.prompts, completions)
 
-    def memory(
-        self, checkpointing: bool, *, token_budget: int = GRPOConfig.token_budget, half_reference: bool = True
-    ) -> dict[str, float]:
-        """Bytes of a step on a GPU by what they are for, by shapes alone (`step_bytes`)."""
-        setting = StepSetting(
+    def memory(self, token_budget: int | None, *, half_reference: bool = True) -> dict[str, float]:
+        """Bytes of a step on a GPU by what they are for, by shapes alone (`step_bytes`).
+
+        Args:
+            token_budget: input tokens of a micro-batch; None: checkpointed, with the usual number.
+        """
+        checkpointing, budget = token_budget is None, token_budget or TOKEN_BUDGETS[0]
+        return step_bytes(self.shape, self._setting(checkpointing, budget, half_reference))
+
+    def budget_without_checkpointing(self, memory: float) -> int | None:
+        """As a run with gradient_checkpointing=auto chooses it on a GPU of so many bytes; None: it checkpoints."""
+        return budget_without_checkpointing(self.shape, self._setting(False, TOKEN_BUDGETS[0], True), memory)
+
+    def _setting(self, checkpointing: bool, token_budget: int, half_reference: bool) -> StepSetting:
+        return StepSetting(
             prompts=self.prompts,
             group=self.group,
             prompt_tokens=self.work.prompts[0],
@@ -86,7 +95,6 @@ class StepSize:
             has_reference=True,
             half_reference=half_reference,
         )
-        return step_bytes(self.shape, setting)
 
     @property
     def drawn(self) -> int:

@@ -28,7 +28,7 @@ model = load_policy(path)
 rows = load_rows(data)
 builder = PromptBuilder(processing.tokenizer, processing.image_processor, family=processing.family)
 collate = PromptCollator(rows, builder)
-updater = PackedUpdater(model, loss_params(config), token_budget=config.token_budget)
+updater = PackedUpdater(model, loss_params(config), token_budget=16_384)
 engine = SamplerEngine(model, processing.tokenizer)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
 

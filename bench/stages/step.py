@@ -32,7 +32,7 @@ def run(task: Task) -> Iterator[Result]:
     with prepared(size, task.device) as folder:
         flags = training_flags(folder, size.timed + 2)
         with costs_only(result, "step"):
-            result.figures |= our_figures(flags, folder, size, result, size.is_large)
+            result.figures |= our_figures(flags, folder, size, result)
         yield result
         with costs_only(result, "comparison"):
             checked = compare_with_plain(flags, folder, size)
@@ -44,28 +44,32 @@ def run(task: Task) -> Iterator[Result]:
         if size.is_large:
             name = "without checkpointing"
             with costs_only(result, name):
-                wanted = sum(size.memory(False).values())
-                if wanted <= torch.cuda.get_device_properties(0).total_memory:
-                    unchecked = [*flags, "--gradient_checkpointing", "false"]
-                    result.figures[name] = our_figures(unchecked, folder, size, result, False)
+                budget = size.budget_without_checkpointing(torch.cuda.get_device_properties(0).total_memory)
+                if budget is None:
+                    result.figures[f"{name}: left out"] = "it would not fit"
                 else:
-                    result.figures[f"{name}: left out"] = f"it would take {wanted / 1e9:.0f} GB"
+                    unchecked = [*flags, "--gradient_checkpointing", "false", "--token_budget", str(budget)]
+                    result.figures[name] = our_figures(unchecked, folder, size, result, budget)
             yield result
 
 
 def our_figures(
-    flags: Sequence[str], folder: Path, size: StepSize, result: Result, checkpointing: bool
+    flags: Sequence[str], folder: Path, size: StepSize, result: Result, token_budget: int | None = None
 ) -> dict[str, Any]:
-    """Times and peak of our side, beside what shapes say the peak should be."""
+    """Times and peak of our side, beside what shapes say the peak should be.
+
+    Args:
+        token_budget: of a step without checkpointing.
+    """
     (steps,) = timed_steps([OURS], flags, folder, size.timed).values()
     figures = summed_up(steps, size, result.device)
-    estimate = size.memory(checkpointing)
+    estimate = size.memory(token_budget)
     result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == size.drawn
     rows = [["whole step, s", figures.step_seconds.median], *([f"{name}, s", s] for name, s in figures.phases.items())]
     rows += [["peak, GB", figures.peak_bytes / 1e9], ["… estimated for a GPU", sum(estimate.values()) / 1e9]]
-    way = " checkpointed" if checkpointing else ""
+    way = "" if token_budget is None else f", not checkpointed, micro-batches of {token_budget} tokens"
     print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}{way}", ["", "measured"], rows)
-    return {**asdict(figures), "estimated_bytes": estimate}
+    return {**asdict(figures), "estimated_bytes": estimate, "token_budget": token_budget}
 
 
 def compare_with_plain(flags: Sequence[str], folder: Path, size: StepSize) -> gate.Gate:

@@ -103,8 +103,11 @@ class RunConfig(TrainingArguments):
         "`fast`: paged sampler and packed update; `plain`: HF generate and padded batches.",
         choices=("fast", "plain"),
     )
-    token_budget: int = option(
-        16_384, "Input tokens of a packed micro-batch; a group's prompt counts once.", at_least=1
+    token_budget: int | None = option(
+        None,
+        "Input tokens of a packed micro-batch; a group's prompt counts once. 16,384 if unset, or 8,192 where that "
+        "spares gradient checkpointing.",
+        at_least=1,
     )
     attn_backend: str = option(
         "auto", "Attention of the packed update: " + ", ".join(ATTN_BACKENDS) + ".", choices=ATTN_BACKENDS

@@ -1,9 +1,10 @@
 """A step's memory on a GPU: whether it fits without computing layers twice, and what the sampler must leave free."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from fastgrpo_profiling.memory_estimate import StepSetting, step_bytes
+from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS, StepSetting, budget_without_checkpointing, step_bytes
 from fastgrpo_profiling.roofline import ModelShape
 from torch import nn
 from transformers.utils import logging
@@ -12,38 +13,43 @@ from fastgrpo.settings.run_config import RunConfig
 
 logger = logging.get_logger(__name__)
 
-USABLE = 0.94
-"""Of a GPU's memory, what an estimate may fill: it leaves out what allocators lose between tensors."""
 DEFAULT_PROMPT = 1024
 """Tokens of a prompt where no setting bounds it."""
 LOGPROB_BYTES = 4 << 30
 """Of the head's scratch where the run leaves it to what is free."""
 
 
-def needs_checkpointing(model: Any, config: RunConfig, memory: float | None = None) -> bool:
-    """Whether a step without checkpointing would not fit the GPU; says so in the log, with the estimate.
+def settle_memory(model: Any, config: RunConfig, memory: float | None = None) -> tuple[bool, int]:
+    """Whether to checkpoint, and tokens of a micro-batch, where the settings leave them open.
 
-    On a CPU nothing is checkpointed: memory is seldom what is short there. A model whose sizes are not known, or which
-    is not trained under half-precision autocast, is checkpointed on a GPU.
+    With gradient_checkpointing=auto a step is checkpointed that would not fit the GPU otherwise, not even in smaller
+    micro-batches; the log says so, with the estimate. On a CPU nothing is checkpointed: memory is seldom what is short
+    there. On a GPU a model is checkpointed whose sizes are not known, or that is not trained under half-precision
+    autocast.
 
     Args:
         memory: bytes of the GPU; None: the run's own, 0 without one.
     """
+    budgets = TOKEN_BUDGETS if config.token_budget is None else (config.token_budget,)
     if memory is None:
         memory = torch.cuda.get_device_properties(config.device).total_memory if config.device.type == "cuda" else 0
+    if not config.decides_checkpointing:
+        return bool(config.gradient_checkpointing), budgets[0]
     if not memory:
-        return False
+        return False, budgets[0]
     shape = ModelShape.known(model.config)
     if shape is None or not (config.bf16 or config.fp16):
         logger.info("gradient_checkpointing=auto: on, since the memory of such a model is not known beforehand.")
-        return True
-    wanted, room = sum(step_bytes(shape, step_setting(model, config)).values()), USABLE * memory
-    answer = "on" if wanted > room else "off"
+        return True, budgets[0]
+    setting = step_setting(model, config)
+    budget = budget_without_checkpointing(shape, setting, memory, budgets)
+    wanted = sum(step_bytes(shape, replace(setting, token_budget=budget or budgets[-1])).values())
     # TRL's default is on: who comes from there should know.
-    (logger.info if wanted > room else logger.warning)(
-        f"gradient_checkpointing=auto: {answer}; without it a step takes {wanted / 1e9:.0f} GB of {room / 1e9:.0f}."
+    (logger.info if budget is None else logger.warning)(
+        f"gradient_checkpointing=auto: {'on' if budget is None else 'off'}; without it a step takes "
+        f"{wanted / 1e9:.0f} GB of {memory / 1e9:.0f}, in micro-batches of {budget or budgets[-1]} tokens."
     )
-    return wanted > room
+    return budget is None, budget or budgets[0]
 
 
 def step_setting(model: Any, config: RunConfig) -> StepSetting:
@@ -60,7 +66,7 @@ def step_setting(model: Any, config: RunConfig) -> StepSetting:
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         picture_patches=0 if vision is None else prompt_tokens * getattr(vision, "spatial_merge_size", 1) ** 2,
-        token_budget=config.token_budget,
+        token_budget=config.token_budget or TOKEN_BUDGETS[0],
         logprob_bytes=float(config.logprob_bytes or LOGPROB_BYTES),
         checkpointing=False,
         has_reference=config.needs_reference and not hasattr(model, "disable_adapter"),

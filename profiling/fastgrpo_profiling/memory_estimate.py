@@ -3,12 +3,18 @@
 Counts the tensors that grow with the model or the batch. Allocator rounding and library workspaces are in `OVERHEAD`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fastgrpo_profiling.roofline import ModelShape
 
 OVERHEAD = 1.5e9
 """Bytes of the CUDA context, library workspaces and fragmentation, beside the counted tensors."""
+USABLE = 0.94
+"""Of a GPU's memory, what an estimate may fill: it leaves out what allocators lose between tensors."""
+TOKEN_BUDGETS = (16_384, 8_192)
+"""Input tokens of a micro-batch where no setting says: the first, or what spares the step checkpointing. Twice as many
+micro-batches cost less time than computing every layer twice."""
 HALF, FULL = 2, 4
 """Bytes of a bfloat16 and of a float32 value."""
 
@@ -103,3 +109,14 @@ def step_bytes(shape: ModelShape, setting: StepSetting) -> dict[str, float]:
         "activations": activations,
         "overhead": OVERHEAD,
     }
+
+
+def budget_without_checkpointing(
+    shape: ModelShape, setting: StepSetting, memory: float, budgets: Sequence[int] = TOKEN_BUDGETS
+) -> int | None:
+    """The first of `budgets` with which the step, not checkpointed, fits `memory` bytes of a GPU; None if none does."""
+    for budget in budgets:
+        step = replace(setting, token_budget=budget, checkpointing=False)
+        if sum(step_bytes(shape, step).values()) <= USABLE * memory:
+            return budget
+    return None

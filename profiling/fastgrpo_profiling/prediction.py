@@ -143,8 +143,14 @@ def decode_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts) 
     return steps * sum(decode_step_seconds(gpu, shape, len(lengths), mean_kv, counts).values())
 
 
-def step_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts, *, beta: bool = True) -> dict[str, float]:
-    """A whole step by phase, seconds."""
+def step_seconds(
+    gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts, *, micro_batches: int, beta: bool = True
+) -> dict[str, float]:
+    """A whole step by phase, seconds.
+
+    Args:
+        micro_batches: of the update. Each adds its half-precision gradients to the float32 ones.
+    """
     share = Efficiency()
     tokens = sum(work.prompts) + work.fed_tokens
     pairs = work.prompt_pairs + work.fed_pairs
@@ -193,6 +199,7 @@ def step_seconds(gpu: Gpu, shape: ModelShape, work: StepWork, counts: Counts, *,
         "recompute": forward * counts.checkpointing,
         "head": HEAD_PRODUCTS * head / (gpu.flops_per_s * counts.head_share),
         "backward": backward,
+        "gradient sums": micro_batches * (2 + 4 + 4) * shape.parameters / (gpu.bytes_per_s * share.elementwise),
         # Adam reads four float32 values of each parameter and writes three; clipping reads the gradients.
         "optimizer": (7 + 1) * 4 * shape.parameters / (gpu.bytes_per_s * share.elementwise),
     }

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig
-from fastgrpo.training.memory import memory_to_come, needs_checkpointing, step_setting
+from fastgrpo.training.memory import memory_to_come, settle_memory, step_setting
 
 GB = 1e9
 
@@ -35,17 +35,28 @@ def papers_run(tmp_path: Path, **changes: Any) -> GRPOConfig:
     return GRPOConfig(**settings | changes)
 
 
-def test_the_papers_run_is_checkpointed_on_80_gb_and_not_on_141(two_billion: Any, tmp_path: Path) -> None:
-    config = papers_run(tmp_path)
-    assert needs_checkpointing(two_billion, config, 84 * GB)
-    assert not needs_checkpointing(two_billion, config, 150 * GB)
+@pytest.mark.parametrize(
+    ("memory", "changes", "settled"),
+    [
+        (150 * GB, {}, (False, 16_384)),
+        (84 * GB, {}, (False, 8_192)),
+        (84 * GB, {"token_budget": 16_384}, (True, 16_384)),
+        (84 * GB, {"token_budget": 4_000, "gradient_checkpointing": True}, (True, 4_000)),
+        (84 * GB, {"gradient_checkpointing": False}, (False, 16_384)),
+        (60 * GB, {}, (True, 16_384)),
+        (84 * GB, {"bf16": False}, (True, 16_384)),
+        (0, {}, (False, 16_384)),
+    ],
+)
+def test_a_step_is_checkpointed_where_smaller_micro_batches_would_not_fit_either(
+    two_billion: Any, tmp_path: Path, memory: float, changes: dict[str, Any], settled: tuple[bool, int]
+) -> None:
+    assert settle_memory(two_billion, papers_run(tmp_path, **changes), memory) == settled
 
 
-def test_smaller_micro_batches_and_adapters_need_less(two_billion: Any, tmp_path: Path) -> None:
-    whole = step_setting(two_billion, papers_run(tmp_path))
-    assert whole.groups_together == 2
+def test_a_smaller_budget_holds_fewer_groups(two_billion: Any, tmp_path: Path) -> None:
+    assert step_setting(two_billion, papers_run(tmp_path)).groups_together == 2
     assert step_setting(two_billion, papers_run(tmp_path, token_budget=8192)).groups_together == 1
-    assert not needs_checkpointing(two_billion, papers_run(tmp_path, token_budget=8192, beta=0.0), 84 * GB)
 
 
 @pytest.mark.parametrize(
