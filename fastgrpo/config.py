@@ -62,6 +62,9 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
         None, "Drop tokens less likely than min_p times the likeliest; None is off.", at_least=0, at_most=1
     )
     repetition_penalty: float = option(1.0, "Above 1 discourages tokens already in the text.", above=0)
+    max_tool_calling_iterations: int | None = option(
+        None, "Turns of a completion in which it may call tools; as many as fit if unset.", at_least=0
+    )
     generation_kwargs: dict[str, Any] | str | None = option(
         None, "Sampling settings that override those above in rollouts (JSON): " + ", ".join(GENERATION_KEYS) + "."
     )

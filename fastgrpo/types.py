@@ -125,6 +125,10 @@ class Completion:
     """[C] bool: the tokens that the policy wrote, where an environment wrote others; None where it wrote all."""
     columns: dict[str, Any] = field(default_factory=dict)
     """What else a rollout function says of it, handed to reward functions by name."""
+    messages: list[dict[str, Any]] | None = None
+    """The turns it consists of, where tools answer; None: one turn of the assistant's."""
+    tool_calls: tuple[int, int] | None = None
+    """How many tools it called, and how many of these calls failed; None where there are no tools."""
 
 
 class Rollout(NamedTuple):

@@ -1,7 +1,7 @@
 """Rows into prompts: text is rendered and tokenized, pictures are cut into patches, here and nowhere else."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -143,6 +143,8 @@ class PromptBuilder:
         self.instruct_prompt = "{question}" if template == "direct" else INSTRUCT_PROMPT
         self.max_prompt_length = max_prompt_length
         self.chat_template_kwargs = chat_template_kwargs or {}
+        self.tools: Mapping[str | None, list[dict[str, Any]]] = {}
+        """JSON schemas of the tools that a conversation offers, by the row's `environment`; None: of any other row."""
         self.merge_size: int = getattr(image_processor, "merge_size", 1)
         self.family = family
         vocabulary = tokenizer.get_vocab()  # once: a large one takes 50 ms
@@ -217,7 +219,7 @@ class PromptBuilder:
         if row.messages is not None:
             for message in row.messages:
                 self.check_text(message_text(message))
-            return row.messages, self.render(row.messages)
+            return row.messages, self.render(row.messages, tools=self.tools_of(row.columns))
         assert row.question is not None, "a row has a question or messages"
         self.check_text(row.question)
         if self.mode == "base":
@@ -232,9 +234,16 @@ class PromptBuilder:
         if found := self._special_pattern.search(text):
             raise RowError(f"the text holds the special token {found[0]}, which the model would take for structure")
 
-    def render(self, messages: list[dict[str, Any]], *, complete: bool = False) -> str:
+    def tools_of(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The tools that a row's prompt offers."""
+        name = columns.get("environment")
+        return self.tools.get(name if isinstance(name, str) else None, self.tools.get(None, []))
+
+    def render(
+        self, messages: list[dict[str, Any]], *, complete: bool = False, tools: list[dict[str, Any]] | None = None
+    ) -> str:
         """The conversation in the model's template, up to where its answer begins; `complete`: with its last turn
-        ended."""
+        ended; `tools`: JSON schemas of what it offers."""
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 "this model's tokenizer has no chat template, which instruct mode and conversations need: "
@@ -246,6 +255,7 @@ class PromptBuilder:
             tokenize=False,
             add_generation_prompt=not (prefilled or complete),
             continue_final_message=prefilled,
+            **({"tools": tools} if tools else {}),
             **self.chat_template_kwargs,
         )
         if self.family.image_token is None or self.family.template_has_markers:

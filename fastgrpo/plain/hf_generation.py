@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from fastgrpo.model.families import base_model
+from fastgrpo.model.families import base_model, unwrap
 
 TRANSFORMERS_GENERATE = GenerationMixin.generate
 
 
 def has_own_generate(model: Any) -> bool:
-    """Whether a model draws by a `generate` of its own, not by transformers'."""
-    return getattr(type(base_model(model)), "generate", None) is not TRANSFORMERS_GENERATE
+    """Whether a model draws by a `generate` of its own, not by transformers' or peft's."""
+    replaced = any("generate" in vars(one) for one in (unwrap(model), base_model(model)))
+    return replaced or getattr(type(base_model(model)), "generate", None) is not TRANSFORMERS_GENERATE
 
 
 @contextmanager

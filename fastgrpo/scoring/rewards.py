@@ -30,7 +30,7 @@ from fastgrpo.rewards import (
 )
 from fastgrpo.scoring.guard import Watch, awaited
 from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format, token_length
-from fastgrpo.types import Prompt, Rollout
+from fastgrpo.types import Completion, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -170,10 +170,15 @@ def reward_arguments(groups: Sequence[Rollout]) -> dict[str, list[Any]]:
     return {
         "prompts": [shown[id(p)] for p, _ in pairs],
         "prompt_texts": [p.text for p, _ in pairs],
-        "completions": [c.text if p.messages is None else [{"role": "assistant", "content": c.text}] for p, c in pairs],
+        "completions": [c.text if p.messages is None else turns_of(c) for p, c in pairs],
         "completion_ids": [c.token_ids.tolist() for _, c in pairs],
         **{name: [row.get(name) for row in columns] for name in names},
     }
+
+
+def turns_of(completion: Completion) -> list[dict[str, Any]]:
+    """A completion as messages."""
+    return completion.messages or [{"role": "assistant", "content": completion.text}]
 
 
 def shown_prompt(prompt: Prompt) -> str | list[dict[str, Any]]:
@@ -223,11 +228,11 @@ def _await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int, timeou
             )
         )
 
-    return asyncio.run_coroutine_threadsafe(finish_all(), _event_loop()).result()
+    return asyncio.run_coroutine_threadsafe(finish_all(), event_loop()).result()
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """One loop for the whole process, on its own thread: clients that functions keep stay usable between calls, and it
     works where a loop is running already, as in a notebook."""
     loop = asyncio.new_event_loop()

@@ -19,7 +19,7 @@ shuffle_dataset generation_batch_size temperature top_p top_k min_p chat_templat
 num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos
 vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights multi_objective_aggregation scale_rewards
 loss_type mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps use_bias_correction_kl
-log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+max_tool_calling_iterations log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
 """
 OF_TRANSFORMERS = """
 output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
@@ -104,7 +104,6 @@ MAPPED: dict[str, str] = {
 
 REFUSED: dict[str, str] = {
     "router_aux_loss_coef": "mixture-of-experts models train without a load-balancing loss here: leave it unset or 0",
-    "max_tool_calling_iterations": "tools are not called in rollouts: leave it unset",
     "vllm_structured_outputs_regex": "completions are not held to a pattern: leave it unset, and reward the format",
     "auto_find_batch_size": "it would split groups: set per_device_train_batch_size instead",
     "parallelism_config": "ranks share rows and, under DeepSpeed, weights, but no sequence: leave it unset",

@@ -48,6 +48,8 @@ class CompletionRecord:
     """Its question names the options to choose from, and which of them is right."""
     correction: Correction | None = None
     """How the answer differs from what the reasoning proposed first; None where it does not, or has no options."""
+    tool_calls: tuple[int, int] | None = None
+    """How many tools it called, and how many of these calls failed; None where there are no tools."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What reward functions logged of it (`log_extra`), by the names they gave."""
 
@@ -133,6 +135,7 @@ def records_of(
                 reflections=count_reflections(completion.text),
                 has_options=options is not None,
                 correction=self_correction(completion.text, options, str(solution)) if options else None,
+                tool_calls=completion.tool_calls,
                 extra={name: column[n] for name, column in (extra or {}).items()},
             )
         )

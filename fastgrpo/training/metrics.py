@@ -73,6 +73,10 @@ def rollout_metrics(records: Sequence[CompletionRecord]) -> dict[str, float]:
     corrections = [record.correction for record in records if record.has_options]
     for kind in ("wrong to right", "right to wrong") if corrections else ():
         metrics[f"self_correction/{kind.replace(' ', '_')}"] = corrections.count(kind) / len(corrections)
+    calls = [record.tool_calls for record in records if record.tool_calls is not None]
+    if calls:
+        total, failed = (sum(counts) for counts in zip(*calls, strict=True))
+        metrics |= {"tools/call_frequency": total / len(calls), "tools/failure_frequency": failed / max(total, 1)}
     for name in records[0].rewards:
         values = [reward for record in records if (reward := record.rewards[name]) is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)

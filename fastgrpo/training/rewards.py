@@ -11,19 +11,25 @@ from fastgrpo.model.reward_model import RewardModel, load_reward_model, load_rew
 from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions
 
 
-def load_reward_functions(given: Any, tokenizers: Any, config: GRPOConfig) -> list[RewardFunction]:
+def load_reward_functions(
+    given: Any, tokenizers: Any, config: GRPOConfig, more: Sequence[RewardFunction] = ()
+) -> list[RewardFunction]:
     """Reward functions from names, import paths, functions and reward models, one of these or a list.
 
     Args:
         tokenizers: one for each of `given`, or None where a reward model's own is to be loaded; what is given for a
             function is not used.
+        more: further functions, behind those.
 
     Raises:
         ValueError: nothing given, something that is no reward, or lists of different lengths.
     """
     specs = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    if not specs:
-        raise ValueError("reward_funcs is missing: pass a reward function, a reward model or a list of them.")
+    if not specs and not more:
+        raise ValueError(
+            "reward_funcs is missing. No reward source provided: pass a reward function, a reward model or a list of "
+            "them, or an environment with get_reward()."
+        )
     tokenizers = [None] * len(specs) if tokenizers is None else tokenizers
     tokenizers = tokenizers if isinstance(tokenizers, list | tuple) else [tokenizers]
     if len(tokenizers) != len(specs):
@@ -32,7 +38,8 @@ def load_reward_functions(given: Any, tokenizers: Any, config: GRPOConfig) -> li
             "Give None for a function."
         )
     resolved = resolve_reward_functions(specs)
-    return [_loaded(spec, tokenizer, config) for spec, tokenizer in zip(resolved, tokenizers, strict=True)]
+    loaded = [_loaded(spec, tokenizer, config) for spec, tokenizer in zip(resolved, tokenizers, strict=True)]
+    return [*loaded, *more]
 
 
 def _loaded(spec: Any, tokenizer: Any, config: GRPOConfig) -> RewardFunction:

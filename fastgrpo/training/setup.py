@@ -151,14 +151,15 @@ def resolve_model(model: Any, config: RunConfig, peft_config: Any, quantization_
     return model
 
 
-def resolve_reward_weights(config: GRPOConfig, count: int) -> Tensor:
-    """[count] float32, one weight per reward function."""
+def resolve_reward_weights(config: GRPOConfig, count: int, owned: int = 0) -> Tensor:
+    """[count] float32, one weight per reward function; 1 for those that environments own, the last of them."""
+    count -= owned
     weights = config.reward_weights or [1.0] * count
     if len(weights) != count:
         raise ValueError(
             f"reward_weights={weights}: {len(weights)} values for {count} reward functions, give one each."
         )
-    return torch.tensor(weights, dtype=torch.float32)
+    return torch.tensor([*weights, *[1.0] * owned], dtype=torch.float32)
 
 
 def build_vision_cache(model: Any, config: RunConfig) -> VisionCache | None:

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.prompts import PromptCollator
 from fastgrpo.data.row_dataset import RowDataset
+from fastgrpo.model.families import end_ids
+from fastgrpo.model.vision_cache import VisionCache
+from fastgrpo.plain.hf_generation import has_own_generate
 from fastgrpo.scoring.advantages import Advantages
 from fastgrpo.training.checkpoints import load_state
 from fastgrpo.training.completion_records import distinct_names
@@ -48,8 +51,10 @@ from fastgrpo.training.setup import (
     tell_of_lost_balance,
 )
 from fastgrpo.training.step_log import StepLog
-from fastgrpo.training.trl_surface import refuse_tools, require_called_overrides
-from fastgrpo.types import PromptBatch, Rollout, ScoredRollout, TrainingGroup
+from fastgrpo.training.tool_rollout import ToolRollout
+from fastgrpo.training.tools import ToolBox
+from fastgrpo.training.trl_surface import require_called_overrides
+from fastgrpo.types import Engine, PromptBatch, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.entropy import EntropyControl
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
 from fastgrpo.update.plan import plan_updates, token_masks
@@ -72,7 +77,8 @@ class GRPOTrainer(RewardEvaluation):
         peft_config: wraps the model in adapters; the reference of the KL term is then the model without them. That of
             a `PeftModel` with trained adapters is a copy of these.
         rollout_func: draws the completions instead of the sampler, see `custom_rollout`.
-        tools, environment_factory: accepted where TRL has them, as None.
+        tools: functions that the model may call.
+        environment_factory: makes environments, whose methods it may call, one for each completion; see `ToolBox`.
 
     Raises:
         ValueError: a setting, a data set or a reward function that cannot work; the message says how to mend it.
@@ -99,16 +105,17 @@ class GRPOTrainer(RewardEvaluation):
         environment_factory: Any = None,
     ) -> None:
         require_called_overrides(type(self))
-        refuse_tools(tools, environment_factory)
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing: pass a data set of rows to train on.")
         self.config = args or GRPOConfig(default_output_dir(model))
-        self.reward_functions = load_reward_functions(reward_funcs, reward_processing_classes, self.config)
+        self.toolbox = ToolBox(tools, environment_factory)
+        train_dataset = self.toolbox.with_prompts(train_dataset, self.config)
+        owned = self.toolbox.reward_functions()
+        self.reward_functions = load_reward_functions(reward_funcs, reward_processing_classes, self.config, owned)
         self.reward_names = distinct_names(self.reward_functions)
-        self.reward_weights = resolve_reward_weights(self.config, len(self.reward_functions))
+        self.reward_weights = resolve_reward_weights(self.config, len(self.reward_functions), len(owned))
         self.processing = resolve_processing(model, processing_class, self.config)
         model = resolve_model(model, self.config, peft_config, quantization_config)
         self.builder = build_prompt_builder(self.processing, self.config)
+        self.builder.tools = self.toolbox.schemas
         self.rows = resolve_rows(train_dataset, self.config, self.reward_functions)
         require_a_good_row(self.rows, self.builder)
         self.held_out = resolve_held_out(eval_dataset, self.config, self.reward_functions)
@@ -135,21 +142,31 @@ class GRPOTrainer(RewardEvaluation):
                 self.add_callback(ReferenceSync(self.reference_model, self.config))
         cache = build_vision_cache(self.model, self.config)
         self.updater = build_updater(self.model, self.reference_model, self.config, self.accelerator, cache)
-        self.engine = build_engine(
-            self.model,
-            self.processing.tokenizer,
-            self.config,
-            self.accelerator,
-            cache,
-            memory_to_come=lambda: memory_to_come(self.model, self.optimizer),
-        )
-        if rollout_func is not None:
-            self.engine = CustomRollout(rollout_func, self, self.engine, self.builder)
+        self.rollout_func = rollout_func
+        self.engine = self.build_engine(cache)
         figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
         self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, self.display)
         self.entropy = EntropyControl(self.config, self.accelerator)
         self.updates: list[list[TrainingGroup]] = []
         """The optimizer steps still to take on the last rollout."""
+
+    def build_engine(self, cache: VisionCache | None = None) -> Engine:
+        """What draws completions from the model."""
+        tokenizer = self.processing.tokenizer
+        sampler = build_engine(
+            self.model,
+            tokenizer,
+            self.config,
+            self.accelerator,
+            cache,
+            memory_to_come=lambda: memory_to_come(self.model, self.optimizer),
+        )
+        if self.rollout_func is not None:
+            return CustomRollout(self.rollout_func, self, sampler, self.builder)
+        if not self.toolbox:
+            return sampler
+        most = self.config.max_tool_calling_iterations
+        return ToolRollout(self.toolbox, sampler, self.builder, end_ids(self.model, tokenizer), most)
 
     # The GRPO step
 
@@ -230,6 +247,8 @@ class GRPOTrainer(RewardEvaluation):
 
     def restore(self, checkpoint: Path | None) -> None:
         """What is left to train on of a checkpoint's rollout; a reference and an entropy coefficient that had moved."""
+        if has_own_generate(self.model):  # perhaps since the trainer was built
+            self.engine = self.build_engine()
         self.updates = [] if checkpoint is None else self.load_updates(checkpoint)
         self.entropy.load(load_state(checkpoint).get("entropy", {}))
         if self.reference_model is not None and checkpoint is not None:

@@ -13,6 +13,7 @@ from fastgrpo.scoring.rewards import RewardFunction, call_functions, reward_argu
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.rewards import as_given
 from fastgrpo.training.run_trainer import RunTrainer
+from fastgrpo.training.tools import ToolBox
 from fastgrpo.training.trl_functions import TRLFunctions
 from fastgrpo.types import Rollout
 
@@ -48,22 +49,13 @@ def require_called_overrides(trainer_class: type) -> None:
             )
 
 
-def refuse_tools(tools: Any, environment_factory: Any) -> None:
-    """Raises a ValueError if the model is to call tools."""
-    for name, value in (("tools", tools), ("environment_factory", environment_factory)):
-        if value:
-            raise ValueError(
-                f"{name}: tools are not called here. Pass rollout_func, which may call them and says by env_mask "
-                "which tokens the model wrote."
-            )
-
-
 class TRLSurface(TRLFunctions, RunTrainer):
     """Attributes under TRL's names, and the one of TRL's own methods that a step here calls when it is overridden."""
 
     config: GRPOConfig
     reward_functions: list[RewardFunction]
     reference_model: Any
+    toolbox: ToolBox
     aux_loss_enabled = False
     """Whether a mixture of experts' balancing loss is added."""
 
@@ -86,6 +78,16 @@ class TRLSurface(TRLFunctions, RunTrainer):
     def reward_processing_classes(self) -> list[Any]:
         """The tokenizer of each reward model, None for a function."""
         return [getattr(function, "tokenizer", None) for function in self.reward_functions]
+
+    @property
+    def tools(self) -> list[Any]:
+        """What the model may call, methods of environments included."""
+        return self.toolbox.all
+
+    @property
+    def environments(self) -> list[Any]:
+        """Of the last rollout's completions, in their order."""
+        return self.toolbox.environments
 
     @property
     def num_generations(self) -> int:

@@ -1,0 +1,388 @@
+"""Tools and environments: what is asked, what is answered, what is trained on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from run_files import changed, parameters
+from transformers import GenerationConfig, Qwen2ForCausalLM
+
+from fastgrpo.demo.base_model import load_tokenizer
+from fastgrpo.training.tools import ToolBox, read_turn
+
+END = "<|endoftext|>"
+TEMPLATE = (
+    "{% for tool in tools or [] %}({{ tool['function']['name'] }}) {% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}"
+    + END
+    + "\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def call(name: str, **arguments: Any) -> str:
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def asking(tool: Any, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.__name__, "arguments": arguments}}
+
+
+def times(a: int, b: int) -> int:
+    """
+    Multiplies.
+
+    Args:
+        a: One factor.
+        b: The other.
+    """
+    return a * b
+
+
+async def later(a: int, b: int) -> int:
+    """
+    Multiplies, not at once.
+
+    Args:
+        a: One factor.
+        b: The other.
+    """
+    if b == 0:
+        raise ValueError("no zero")
+    return a * b
+
+
+class Counting:
+    """An environment that adds up; it says its reward."""
+
+    def reset(self, **row: Any) -> str:
+        self.row, self.total = row, 0
+        return " Count!"
+
+    def add(self, step: int) -> int:
+        """
+        Adds.
+
+        Args:
+            step: How much.
+        """
+        self.total += step
+        return self.total
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+class Shouting:
+    """One without a reward, whose reset says nothing."""
+
+    def reset(self, **row: Any) -> None:
+        self.heard: list[str] = []
+
+    def shout(self, text: str) -> str:
+        """
+        Shouts.
+
+        Args:
+            text: What.
+        """
+        self.heard.append(text)
+        return text.upper()
+
+
+class Scripted(Qwen2ForCausalLM):
+    """Says what its script has for each turn, one text per row."""
+
+    script: list[list[str]]
+    asked: list[list[str]]
+
+    def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        tokenizer = load_tokenizer()
+        self.asked.append([text.removeprefix(END) for text in tokenizer.batch_decode(input_ids)])
+        drawn = [tokenizer(text + END)["input_ids"] for text in self.script[len(self.asked) - 1]]
+        longest = max(map(len, drawn))
+        rows = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in drawn]
+        return torch.cat([input_ids, torch.tensor(rows)], dim=1)
+
+
+CHAT = [{"prompt": [{"role": "user", "content": "3 by 4?"}]}]
+Run = Callable[..., tuple[Any, dict[str, Any], dict[str, Any]]]
+
+
+@pytest.fixture
+def run(build: Any, text_model: Path) -> Run:
+    """Trains a step by a script: the trainer, its log line, and what its reward function was called with."""
+
+    def make(script: list[list[str]], rows: Any = CHAT, **given: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        model, tokenizer = Scripted.from_pretrained(text_model), load_tokenizer()
+        model.script, model.asked = script, []
+        tokenizer.chat_template = TEMPLATE
+        seen: dict[str, Any] = {}
+
+        def reward(completion_ids: Any, **others: Any) -> list[float]:
+            seen.update(others, completion_ids=completion_ids)
+            return [float(len(ids)) for ids in completion_ids]
+
+        given = {"per_device_train_batch_size": 2, "max_completion_length": 200, "shuffle_dataset": False} | given
+        trainer = build(reward, rows, model=model, processing_class=tokenizer, **given)
+        before = parameters(trainer)
+        trainer.train()
+        assert changed(before, trainer) == set(before)
+        return trainer, trainer.state.log_history[0], seen
+
+    return make
+
+
+def test_what_a_tool_answers_is_read_and_not_trained_on(run: Run) -> None:
+    trainer, line, seen = run([["So " + call("times", a=3, b=4), "I do not know."], ["It is 12."]], tools=[times])
+    conversation = [
+        *CHAT[0]["prompt"],
+        {"role": "assistant", "content": "So ", "tool_calls": [asking(times, a=3, b=4)]},
+        {"role": "tool", "content": "12"},
+    ]  # fmt: skip
+    rendered = [
+        trainer.processing_class.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, tools=[times])
+        for turns in (conversation[:1], conversation)
+    ]
+    assert trainer.model.asked == [[rendered[0]] * 2, [rendered[1]]]
+    assert [turn["role"] for turn in seen["completions"][0]] == ["assistant", "tool", "assistant"]
+    assert seen["completions"][0][2] == {"role": "assistant", "content": "It is 12."}
+    assert seen["completions"][1] == [{"role": "assistant", "content": "I do not know."}]
+    whole = rendered[1].removeprefix(rendered[0]) + "It is 12." + END
+    ids = trainer.processing_class
+    assert ids.decode(seen["completion_ids"][0]) == whole
+    own = len(ids("So " + call("times", a=3, b=4) + END)["input_ids"]) + len(ids("It is 12." + END)["input_ids"])
+    assert line["completions/max_length"] == own < len(seen["completion_ids"][0])
+    assert line["completions/clipped_ratio"] == 0
+    assert (line["tools/call_frequency"], line["tools/failure_frequency"]) == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (call("times", a=3, c=4), "unexpected keyword argument 'c'"),
+        (call("plus", a=3, b=4), "Tool plus not found."),
+        (call("later", a=3, b=0), "no zero"),
+    ],
+)
+def test_a_call_that_fails_is_answered_by_why(run: Run, said: str, answer: str) -> None:
+    _, line, seen = run([[said, "No."], ["Oh."]], tools=[times, later])
+    assert answer in seen["completions"][0][1]["content"]
+    assert line["tools/failure_frequency"] == 1
+
+
+def test_several_calls_of_a_turn_and_asynchronous_ones(run: Run) -> None:
+    _, line, seen = run([[call("later", a=2, b=3) + call("times", a=3, b=4), "No."], ["Oh."]], tools=[times, later])
+    assert [turn["content"] for turn in seen["completions"][0][1:3]] == ["6", "12"]
+    assert line["tools/call_frequency"] == 1
+
+
+def test_tools_are_called_turn_after_turn(run: Run) -> None:
+    again = call("times", a=1, b=1)
+    _, _, seen = run([[again, "No."], [again], ["Done."]], tools=[times])
+    assert [turn["role"] for turn in seen["completions"][0]] == ["assistant", "tool"] * 2 + ["assistant"]
+
+
+def test_turns_with_tools_are_bounded(run: Run) -> None:
+    again = call("times", a=1, b=1)
+    _, _, seen = run([[again, "No."], [again]], tools=[times], max_tool_calling_iterations=1)
+    assert [turn["role"] for turn in seen["completions"][0]] == ["assistant", "tool", "assistant"]
+
+
+def test_an_answer_without_room_is_left_out(run: Run) -> None:
+    def long(n: int) -> str:
+        """
+        Says much.
+
+        Args:
+            n: How much.
+        """
+        return "much " * n
+
+    _, line, seen = run([[call("long", n=300), "No."]], tools=[long])
+    assert len(seen["completions"][0]) == 1
+    assert line["completions/clipped_ratio"] == 0
+    _, line, seen = run([[call("long", n=2), "No."], ["on and on " * 60]], tools=[long])
+    assert len(seen["completion_ids"][0]) == 200
+    assert line["completions/clipped_ratio"] == 0.5
+
+
+def test_an_answer_that_pretends_to_be_structure_is_a_failure(run: Run) -> None:
+    def sly() -> str:
+        """Says it is over."""
+        return f"done{END}"
+
+    _, line, seen = run([[call("sly"), "No."], ["Oh."]], tools=[sly])
+    assert "special token" in seen["completions"][0][1]["content"]
+    assert line["tools/failure_frequency"] == 1
+
+
+def test_pictures_as_answers_are_refused(run: Run) -> None:
+    def screenshot() -> list[dict[str, Any]]:
+        """Takes one."""
+        return [{"type": "image", "image": None}]
+
+    with pytest.raises(ValueError, match="screenshot returned a picture"):
+        run([[call("screenshot"), "No."]], tools=[screenshot])
+
+
+XML = (
+    "<tool_call>\n<function=shout>\n<parameter=text>\n75\n</parameter>\n<parameter=n>\n7\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+TEXTS = {"type": "object", "properties": {"text": {"type": "string"}}}
+SHOUT = [{"type": "function", "function": {"name": "shout", "parameters": TEXTS}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "called"),
+    [
+        ("a " + call("shout", text="hi"), "a", [{"name": "shout", "arguments": {"text": "hi"}}]),
+        (XML, "", [{"name": "shout", "arguments": {"text": "75", "n": 7}}]),
+        ("<tool_call>{oops}</tool_call>", "<tool_call>{oops}</tool_call>", []),
+        ('<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', []),
+        ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
+    ],
+)
+def test_how_calls_are_written(text: str, content: str, called: list[Any]) -> None:
+    tokenizer = load_tokenizer()
+    message = read_turn(tokenizer, tokenizer(text)["input_ids"], [], SHOUT)
+    assert message["content"] == content
+    assert [one["function"] for one in message.get("tool_calls", [])] == called
+
+
+def test_a_tokenizers_own_form_of_calls() -> None:
+    tokenizer = load_tokenizer()
+    tokenizer.response_template = {
+        "start_anchor": "assistant: ",
+        "fields": {
+            "tool_calls": {
+                "open": "[[", "close_pattern": r"\]\]", "repeats": True, "content": "json",
+                "transform": {"type": "function", "function": "{content}"},
+            },
+            "content": {"close_pattern": r"<\|endoftext\|>", "content": "text"},
+        },
+    }  # fmt: skip
+    text, prefix = '[[{"name": "shout", "arguments": {"text": "hi"}}]]' + END, "assistant: "
+    message = read_turn(tokenizer, tokenizer(text)["input_ids"], tokenizer(prefix)["input_ids"], SHOUT)
+    assert message["role"] == "assistant"
+    assert message["tool_calls"] == [{"type": "function", "function": {"name": "shout", "arguments": {"text": "hi"}}}]
+
+
+def test_a_template_that_hides_answers_is_refused(build: Any) -> None:
+    with pytest.raises(ValueError, match="does not show what tools answer"):
+        build(train_dataset=CHAT, tools=[times])
+
+
+def test_turns_drawn_by_the_sampler_have_the_updates_log_probs(build: Any, text_model: Path, tmp_path: Path) -> None:
+    """A model of which a third of the tokens end a turn, and each turn calls a tool."""
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    model = Qwen2ForCausalLM.from_pretrained(text_model)
+    ends = [tokenizer.eos_token_id, *range(300, 550)]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    tokenizer.response_template = "calls times, whatever it says"
+    tokenizer.parse_response = lambda ids, prefix, tools: {"tool_calls": [asking(times, a=6, b=7)]}
+    trainer = build(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=CHAT * 2,
+        tools=[times],
+        max_completion_length=100,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_steps=2,
+        learning_rate=1e-3,
+    )
+    trainer.train()
+    for line in trainer.state.log_history[:2]:
+        assert line["tools/call_frequency"] > 1
+        assert line["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+# Environments
+
+
+def test_an_environment_opens_answers_and_rewards(run: Run) -> None:
+    rows = [{**CHAT[0], "level": 7}]
+    script = [[call("add", step=2), call("subtract", step=2)], ["Done.", "Oh."]]
+    trainer, line, seen = run(script, rows, environment_factory=Counting)
+    assert trainer.model.asked[0] == ["(add) user: 3 by 4? Count!" + END + "\nassistant: "] * 2
+    assert [one.total for one in trainer.environments] == [2, 0]
+    assert trainer.environments[0].row == {"level": 7, "prompt": CHAT[0]["prompt"]}
+    assert seen["environments"] == trainer.environments
+    assert trainer.reward_func_names == ["reward", "Counting"]
+    assert line["rewards/Counting/mean"] == 1
+    assert [tool.__name__ for tool in trainer.tools] == ["add"]
+
+
+def test_it_may_give_the_prompts_and_the_reward_alone(build: Any, text_model: Path, quick: Any) -> None:
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    arguments = {"args": quick(), "processing_class": tokenizer, "environment_factory": Counting}
+    trainer = type(build())(str(text_model), **arguments)
+    trainer.train()
+    assert trainer.environments[0].row == {}
+    assert trainer.builder.tokenizer.chat_template == TEMPLATE
+    assert trainer.reward_weights.tolist() == [1.0]
+
+
+def test_rows_choose_theirs(run: Run) -> None:
+    rows = datasets.Dataset.from_dict({"environment": ["count", "shout"]})
+    script = [[call("add", step=2), "No.", call("shout", text="hi"), call("add", step=1)], ["Done.", "Oh.", "Oh."]]
+    both = {"count": Counting, "shout": Shouting}
+    trainer, line, seen = run(script, rows, environment_factory=both, per_device_train_batch_size=4)
+    assert [asked.split(" user")[0] for asked in trainer.model.asked[0]] == ["(add)"] * 2 + ["(shout)"] * 2
+    assert [turns[1:2] and turns[1]["content"] for turns in seen["completions"]] == [
+        "2", [], "HI", "{'error': 'Tool add not found.'}"
+    ]  # fmt: skip
+    assert trainer.environments[0].row == {}
+    assert line["rewards/Counting/mean"] == 1, "of its own completions alone"
+    assert line["tools/failure_frequency"] == pytest.approx(1 / 3)
+
+
+def test_classes_of_environments_reward_once() -> None:
+    box = ToolBox(None, {"a": Counting, "b": Counting, "c": Shouting})
+    (reward,) = box.reward_functions()
+    one = Counting()
+    one.reset()
+    assert reward(environments=[one, Shouting()]) == [0.0, None]
+
+
+def test_an_unknown_environment_is_named(run: Run) -> None:
+    rows = datasets.Dataset.from_dict({"environment": ["other"]})
+    with pytest.raises(ValueError, match="'other' is not among the environments"):
+        run([], rows, environment_factory={"count": Counting})
+
+
+def test_a_groups_environments_say_the_same(run: Run) -> None:
+    class Moody(Counting):
+        said = 0
+
+        def reset(self, **row: Any) -> str:
+            Moody.said += 1
+            return str(Moody.said)
+
+    with pytest.raises(ValueError, match="says different things to completions of row 0"):
+        run([], environment_factory=Moody)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"environment_factory": Counting, "max_steps": -1}, "max_steps"),
+        ({"environment_factory": {"a": Counting}}, "requires a `train_dataset`"),
+        ({"environment_factory": object}, "has no method `reset`"),
+        ({}, "`train_dataset` is required"),
+    ],
+)
+def test_rows_or_an_environment_that_gives_them(
+    build: Any, text_model: Path, quick: Any, given: dict[str, Any], message: str
+) -> None:
+    settings = quick(max_steps=given.pop("max_steps", 1))
+    with pytest.raises(ValueError, match=message):
+        type(build())(str(text_model), "length", settings, **given)
