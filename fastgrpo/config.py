@@ -17,6 +17,8 @@ logger = logging.get_logger(__name__)
 
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 """What `generation_kwargs` may hold."""
+OF_BEAMS = ("num_beams", "num_beam_groups", "length_penalty", "diversity_penalty", "early_stopping")
+"""Accepted there, with a warning."""
 
 
 @dataclass
@@ -89,6 +91,8 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
         super().__post_init__()
         self.check_objective()
         _ = self.generation_settings  # raises when it cannot be read
+        if beams := [name for name in parsed("generation_kwargs", self.generation_kwargs) if name in OF_BEAMS]:
+            logger.warning(f"generation_kwargs: {', '.join(beams)}: no effect, since nothing is searched for.")
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError("log_completions_hub_repo is set, but log_completions is off: turn it on, or unset it.")
         drawn = self.batch_plan.micro_batches_per_rollout
@@ -105,11 +109,14 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
     def generation_settings(self) -> dict[str, Any]:
         """`generation_kwargs` as parsed."""
         settings = parsed("generation_kwargs", self.generation_kwargs)
-        if unknown := sorted(settings.keys() - set(GENERATION_KEYS)):
+        unknown = settings.keys() - {*GENERATION_KEYS, *OF_BEAMS, "do_sample"}
+        if not settings.get("do_sample", True):
+            unknown.add("do_sample=False")
+        if unknown:
             raise ValueError(
-                f"generation_kwargs: the sampler has no {', '.join(unknown)}: use {', '.join(GENERATION_KEYS)}."
+                f"generation_kwargs: the sampler has no {', '.join(sorted(unknown))}: use {', '.join(GENERATION_KEYS)}."
             )
-        return settings
+        return {name: settings[name] for name in GENERATION_KEYS if name in settings}
 
     @property
     def batch_plan(self) -> BatchPlan:

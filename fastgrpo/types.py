@@ -38,6 +38,8 @@ class ObjectiveTerms(NamedTuple):
     """Σ of VESPO's weights over them; 0 in other losses."""
     bonus_sum: Tensor
     """The entropy bonus that the loss was lowered by."""
+    router_sum: Tensor
+    """The mean load-balancing loss, this rank's share of it; 0 where none is added."""
 
 
 class RowError(ValueError):

@@ -117,12 +117,15 @@ def as_rows(dataset: Any, seed: int = 0, *, name: str = "the data set") -> RowDa
         name: what error messages call it.
 
     Raises:
+        TypeError: a dict of several sets.
         ValueError: no length or no rows, records that are no dicts, or columns of no known schema.
     """
     if isinstance(dataset, RowDataset):
         return dataset
     if isinstance(dataset, dict):
-        raise ValueError(f"{name} is a dict of splits {sorted(dataset)}: pass one of them")
+        raise TypeError(
+            f"`{name}` must be a `Dataset` or `IterableDataset`, no dict of splits {sorted(dataset)}: pass one of them"
+        )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(f"{name} is a {type(dataset).__name__} without length or index: pass a map-style data set")
     if not len(dataset):

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from fastgrpo.model.families import is_multimodal, mrope_sections, unwrap
 from fastgrpo.model.float32_head import head_in_float32
+from fastgrpo.model.router_loss import caught_router_losses
 from fastgrpo.plain.engine import vision_inputs
 from fastgrpo.types import Completion, Prompt, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference
-from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result
+from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result, with_router_loss
 from fastgrpo.update.packed_forward import dummy_image_prompt
 from fastgrpo.update.packing import ONE_TOKEN
 
@@ -42,6 +43,7 @@ class PlainUpdater:
         accelerator: Accelerator | None = None,
         scaling: Scaling | None = None,
         float32_head: bool = False,
+        router_coefficient: float = 0.0,
     ) -> None:
         self.model = model
         """Called for the forward pass; the trainer puts the DDP- or autocast-wrapped module here."""
@@ -50,6 +52,7 @@ class PlainUpdater:
         self.temperature = temperature
         self.reference_model = reference_model
         self.scaling = scaling or Scaling()
+        self.router_coefficient = router_coefficient
         self.float32_head = float32_head
         self.accumulation = GradientAccumulation(accelerator)
         # Ranks wait for each other's vision gradients, even in batches without pictures.
@@ -103,8 +106,11 @@ class PlainUpdater:
         with span("update/reference_model"):
             ref_logprobs = self._reference_logprobs(batch)
         with span("update/forward"):
-            logprobs, entropy = self._forward(model, batch)
-            return micro_loss(logprobs, entropy, fields, self.loss_params, self.scaling, ref_logprobs)
+            with caught_router_losses(model, bool(self.router_coefficient and batch)) as caught:
+                logprobs, entropy = self._forward(model, batch)
+            result = micro_loss(logprobs, entropy, fields, self.loss_params, self.scaling, ref_logprobs)
+            share = len(batch) / max(1, sum(len(group.completions) for group in groups)) / self.accumulation.ranks
+            return with_router_loss(result, caught, self.router_coefficient, share)
 
     def _micro_batches(self, groups: Sequence[TrainingGroup]) -> list[list[tuple[Prompt, Completion]]]:
         """The same number on every rank, padded with empty ones: collectives in a micro-batch wait for all ranks."""

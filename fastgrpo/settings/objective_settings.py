@@ -51,6 +51,9 @@ class ObjectiveSettings:
     top_entropy_quantile: float = option(
         1.0, "Share of a step's tokens, those of highest entropy, that move the policy.", at_least=0, at_most=1
     )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of a mixture of experts' load-balancing loss; the model's own if unset.", at_least=0
+    )
     entropy_coef: float = option(0.0, "Weight of the entropy bonus; the first one where it is adaptive.")
     use_adaptive_entropy: bool = option(
         False, "Raise entropy_coef while entropy is at or below entropy_target, else lower it (Skywork-OR1)."
@@ -143,8 +146,8 @@ class ObjectiveSettings:
             )
         if by_sequence and self.loss_type in SUMS_OVER_TOKENS:
             logger.warning(
-                f"importance_sampling_level=sequence with loss_type={self.loss_type}, which sums over tokens: a "
-                "sequence weighs as much as it is long. GSPO is loss_type=grpo."
+                f"importance_sampling_level=sequence with loss_type={self.loss_type}, which sums over tokens, "
+                "weights each sequence by its completion length. GSPO is loss_type=grpo."
             )
 
 

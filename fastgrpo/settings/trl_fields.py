@@ -19,7 +19,6 @@ def _foreign(name: str, default: Any) -> Any:
 class TRLFields:
     """Names and defaults of TRL 1.16."""
 
-    router_aux_loss_coef: float | None = _foreign("router_aux_loss_coef", None)
     vllm_structured_outputs_regex: str | None = _foreign("vllm_structured_outputs_regex", None)
 
     vllm_mode: str = _foreign("vllm_mode", "colocate")

@@ -40,9 +40,11 @@ HONOURED: dict[str, str] = {
     **dict.fromkeys((OF_TRL + OF_TRANSFORMERS).split(), ""),
     **OTHER_DEFAULTS,
     "steps_per_generation": "Where it is no multiple of gradient_accumulation_steps, the next one that is.",
-    "generation_kwargs": "temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; others are refused.",
+    "generation_kwargs": "temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; beams have no effect, "
+    "the rest is refused.",
     "cast_lm_head_to_fp32": "In the update and the reference; the sampler keeps its own precision.",
     "top_entropy_quantile": "The threshold is that of an optimizer step's tokens, at the price of a forward pass.",
+    "router_aux_loss_coef": "Over the tokens of a micro-batch of the update, where a prompt stands once for its group.",
     "entropy_coef": "",
     "use_adaptive_entropy": "",
     "entropy_coef_min": "",
@@ -103,7 +105,6 @@ MAPPED: dict[str, str] = {
 """Setting → what happens instead, told in one warning where it is set."""
 
 REFUSED: dict[str, str] = {
-    "router_aux_loss_coef": "mixture-of-experts models train without a load-balancing loss here: leave it unset or 0",
     "vllm_structured_outputs_regex": "completions are not held to a pattern: leave it unset, and reward the format",
     "auto_find_batch_size": "it would split groups: set per_device_train_batch_size instead",
     "parallelism_config": "ranks share rows and, under DeepSpeed, weights, but no sequence: leave it unset",
@@ -112,7 +113,6 @@ REFUSED: dict[str, str] = {
 }
 """Setting → why any value but TRL's default is an error."""
 STATED_OFF: dict[str, tuple[Any, ...]] = {
-    "router_aux_loss_coef": (0, 0.0),
     "include_num_input_tokens_seen": (False,),
 }
 """Values beside the default that ask for nothing else."""

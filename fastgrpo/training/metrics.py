@@ -48,6 +48,8 @@ def update_metrics(result: UpdateResult, config: ObjectiveSettings, accelerator:
         metrics["cispo_clip_ratio"] = metrics["clip_ratio/high_mean"]
     if config.loss_type == "vespo":
         metrics["vespo/phi_seq_mean"] = terms.vespo_sum.item() / terms.sequence_count.item()
+    if terms.router_sum:
+        metrics["aux_loss"] = terms.router_sum.item()
     # A loss that is not finite is told, not hidden.
     return {name: value for name, value in metrics.items() if name == "loss" or math.isfinite(value)}
 

@@ -27,10 +27,14 @@ def resolve_rows(dataset: Any, config: GRPOConfig, reward_functions: Sequence[Re
     """The rows to train on; where rewards read gold answers, rows without a usable one will be skipped.
 
     Raises:
-        ValueError: no rows, none that becomes a prompt, or a stream without `max_steps`.
+        ValueError: no rows, none that becomes a prompt, a stream without `max_steps` or one that a rank is to hand out.
     """
-    if is_stream(dataset) and config.max_steps <= 0:
-        raise ValueError("train_dataset is a stream, whose length is not known: set max_steps.")
+    if is_stream(dataset):
+        if config.accelerator_config.dispatch_batches:
+            raise ValueError("accelerator_config: Iterable datasets require `dispatch_batches=False`, ranks read them.")
+        config.accelerator_config.dispatch_batches = False
+        if config.max_steps <= 0:
+            raise ValueError("train_dataset is a stream, whose length is not known: set max_steps.")
     read = as_stream if is_stream(dataset) else as_rows
     return _checked(read(dataset, config.seed, name="train_dataset"), reward_functions)
 

@@ -17,6 +17,7 @@ from fastgrpo.model.float32_head import require_plain_head
 from fastgrpo.model.load import Processing, load_config, load_policy, load_processing, processing_from
 from fastgrpo.model.quantized import quantized_loading
 from fastgrpo.model.reward_model import model_name
+from fastgrpo.model.router_loss import router_coefficient
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache, is_cacheable
 from fastgrpo.plain.engine import PlainEngine
@@ -48,17 +49,6 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
         "repetition_penalty": config.repetition_penalty,
     } | config.generation_settings
     return SamplingParams(**{**given, "min_p": given["min_p"] or 0.0}, seed=config.seed)
-
-
-def tell_of_lost_balance(config: GRPOConfig, model: PreTrainedModel) -> None:
-    """Warns where TRL would add a mixture of experts' load-balancing loss."""
-    declared = getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-    if config.router_aux_loss_coef is None and declared:
-        logger.warning(
-            "The model declares router_aux_loss_coef=%s: no load-balancing loss is added here, as TRL does. Set "
-            "router_aux_loss_coef to 0 to read this no more.",
-            declared,
-        )
 
 
 def settle(config: RunConfig, model: PreTrainedModel) -> None:
@@ -223,6 +213,7 @@ def build_updater(
         "accelerator": accelerator,
         "scaling": scaling(config),
         "float32_head": config.cast_lm_head_to_fp32,
+        "router_coefficient": router_coefficient(model, config.router_aux_loss_coef),
     }
     if config.cast_lm_head_to_fp32:
         require_plain_head(unwrap(model))

@@ -48,7 +48,6 @@ from fastgrpo.training.setup import (
     resolve_reward_weights,
     sampling_params,
     settle,
-    tell_of_lost_balance,
 )
 from fastgrpo.training.step_log import StepLog
 from fastgrpo.training.tool_rollout import ToolRollout
@@ -122,7 +121,6 @@ class GRPOTrainer(RewardEvaluation):
         warn_of_known_rows(self.rows, self.held_out)
         self.reference_model = copy_reference(model, self.config)
         settle(self.config, model)
-        tell_of_lost_balance(self.config, model)
 
         super().__init__(
             model=model,

@@ -16,6 +16,7 @@ from fastgrpo.training.run_trainer import RunTrainer
 from fastgrpo.training.tools import ToolBox
 from fastgrpo.training.trl_functions import TRLFunctions
 from fastgrpo.types import Rollout
+from fastgrpo.update.entropy import EntropyControl
 
 LOSS = "choose the loss by loss_type, beta, epsilon and their like, or override `update(groups)`"
 ROLLOUT = "override `generate(batch)`, or pass rollout_func"
@@ -56,8 +57,13 @@ class TRLSurface(TRLFunctions, RunTrainer):
     reward_functions: list[RewardFunction]
     reference_model: Any
     toolbox: ToolBox
-    aux_loss_enabled = False
-    """Whether a mixture of experts' balancing loss is added."""
+    entropy: EntropyControl
+    updater: Any
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether a mixture of experts' load-balancing loss is added."""
+        return bool(self.updater.router_coefficient)
 
     @property
     def ref_model(self) -> Any:
@@ -100,6 +106,11 @@ class TRLSurface(TRLFunctions, RunTrainer):
     @property
     def beta(self) -> float:
         return self.config.beta
+
+    @property
+    def entropy_coef(self) -> float:
+        """Of the entropy bonus, as it is now."""
+        return self.entropy.coefficient
 
     @property
     def max_completion_length(self) -> int:
@@ -183,4 +194,5 @@ def columns_of(records: Sequence[CompletionRecord]) -> dict[str, Any]:
         "rewards": by_name(lambda record: record.rewards),
         "advantages": [record.advantage for record in records],
         "extra": by_name(lambda record: record.extra),
+        "images": [record.thumbnail for record in records if record.thumbnail is not None],
     }

@@ -126,9 +126,25 @@ def micro_loss(
         (counts > 0).sum(),
         nothing if weights is None else torch.where(counts > 0, weights, 0.0).sum(),
         nothing if bonus is None else torch.where(batch.mask, bonus * entropy.detach(), 0.0).sum(),
+        nothing,
     )
     mismatch = sampling_mismatch(drawn, batch.sampling_logprobs, batch.mask, ratio, among)
     return MicroBatchResult(output.loss, output.metrics, mismatch, terms)
+
+
+def with_router_loss(
+    result: MicroBatchResult, caught: Sequence[Tensor], weight: float, share: float
+) -> MicroBatchResult:
+    """Adds a mixture of experts' load-balancing loss, if one was `caught`, times `weight`.
+
+    Args:
+        share: of the micro-batch, among all of the optimizer step's on all ranks.
+    """
+    if not caught:
+        return result
+    balance = share * caught[0]
+    terms = result.terms._replace(router_sum=balance.detach())
+    return result._replace(loss=result.loss + weight * balance, terms=terms)
 
 
 def _owners(batch: LossInputs) -> Tensor:
@@ -144,7 +160,7 @@ def update_result(outputs: Sequence[MicroBatchResult], device: torch.device) -> 
         none = torch.zeros(0, device=device)
         lengths = torch.zeros(1, dtype=torch.int64, device=device)
         output = grpo_loss(none, none, none, lengths, LossParams())
-        terms = ObjectiveTerms(*torch.zeros(3, device=device).unbind())
+        terms = ObjectiveTerms(*torch.zeros(len(ObjectiveTerms._fields), device=device).unbind())
         outputs = [MicroBatchResult(*output, sampling_mismatch(none, none, none.bool()), terms)]
     return UpdateResult(
         torch.stack([output.loss.detach() for output in outputs]).sum(),

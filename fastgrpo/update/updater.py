@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastgrpo.model.families import unwrap
+from fastgrpo.model.router_loss import caught_router_losses
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import frozen_reference
-from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result
+from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result, with_router_loss
 from fastgrpo.update.packed_passes import PackedPasses
 from fastgrpo.update.packing import PackedBatch, pack
 
@@ -46,8 +47,14 @@ class PackedUpdater(PackedPasses):
         vision_cache: VisionCache | None = None,
         scaling: Scaling | None = None,
         float32_head: bool = False,
+        router_coefficient: float = 0.0,
     ) -> None:
-        """See `PackedPasses`; `scaling`: further factors of the surrogate."""
+        """See `PackedPasses`.
+
+        Args:
+            scaling: further factors of the surrogate.
+            router_coefficient: of a mixture of experts' load-balancing loss, to which every completion contributes.
+        """
         super().__init__(
             model,
             token_budget=token_budget,
@@ -61,6 +68,9 @@ class PackedUpdater(PackedPasses):
         self.loss_params = loss_params
         self.reference_model = reference_model
         self.scaling = scaling or Scaling()
+        self.router_coefficient = router_coefficient
+        self._tokens = 0
+        """Of the optimizer step's micro-batches on this rank."""
 
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """See `Updater.logprobs`."""
@@ -86,7 +96,7 @@ class PackedUpdater(PackedPasses):
 
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without."""
-        batches = self._micro_batches(groups, skip_beta=self.loss_params.beta)
+        batches = self._micro_batches(groups, skip_beta=None if self.router_coefficient else self.loss_params.beta)
         with self.fast_layers(self.reference_model):
             outputs = self.each(batches, self._micro_step)
         return update_result(outputs, self.device)
@@ -109,13 +119,18 @@ class PackedUpdater(PackedPasses):
         with span("update/reference_model"):
             ref_logprobs = self._reference_logprobs(batch)
         with span("update/forward"):
-            logprobs, entropy = self.forward(model, batch, entropy=True)
+            with caught_router_losses(model, bool(self.router_coefficient and batch.owners)) as caught:
+                logprobs, entropy = self.forward(model, batch, entropy=True)
             assert entropy is not None
-            return micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, ref_logprobs)
+            result = micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, ref_logprobs)
+            share = len(batch.input_ids) / max(self._tokens, 1) / self.accumulation.ranks
+            return with_router_loss(result, caught, self.router_coefficient, share)
 
     def _micro_batches(self, groups: Sequence[TrainingGroup], skip_beta: float | None) -> list[PackedBatch]:
         with span("update/pack"):
-            return self.even(pack(groups, self.token_budget, skip_beta=skip_beta, dummy_image=self.dummy_image))
+            batches = pack(groups, self.token_budget, skip_beta=skip_beta, dummy_image=self.dummy_image)
+            self._tokens = sum(len(batch.input_ids) for batch in batches)
+            return self.even(batches)
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:

@@ -122,13 +122,14 @@ def test_batch_arithmetic(
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"epsilon": -0.1}, "epsilon=-0.1"),
-        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1: mixture-of-experts"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef=-0.1"),
         ({"fsdp": "full_shard"}, "fsdp='full_shard': the sampler cannot read weights that FSDP shards: use deepspeed"),
         ({"entropy_coef_min": 2.0}, "entropy_coef_min=2.0 is not valid: use a number from 0 to entropy_coef_max=1.0"),
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile=1.5 is not valid"),
         ({"off_policy_mask_threshold": 0.0}, "off_policy_mask_threshold=0.0 is not valid"),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' is not valid"),
-        ({"generation_kwargs": {"num_beams": 2}}, "the sampler has no num_beams: use temperature"),
+        ({"generation_kwargs": {"typical_p": 0.5}}, "the sampler has no typical_p: use temperature"),
+        ({"generation_kwargs": {"do_sample": False}}, "the sampler has no do_sample=False: use temperature"),
         ({"log_completions_hub_repo": "me/logs", "log_completions": False}, "log_completions is off"),
         ({"vllm_importance_sampling_mode": "word"}, "vllm_importance_sampling_mode='word' is not valid"),
         ({"vllm_importance_sampling_clip_min": 3.0}, "clip_min=3.0 is not valid: use a number below"),
@@ -225,7 +226,7 @@ def test_trl_settings_that_work_differently_are_told_in_one_warning(
 
 
 def test_a_refused_setting_may_be_stated_off(make: Any, caplog: pytest.LogCaptureFixture) -> None:
-    make(router_aux_loss_coef=0.0, max_tool_calling_iterations=None, auto_find_batch_size=False)
+    make(auto_find_batch_size=False, vllm_structured_outputs_regex=None)
     assert warnings_of(caplog) == []
 
 

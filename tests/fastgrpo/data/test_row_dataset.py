@@ -51,7 +51,6 @@ def test_as_rows_leaves_nested_pictures_encoded() -> None:
     [
         ([], "the data set has no rows"),
         (iter([{"prompt": "a"}]), "list_iterator without length or index"),
-        ({"train": [{"prompt": "a"}]}, r"dict of splits \['train'\]: pass one of them"),
         (["a", "b"], "holds str records; wanted dicts"),
         ([{"text": "a"}], "the data set has the columns text, which fit no schema"),
     ],
@@ -59,6 +58,11 @@ def test_as_rows_leaves_nested_pictures_encoded() -> None:
 def test_as_rows_refuses(dataset: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         as_rows(dataset)
+
+
+def test_as_rows_refuses_a_dict_of_splits() -> None:
+    with pytest.raises(TypeError, match=r"must be a `Dataset` .* dict of splits \['train'\]: pass one of them"):
+        as_rows({"train": [{"prompt": "a"}]})
 
 
 def test_row_dataset_is_a_torch_data_set() -> None:

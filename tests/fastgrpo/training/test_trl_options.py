@@ -9,13 +9,13 @@ from typing import Any, cast
 import pytest
 import torch
 from rich.console import Console
-from transformers import Qwen3MoeConfig, TrainerControl
+from transformers import TrainerControl
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.training import completions_upload
 from fastgrpo.training.completions_upload import CompletionsUpload
 from fastgrpo.training.progress import ProgressDisplay
-from fastgrpo.training.setup import sampling_params, tell_of_lost_balance
+from fastgrpo.training.setup import sampling_params
 
 
 def make(tmp_path: Path, **settings: Any) -> GRPOConfig:
@@ -27,17 +27,10 @@ def test_generation_kwargs_go_before_the_settings(tmp_path: Path) -> None:
     params = sampling_params(make(tmp_path, temperature=0.9, top_p=0.8, generation_kwargs=given))
     assert (params.temperature, params.top_k, params.max_new_tokens, params.min_p) == (0.5, 7, 3, 0.1)
     assert params.top_p == 0.8
+    beams = make(tmp_path, generation_kwargs={"do_sample": True, "num_beams": 2, "top_k": 7})
+    assert sampling_params(beams).top_k == 7
     text = make(tmp_path, generation_kwargs='{"top_k": 7}')
     assert sampling_params(text).top_k == 7
-
-
-@pytest.mark.parametrize(("coefficient", "told"), [(None, True), (0.0, False)])
-def test_a_mixture_of_experts_is_told_to_train_without_balance(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, coefficient: float | None, told: bool
-) -> None:
-    model = cast(Any, SimpleNamespace(config=Qwen3MoeConfig(router_aux_loss_coef=0.001)))
-    tell_of_lost_balance(make(tmp_path, router_aux_loss_coef=coefficient), model)
-    assert ("router_aux_loss_coef=0.001: no load-balancing loss" in caplog.text) == told
 
 
 def test_the_completions_log_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

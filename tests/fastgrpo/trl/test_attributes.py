@@ -1,5 +1,6 @@
 """What scripts read of a trainer, and what they may add to its logs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,19 @@ def test_evaluation_draws_as_training_does_by_default(build: Any) -> None:
 
 def test_a_dense_model_has_no_balancing_loss(build: Any) -> None:
     assert build().aux_loss_enabled is False
+
+
+def test_a_mixture_of_experts_has_one_unless_it_is_turned_off(build: Any, moe_model: Path) -> None:
+    assert build(model=str(moe_model), router_aux_loss_coef=0.0).aux_loss_enabled is False
+    lines = []
+    for coefficient in (None, 0.5):
+        trainer = build(model=str(moe_model), router_aux_loss_coef=coefficient)
+        assert trainer.aux_loss_enabled
+        trainer.train()
+        lines.append(trainer.state.log_history[0])
+    one, other = lines
+    assert one["aux_loss"] == other["aux_loss"] > 0
+    assert other["loss"] - one["loss"] == pytest.approx((0.5 - 0.001) * one["aux_loss"], rel=1e-4)
 
 
 def test_metrics_since_the_last_line(build: Any) -> None:
