@@ -58,7 +58,7 @@ def tokens(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-TERMS = ObjectiveTerms(*torch.zeros(3).unbind())
+TERMS = ObjectiveTerms(*torch.zeros(4).unbind())
 
 
 def result_of(batch: dict[str, Tensor], lengths: list[int] = LENGTHS, chosen: slice = slice(None)) -> UpdateResult:

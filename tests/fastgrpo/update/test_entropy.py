@@ -77,7 +77,7 @@ def result(loss: float, entropy_sum: float, tokens: float, bonus: float = 0.0) -
     metrics = LossMetrics(*torch.zeros(9).unbind())._replace(
         entropy_sum=torch.tensor(entropy_sum), token_count=torch.tensor(tokens)
     )
-    terms = ObjectiveTerms(torch.zeros(()), torch.zeros(()), torch.tensor(bonus))
+    terms = ObjectiveTerms(torch.zeros(()), torch.zeros(()), torch.tensor(bonus), torch.zeros(()))
     return UpdateResult(torch.tensor(loss), metrics, cast(Any, None), terms)
 
 
