@@ -1,7 +1,9 @@
-"""The aha page: a lab's arms side by side, and what its claims come to."""
+"""The aha page: a lab's arms side by side, and what its claims come to; the same figures as `outcomes.json`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fastgrpo.report import headline, tables
 from fastgrpo.report.arm_charts import arm_charts
@@ -9,9 +11,10 @@ from fastgrpo.report.arm_evaluations import COLUMNS as EVALUATION_COLUMNS
 from fastgrpo.report.arm_evaluations import evaluation_rows
 from fastgrpo.report.arm_table import COLUMNS, TEST_COLUMNS, arm_rows, paired_rows
 from fastgrpo.report.arms import ArmRuns, LabRuns, read_lab_runs
-from fastgrpo.report.claims import claims_of, judge
+from fastgrpo.report.claims import Judgement, claims_of, judge
 from fastgrpo.report.examples import Trajectory, pick_trajectories
-from fastgrpo.report.formats import duration
+from fastgrpo.report.formats import NBSP, duration
+from fastgrpo.report.measures import MEASURES
 from fastgrpo.report.page import template
 from fastgrpo.report.plots import PALETTE, Chart, export
 from fastgrpo.report.run import flatten
@@ -19,7 +22,7 @@ from fastgrpo.report.run_card import run_card
 
 
 def write_lab_report(folder: Path, out: Path | None = None, figures: Path | None = None) -> Path:
-    """Writes the page of a lab.
+    """Writes the page of a lab, and `outcomes.json` beside it.
 
     Args:
         folder: the lab's, with the runs made so far.
@@ -38,6 +41,8 @@ def write_lab_report(folder: Path, out: Path | None = None, figures: Path | None
     target = target / "report.html" if target.is_dir() else target
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8", errors="replace")
+    told = json.dumps(outcomes(lab), indent=1)
+    (target.parent / "outcomes.json").write_text(told + "\n", encoding="utf-8")
     if figures is not None:
         export(charts, figures)
     return target
@@ -54,7 +59,7 @@ def render_lab(lab: LabRuns) -> tuple[str, list[Chart]]:
         "title": lab.title,
         "names": list(arms),
         "facts": _facts(begun),
-        "judgements": [judge(claim, arms) for claim in claims_of(lab.claims, lab.arms)],
+        "judgements": _judgements(lab),
         "charts": charts,
         "arms": begun,
         "columns": COLUMNS,
@@ -70,6 +75,37 @@ def render_lab(lab: LabRuns) -> tuple[str, list[Chart]]:
         "notes": notes,
     }
     return template("lab.html.j2").render(content).strip() + "\n", charts
+
+
+def outcomes(lab: LabRuns) -> dict[str, Any]:
+    """Claims with their answers, and each arm's measures at the beginning and the end of training, a value a seed."""
+    begun = [arm for arm in lab.arms if arm.runs]
+    claims = [
+        {
+            "says": one.claim.says,
+            "answer": one.answer,
+            "findings": [finding.text.replace(NBSP, " ") for finding in one.findings],
+        }
+        for one in _judgements(lab)
+    ]
+    arms = {
+        arm.name: {
+            name: [[change.first, change.last] for change in map(measure.of, arm.runs.values())]
+            for name, measure in MEASURES.items()
+        }
+        for arm in begun
+    }
+    return {
+        "title": lab.title,
+        "facts": {name: text.replace(NBSP, " ") for name, text in _facts(begun)},
+        "claims": claims,
+        "arms": arms,
+    }
+
+
+def _judgements(lab: LabRuns) -> list[Judgement]:
+    arms = {arm.name: arm for arm in lab.arms}
+    return [judge(claim, arms) for claim in claims_of(lab.claims, lab.arms)]
 
 
 def _facts(arms: Sequence[ArmRuns]) -> list[tuple[str, str]]:

@@ -32,6 +32,10 @@ def test_page_of_a_lab(fake_lab, tmp_path, capsys):
     ):
         assert text in page
     assert "<script" not in page
+    outcomes = json.loads((folder / "outcomes.json").read_text())
+    (claim,) = outcomes["claims"]
+    assert (claim["says"], claim["answer"]) == ("Responses grow longer under RL on base", "yes")
+    assert [last for _, last in outcomes["arms"]["control"]["held_out/accuracy"]] == [0.31] * 3
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     charts = ("accuracy", "length", "reflection", "correction", "entropy", "kl")
     assert names == {f"arms-{name}.{ending}" for name in charts for ending in ("svg", "png")}
