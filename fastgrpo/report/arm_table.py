@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from fastgrpo.report.arms import ArmRuns
-from fastgrpo.report.formats import NBSP, points
+from fastgrpo.report.formats import NBSP, points, probability
 from fastgrpo.report.measures import MEASURES, Measure, run_answers
 from fastgrpo.report.run import Run
 from fastgrpo.report.seeds import Mean
@@ -68,7 +68,7 @@ def _tested(first: ArmRuns, second: ArmRuns) -> list[str]:
 def _figures(mean: Mean) -> list[str]:
     interval = mean.interval
     span = "–" if interval is None else f"{points(interval.low)} to {points(interval.high)}"
-    return [span, "–" if mean.p is None else f"{mean.p:.2g}", f"{mean.n:,}"]
+    return [span, probability(mean.p), f"{mean.n:,}"]
 
 
 def seed_differences(first: ArmRuns, second: ArmRuns) -> Mean | None:

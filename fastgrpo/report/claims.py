@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from fastgrpo.evaluation.figures import number
 from fastgrpo.report.arms import ArmRuns
-from fastgrpo.report.formats import NBSP, PERCENT
+from fastgrpo.report.formats import NBSP, PERCENT, probability
 from fastgrpo.report.measures import MEASURES, Measure
 from fastgrpo.report.seeds import Mean
 
@@ -165,5 +165,5 @@ def effect_text(effect: Mean, measure: Measure) -> str:
     if effect.interval is None:
         return f"{head} (n{NBSP}={NBSP}1 seed)"
     low, high = (measure.difference_text(end) for end in (effect.interval.low, effect.interval.high))
-    p = "" if effect.p is None else f", p{NBSP}={NBSP}{effect.p:.2g}"
+    p = "" if effect.p is None else f", p{NBSP}={NBSP}{probability(effect.p)}"
     return f"{head} (95{PERCENT} interval {low} to {high}, n{NBSP}={NBSP}{effect.n} seeds{p})"

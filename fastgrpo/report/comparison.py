@@ -9,7 +9,7 @@ from typing import Any
 
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.evaluation.comparison import Accuracy, Comparison, PairedTest
-from fastgrpo.report.formats import count, percent, points
+from fastgrpo.report.formats import count, percent, points, probability
 from fastgrpo.report.page import template
 from fastgrpo.report.plots import PALETTE
 from fastgrpo.report.tables import Rows
@@ -120,5 +120,5 @@ def test_row(test: PairedTest) -> list[str]:
         f"{points(test.difference)} ({points(test.low)} to {points(test.high)})",
         count(test.only_second),
         count(test.only_first),
-        f"{test.p_value:.2g}",
+        probability(test.p_value),
     ]

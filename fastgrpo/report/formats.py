@@ -7,7 +7,7 @@ MINUS = "\N{MINUS SIGN}"
 
 def percent(fraction: float | None) -> str:
     """0.595 as "59.5 %"; "–" where it was not measured."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}{PERCENT}"
+    return "–" if fraction is None else f"{100 * fraction:.1f}{PERCENT}".replace("-", MINUS)
 
 
 def points(difference: float) -> str:
@@ -20,6 +20,11 @@ def signed(value: float, digits: int = 2) -> str:
     told = f"{abs(value):.{digits}f}"
     sign = "" if not float(told) else "+" if value > 0 else MINUS
     return sign + told
+
+
+def probability(p: float | None) -> str:
+    """0.0312 as "0.031"; below what a test on finite data can tell, "<1e-15"."""
+    return "–" if p is None else "<1e-15" if p < 1e-15 else f"{p:.2g}"
 
 
 def count(value: float | None) -> str:
