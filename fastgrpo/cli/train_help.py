@@ -75,7 +75,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Machine": (
         *("bf16", "fp16", "gradient_checkpointing", "deepspeed", "use_liger_kernel", "use_cpu", "engine"),
         *("token_budget", "attn_backend", "logprob_bytes", "vision_cache_bytes", "sampler_max_rows"),
-        "sampler_max_cache_tokens",
+        *("sampler_max_cache_tokens", "speculate"),
     ),
     "Scores before and after training": (
         *("eval_dataset_name", "eval_split", "eval_max_samples", "eval_max_new_tokens", "eval_pass_at_k"),

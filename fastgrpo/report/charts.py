@@ -106,6 +106,15 @@ def health(runs: Sequence[Run]) -> list[Chart]:
             False,
             "Sampler against policy; it should stay near rounding.",
         ),
+        (
+            "accepted",
+            "sampling/accepted_per_step",
+            "speculation",
+            "tokens a step",
+            SERIES[3],
+            False,
+            "Tokens that a completion gained in a decode step.",
+        ),
     ]
     charts = [
         panels(

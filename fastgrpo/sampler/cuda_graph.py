@@ -1,6 +1,6 @@
-"""Captures the decode step in CUDA graphs, one per batch bucket."""
+"""Captures the decode step in CUDA graphs, one per batch bucket and number of guesses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class StepGraphs:
-    """Captures a bucket's step at its first use; all graphs share one memory pool.
+    """Captures a step at its first use; all graphs share one memory pool.
 
     A rollout usually starts with its largest bucket, so smaller ones reuse its memory. Weights and buffers keep their
     addresses, so only new buffers need a new capture.
@@ -18,18 +18,18 @@ class StepGraphs:
     def __init__(self, finished: Tensor) -> None:
         """`finished` [R] bool: in a step such rows only write the spare last column of the drawn tokens."""
         self.finished = finished
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.pool: Any = None
 
-    def replay(self, rows: int, step: Callable[[int], None]) -> None:
-        """One step of the first `rows` rows; `step(rows)` works on static buffers."""
+    def replay(self, key: Hashable, step: Callable[[], None]) -> None:
+        """One step of this key's sizes; it works on static buffers."""
         # `step` is not stored: a reference cycle with the owner of these graphs would keep its buffers alive.
         with torch.cuda.device(self.finished.device):
-            if rows not in self.graphs:
-                self.graphs[rows] = self._capture(rows, step)
-            self.graphs[rows].replay()
+            if key not in self.graphs:
+                self.graphs[key] = self._capture(step)
+            self.graphs[key].replay()
 
-    def _capture(self, rows: int, step: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         was_finished = self.finished.clone()
         # The warm-up steps below initialise libraries and compile kernels; they must not advance any row.
         self.finished.fill_(True)
@@ -37,13 +37,13 @@ class StepGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                step(rows)
+                step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         # thread_local: other threads, such as a data loader's, may allocate during the capture.
         with unrecorded(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            step(rows)
+            step()
         self.finished.copy_(was_finished)
         return graph

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.block_manager import BlockManager
 from fastgrpo.sampler.choice import build_parts
 from fastgrpo.sampler.decoder import KVCache
+from fastgrpo.sampler.guesser import Guesser
 from fastgrpo.sampler.runner import Ended, Limits, Runner
 from fastgrpo.sampler.scheduler import Scheduler
 from fastgrpo.sampler.sequence import PromptGroup
+from fastgrpo.sampler.speculation import Acceptance, Speculation, SpeculativeRunner
 from fastgrpo.types import Completion, FinishReason, Prompt, Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -40,12 +43,16 @@ class SamplerOptions:
     """Decode steps between checks for finished rows; None: 16 on a GPU, 1 elsewhere, where a check costs nothing."""
     cuda_graphs: bool = True
     """Replay captured decode steps on a GPU."""
+    speculate: int = 0
+    """Most tokens guessed for a row in a decode step; 0: none. What is drawn does not depend on it."""
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_cache_tokens", "page_size", "prefill_tokens", "steps_per_check"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not valid: use 1 or more.")
+        if self.speculate < 0:
+            raise ValueError(f"speculate={self.speculate} is not valid: use 0 or more.")
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"page_size={self.page_size} is not valid: use a power of two.")
 
@@ -105,6 +112,7 @@ class SamplerEngine:
             )
         except ValueError as error:
             raise ValueError(f"the sampler cannot run this model, {error}: use PlainEngine.") from error
+        self.speculation = self._speculation()
         self.runner: Runner | None = None
         self.served: Limits | None = None
         """The sizes requested of the runner, before its cache was cut to fit memory."""
@@ -150,6 +158,8 @@ class SamplerEngine:
         except ValueError:
             self.runner = None  # the next call checks again how much memory is free
             raise
+        if self.speculation is not None:
+            self.speculation.acceptance.begin()
         self._is_busy = True
         try:
             while scheduler.has_work:
@@ -231,7 +241,8 @@ class SamplerEngine:
             return self.runner
         self.runner = None  # free its memory before allocating the next one's
         self.served = needed
-        self.runner = Runner(
+        kind = Runner if self.speculation is None else partial(SpeculativeRunner, speculation=self.speculation)
+        self.runner = kind(
             self.decoder,
             self._within_memory(needed),
             self.options.page_size,
@@ -241,6 +252,21 @@ class SamplerEngine:
             cuda_graphs=self.options.cuda_graphs and self.decoder.device.type == "cuda",
         )
         return self.runner
+
+    @property
+    def accepted_per_step(self) -> float | None:
+        """Tokens that a row gained in a decode step, mean over the last `generate`; None where nothing is guessed."""
+        counts = self.speculation and self.speculation.acceptance
+        return counts.tokens / counts.row_steps if counts and counts.row_steps else None
+
+    def _speculation(self) -> Speculation | None:
+        """What is kept from rollout to rollout; None where nothing is guessed."""
+        if not self.options.speculate:
+            return None
+        if self.decoder.shape.state_sizes:
+            logger.warning("speculate: tokens are not guessed, since layers of linear attention cannot take one back.")
+            return None
+        return Speculation(Guesser(self.decoder.device), Acceptance(self.options.speculate))
 
     def _limits(self, groups: list[PromptGroup], max_new_tokens: int) -> Limits:
         size = self.options.page_size

@@ -167,7 +167,7 @@ class Runner:
             if self.graphs is None:
                 self.step(count)
             else:
-                self.graphs.replay(count, self.step)
+                self.graphs.replay(count, lambda: self.step(count))
 
     def step(self, rows: int) -> None:
         """Draws one token for each of the first `rows` rows. Reads no value on the host; no shape depends on one."""

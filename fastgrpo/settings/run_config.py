@@ -18,6 +18,7 @@ from fastgrpo.settings.limits import Limits, check_limits, option
 
 logger = logging.get_logger(__name__)
 
+MOST_GUESSES = 31
 ATTN_BACKENDS: tuple[str, ...] = ("auto", "varlen", "cpu", "math", "flash_attn")
 
 INHERITED = {
@@ -127,6 +128,11 @@ class RunConfig(TrainingArguments):
     sampler_max_cache_tokens: int | None = option(
         None, "Size of the KV cache; what a rollout needs if unset, on a GPU within its free memory.", at_least=1
     )
+    speculate: str = option(
+        "auto",
+        "Most tokens guessed for a completion in a decode step, from what the run drew before, and checked: what "
+        "is drawn does not depend on it. `off` or `auto`: none, since no model was measured to gain by default.",
+    )
 
     # Logging
     logging_steps: float = option(10, "Optimizer steps between log lines; metrics.jsonl holds every step.", at_least=0)
@@ -200,6 +206,20 @@ class RunConfig(TrainingArguments):
         raise NotImplementedError
 
     @property
+    def guesses(self) -> int:
+        """`speculate` as a number.
+
+        Raises:
+            ValueError: it is neither a number nor a word that it may be.
+        """
+        text = str(self.speculate).lower()
+        if text in ("auto", "off", "false"):  # YAML reads `off` as False
+            return 0
+        if not text.isdecimal() or int(text) > MOST_GUESSES:
+            raise ValueError(f"speculate={self.speculate!r} is not valid: use auto, off or 1 to {MOST_GUESSES}.")
+        return int(text)
+
+    @property
     def model_kwargs(self) -> dict[str, Any]:
         """`model_init_kwargs` as parsed."""
         return parsed("model_init_kwargs", self.model_init_kwargs)
@@ -269,7 +289,12 @@ class RunConfig(TrainingArguments):
                 f"optim_args={self.optim_args!r} is not valid: use name=value, several set apart by commas."
             )
         _ = self.batch_plan  # raises where sizes do not divide
-        _ = self.profiled_steps, self.model_kwargs, self.template_kwargs  # they raise when they cannot be read
+        _ = (
+            self.profiled_steps,
+            self.model_kwargs,
+            self.template_kwargs,
+            self.guesses,
+        )  # they raise when they cannot be read
         if self.on_nonfinite == "skip" and self.deepspeed:
             raise ValueError("on_nonfinite='skip': DeepSpeed steps by itself, so no step can be left out: use stop.")
         if self.torch_compile and self.engine == "fast":

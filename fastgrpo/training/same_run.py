@@ -21,6 +21,7 @@ FREE = (
         "vision_cache_bytes",
         "sampler_max_rows",
         "sampler_max_cache_tokens",
+        "speculate",
         "deepspeed",
     ),
     *("gradient_checkpointing", "on_nonfinite", "reward_timeout", "local_rank", "load_best_model_at_end", "debug"),

@@ -174,7 +174,11 @@ def build_engine(
         return SamplerEngine(
             model,
             tokenizer,
-            options=SamplerOptions(max_rows=config.sampler_max_rows, max_cache_tokens=config.sampler_max_cache_tokens),
+            options=SamplerOptions(
+                max_rows=config.sampler_max_rows,
+                max_cache_tokens=config.sampler_max_cache_tokens,
+                speculate=config.guesses,
+            ),
             device=accelerator.device,  # the model itself may be moved there later
             dtype=torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None,
             autocast=accelerator.autocast,
@@ -187,6 +191,8 @@ def build_engine(
             "prompt is processed once per completion) and completions that depend on their own seed alone.",
             reason,
         )
+    if config.guesses:
+        logger.warning("speculate=%s is ignored: transformers' generate guesses nothing.", config.speculate)
     plugin, plan = accelerator.state.deepspeed_plugin, config.batch_plan
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError("deepspeed: ZeRO stage 3 leaves no rank whole weights for transformers' generate. Use 2.")

@@ -96,9 +96,14 @@ class StepLog:
             self._warn_once(f"row {row.row_id}", f"row {row.row_id} skipped: {row.reason}")  # it comes again each epoch
 
     def rollout(
-        self, batch: PromptBatch, rollouts: Sequence[ScoredRollout], advantages: Advantages, state: TrainerState
+        self,
+        batch: PromptBatch,
+        rollouts: Sequence[ScoredRollout],
+        advantages: Advantages,
+        state: TrainerState,
+        accepted_per_step: float | None = None,
     ) -> None:
-        """A fresh rollout. All ranks call it together."""
+        """A fresh rollout, and this rank's tokens a decode step under speculation. All ranks call it together."""
         mine = records_of(
             rollouts, self.reward_names, advantages, thumbnails=self.config.log_multimodal, extra=self._extra
         )
@@ -107,6 +112,8 @@ class StepLog:
         self.skip(batch.skipped)
         state.num_input_tokens_seen += sum(record.length + record.prompt_length for record in records)
         self._step |= rollout_metrics(records)
+        if accepted_per_step is not None:
+            self._step["sampling/accepted_per_step"] = accepted_per_step
         self._drawn_tokens = sum(record.length for record in records)
         self.figures.drew(rollouts)
         if self.files is None:

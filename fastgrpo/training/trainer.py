@@ -239,7 +239,8 @@ class GRPOTrainer(RewardEvaluation):
     def note_rollout(self, batch: PromptBatch, rollouts: Sequence[ScoredRollout], advantages: Advantages) -> None:
         """Metrics and the completions log of a fresh rollout, all ranks together."""
         with span("log"):
-            self.step_log.rollout(batch, rollouts, advantages, self.state)
+            accepted = getattr(self.engine, "accepted_per_step", None)
+            self.step_log.rollout(batch, rollouts, advantages, self.state, accepted)
 
     # Resuming
 

@@ -6,7 +6,8 @@ from fastgrpo_kernels import cpu
 from fastgrpo_kernels.attention_launch import NewTokens, is_worth_grouping, launch_attention
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
-from fastgrpo_kernels.paged_attention import check_attention, check_kind
+from fastgrpo_kernels.kv_cache import rope_and_cache
+from fastgrpo_kernels.paged_attention import check_attention, check_kind, paged_attention
 from fastgrpo_kernels.types import PagedLayout
 
 
@@ -71,6 +72,11 @@ def decode_attention(
     if is_torch:
         rotated = cpu.rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots)
         return cpu.paged_attention(rotated, key_cache, value_cache, layout, scale=scale, window=window, softcap=softcap)
+    if layout.is_shared:  # the fused kernel has no order among its rows
+        rotated = rope_and_cache(query, key, value, cos, sin, key_cache, value_cache, slots, backend=backend)
+        return paged_attention(
+            rotated, key_cache, value_cache, layout, scale=scale, window=window, softcap=softcap, backend=backend
+        )
     return _operator(
         query,
         key,

@@ -122,6 +122,8 @@ class PagedLayout:
     """[B] int32: the prefix that a row reads; −1 for a row outside every range of `cu_prefix_rows`: no prefix."""
     cu_prefix_rows: Tensor
     """[P + 1] int32, ascending: first row of each prefix and, last, the end of the last one's; a range may be empty."""
+    is_shared: bool = False
+    """Whether rows read tokens that other rows write in the same step."""
 
 
 @dataclass(frozen=True)

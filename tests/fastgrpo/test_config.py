@@ -101,6 +101,7 @@ def test_batch_arithmetic(
         ({"num_train_epochs": -1.0}, "num_train_epochs=-1.0 is not valid: use a number above 0"),
         ({"save_steps": -1}, "save_steps=-1 is not valid"),
         ({"seed": -1}, "seed=-1 is not valid"),
+        ({"speculate": "some"}, "speculate='some' is not valid: use auto, off or 1 to 31"),
         ({"learning_rate": float("nan")}, "learning_rate=nan is not valid"),
         ({"min_p": 1.5}, "min_p=1.5 is not valid: use a number from 0 to 1"),
         ({"min_p": -0.1}, "min_p=-0.1 is not valid"),

@@ -1,5 +1,6 @@
 """`decode_attention` writes what `rope_and_cache` writes and attends as `paged_attention` does after it."""
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -104,6 +105,16 @@ def test_windows(window: int) -> None:
 @pytest.mark.parametrize("window", [None, 20])
 def test_soft_caps(window: int | None) -> None:
     check(make_inputs(GROUPS, idle=2) | {"softcap": 0.7, "window": window}, 3e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_rows_that_read_what_others_write(window: int | None) -> None:
+    """Three tokens of one sequence, the last one first."""
+    inputs = make_inputs([(300, [40, 39, 38]), (5, [2])])
+    layout, slot = inputs["layout"], int(inputs["slots"][0])
+    layout.suffix_tables[1:3] = layout.suffix_tables[0]
+    slots = torch.tensor([slot, slot - 1, slot - 2, int(inputs["slots"][3])], device=DEVICE)
+    check(inputs | {"layout": replace(layout, is_shared=True), "slots": slots, "window": window}, 3e-6)
 
 
 def test_without_angles_nothing_is_rotated() -> None:

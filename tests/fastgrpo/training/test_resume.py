@@ -225,6 +225,19 @@ def test_resuming_with_more_steps(flags: Callable[..., list[str]], tmp_path: Pat
     assert completions_of(longer) == completions_of(whole)
 
 
+def test_a_run_that_guesses_draws_the_same_tokens_resumed_too(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    plain, guessing = tmp_path / "plain", tmp_path / "guessing"
+    more = ["--lr_scheduler_type", "constant_with_warmup", "--temperature", "0.3"]
+    run(flags(plain, "--max_steps", "4", *more))
+    run(flags(guessing, "--max_steps", "2", *more, "--speculate", "3"))
+    run(flags(guessing, "--max_steps", "4", *more, "--speculate", "3", "--resume_from_checkpoint"))
+    assert completions_of(guessing) == completions_of(plain)
+    assert (guessing / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    gained = [line["sampling/accepted_per_step"] for line in metrics_of(guessing)]
+    assert min(gained) >= 1
+    assert max(gained) > 1
+
+
 def test_resuming_a_finished_run_changes_nothing(flags: Callable[..., list[str]], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run(flags(folder, "--max_steps", "2"))

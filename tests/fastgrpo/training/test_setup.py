@@ -56,6 +56,15 @@ def test_the_reference_ones_on_request(tmp_path, tiny_model_dir, processing):
     assert isinstance(build_updater(model, None, settings, Accelerator()), PlainUpdater)
 
 
+@pytest.mark.parametrize(("value", "guesses"), [("auto", 0), ("off", 0), (False, 0), ("4", 4), (4, 4)])
+def test_guesses_are_off_unless_asked_for(tmp_path, tiny_model_dir, processing, caplog, value, guesses):
+    model = load_policy(str(tiny_model_dir))
+    engine = build_engine(model, processing.tokenizer, config(tmp_path, speculate=value), Accelerator())
+    assert engine.options.speculate == guesses
+    build_engine(model, processing.tokenizer, config(tmp_path, speculate=value, engine="plain"), Accelerator())
+    assert ("speculate" in caplog.text) == (guesses > 0)
+
+
 def test_a_model_the_sampler_does_not_know_falls_back_with_one_warning(tmp_path, processing, caplog):
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     model, settings = llama(processing, rope_parameters=rope), config(tmp_path)

@@ -1,0 +1,186 @@
+"""Exact speculation: a decode step computes guessed tokens along with the last one, and keeps those that are right.
+
+The token at a position is a function of the logits there, so a guess can be checked: the step draws at every position,
+and a position counts if all guesses before it equal what was drawn. What comes out is what single steps give, up to
+floating-point order. The positions of a row are rows of one decode step that read the same pages, each as far as its
+own token; what a wrong guess wrote to the cache is written again by the right one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastgrpo_kernels import PagedLayout, sample
+from fastgrpo_profiling import span
+from torch import Tensor
+
+from fastgrpo.sampler.guesser import LONGEST, Guesser
+from fastgrpo.sampler.runner import RowState, Runner
+
+FREE_ROWS = {"cpu": 30, "cuda": 240}
+"""Rows that take as long as what a step takes anyway. CPU: 1.9 ms and 0.062 ms a row, measured for the demo's model.
+GPU: by count, reading the weights of a 2B model takes as long as 240 rows of it on an H100; not measured."""
+FORGET = 0.9
+"""What a check's counts of right guesses weigh at the next."""
+
+
+class Acceptance:
+    """How often the guess at each place was right, of late."""
+
+    def __init__(self, most: int) -> None:
+        self.right, self.asked = [0.0] * (most + 1), [0.0] * (most + 1)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins a rollout: `tokens` kept, and `row_steps` that rows took for them, count from here."""
+        self.tokens = self.row_steps = 0
+
+    def add(self, right: list[int], asked: list[int]) -> None:
+        """Counts by place; place 0 is the last token, which is never wrong."""
+        self.tokens += sum(right)
+        self.row_steps += right[0]
+        self.right = [FORGET * old + new for old, new in zip(self.right, right, strict=True)]
+        self.asked = [FORGET * old + new for old, new in zip(self.asked, asked, strict=True)]
+
+    def best(self, rows: int, free: int) -> int:
+        """The number of guesses, 0, 1, 3, 7 … or all, that promises most tokens for its time.
+
+        A place that was not asked for of late is taken to be right half as often as the one before: it is tried again.
+        """
+        rates = [
+            (n + 2 * 0.5**i) / (asked + 2) for i, (n, asked) in enumerate(zip(self.right, self.asked, strict=True))
+        ]
+        most = len(rates) - 1
+        counts = [(1 << n) - 1 for n in range(most.bit_length()) if (1 << n) - 1 < most] + [most]
+        return max(counts, key=lambda count: (1 + sum(rates[1 : count + 1])) / (free + rows * (count + 1)))
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What is kept from rollout to rollout."""
+
+    guesser: Guesser
+    acceptance: Acceptance
+
+
+class SpeculativeRunner(Runner):
+    """`Runner` whose steps take up to `most` guesses a row."""
+
+    def __init__(self, *args: Any, speculation: Speculation, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.guesser, self.acceptance = speculation.guesser, speculation.acceptance
+        self.most = len(self.acceptance.right) - 1
+        device = self.decoder.device
+        self.is_ragged = device.type == "cpu"
+        """Whether a row has as many guesses as are likely to be right. Else all have the same number, for a graph."""
+        self.free = FREE_ROWS["cpu" if self.is_ragged else "cuda"]
+        self.offsets = torch.arange(-LONGEST, self.most + 1, device=device)
+        self.every = torch.arange(self.limits.rows * (self.most + 1) + 1, device=device)
+        self.counts = torch.zeros(2, self.most + 1, dtype=torch.int64, device=device)
+        """Positions that were kept, and that were computed, since the host last looked."""
+
+    @torch.inference_mode()
+    def run(self, steps: int) -> None:
+        """Takes `steps` steps: a row draws a token in each, and those it guessed right."""
+        count = len(self.rows) if self.graphs is None else self.bucket(len(self.rows))
+        guesses = self.most if self.is_ragged else self.acceptance.best(count, self.free)
+        for _ in range(steps):
+            if self.graphs is None:
+                self.verify(count, guesses)
+            else:
+                self.graphs.replay((count, guesses), lambda: self.verify(count, guesses))
+        right, asked = self.counts.tolist()
+        self.counts.zero_()
+        self.acceptance.add(right, asked)
+        self.guesser.age(sum(right))
+
+    def verify(self, rows: int, guesses: int) -> None:
+        """Draws tokens for the first `rows` rows; on CUDA reads no value on the host, no shape depends on one."""
+        state, most = self.state.part(0, rows), self.limits.max_new_tokens
+        active, width = state.finished.logical_not(), guesses + 1
+        offsets = self.offsets[LONGEST : LONGEST + width]
+        # A guess must be worth its time: a position more for its chance to be right.
+        least = (busy := int(active.sum())) / (busy + self.free) if self.is_ragged else 0.0
+        guessed = self.guesser.guess(self._tokens(state, 0).flip(1), guesses, least)
+        tokens = torch.cat((state.tokens.unsqueeze(1), guessed), dim=1)  # [R, Q]
+        counters = state.counters.unsqueeze(1) + offsets  # of the token drawn at each position
+        live = active.unsqueeze(1) & (tokens >= 0) & (counters < most)
+        if self.is_ragged:
+            at = live.flatten().nonzero().squeeze(1)  # [N]
+            ends = live.sum(dim=1).cumsum(0)
+            bounds = torch.cat((torch.zeros_like(ends[:1]), ends))
+        else:
+            at, bounds = self.every[: rows * width], self.every[: rows * width + 1 : width]
+        row = at // width
+        picked = state.starts, state.seeds, state.suffix_tables, state.prefix_ids
+        starts, seeds, suffix_tables, prefix_ids = (tensor.index_select(0, row) for tensor in picked)
+        token, counter, is_live = (grid.flatten().index_select(0, at) for grid in (tokens, counters, live))
+        cached = (counter - 1).clamp_(0, max(0, most - 2))
+        pages = suffix_tables.gather(1, (cached // self.page_size).unsqueeze(1)).squeeze(1)
+        layout = PagedLayout(
+            suffix_tables=suffix_tables,
+            suffix_lens=(counter * is_live).int(),
+            prefix_tables=self.prefix_tables,
+            prefix_lens=self.prefix_lens,
+            prefix_ids=prefix_ids,
+            cu_prefix_rows=bounds.index_select(0, self.cu_prefix_rows.clamp(max=rows)).int(),
+            is_shared=True,
+        )
+        slots = torch.where(is_live, pages * self.page_size + cached % self.page_size, -1)
+        logits = self.decoder.decode(token.clamp(min=0), starts + cached, slots, layout, self.cache)
+        with span("rollout/sample"):
+            output = sample(
+                logits,
+                self.params,
+                seeds=seeds,
+                counters=counter,
+                seen=self._seen(state, tokens, row, offsets.index_select(0, at % width)),
+                suppressed=self.suppressed,
+            )
+            drawn, *logprobs = (value.new_zeros(rows * width).index_copy_(0, at, value) for value in output)
+            self._keep(state, tokens, live, counters, drawn.view(rows, width), *(v.view(rows, width) for v in logprobs))
+
+    def _keep(
+        self,
+        state: RowState,
+        tokens: Tensor,
+        live: Tensor,
+        counters: Tensor,
+        drawn: Tensor,
+        logprobs: Tensor,
+        sampling_logprobs: Tensor,
+    ) -> None:
+        """Stores what was drawn at positions [R, Q] whose guesses are all right, up to an end token."""
+        width, active = tokens.shape[1], live[:, :1]
+        is_end = (drawn.unsqueeze(2) == self.eos_ids).any(dim=2)
+        goes_on = (tokens[:, 1:] == drawn[:, :-1]) & is_end[:, :-1].logical_not()
+        right = torch.cat((active, live[:, 1:] & goes_on), dim=1).int().cumprod(dim=1).bool()  # [R, Q]
+        column = torch.where(right, counters, self.limits.max_new_tokens)
+        state.drawn.scatter_(1, column, drawn)
+        state.logprobs.scatter_(1, column, logprobs)
+        state.sampling_logprobs.scatter_(1, column, sampling_logprobs)
+        self.guesser.learn(self._tokens(state, width), right)
+        count = right.sum(dim=1)
+        last = drawn.gather(1, (count - 1).clamp_(min=0).unsqueeze(1)).squeeze(1)
+        torch.where(active.squeeze(1), last, state.tokens, out=state.tokens)
+        if state.seen is not None:
+            kept = torch.where(right, drawn, drawn[:, :1])  # of an active row, the first is always right
+            state.seen.scatter_(1, kept, state.seen.gather(1, kept) | active)
+        state.counters.add_(count)
+        state.finished.logical_or_((is_end & right).any(dim=1) | (state.counters >= self.limits.max_new_tokens))
+        self.counts[:, :width] += torch.stack((right.sum(dim=0), live.sum(dim=0)))
+
+    def _tokens(self, state: RowState, new: int) -> Tensor:
+        """[R, LONGEST + new]: the last tokens of each row and `new` places behind them; −1 before its first."""
+        columns = state.counters.unsqueeze(1) + self.offsets[: LONGEST + new]
+        tokens = state.drawn.gather(1, columns.clamp(0, self.limits.max_new_tokens))
+        return torch.where(columns >= 0, tokens, -1)
+
+    def _seen(self, state: RowState, tokens: Tensor, row: Tensor, offset: Tensor) -> Tensor | None:
+        """[N, V]: what the repetition penalty is for at positions `offset` [N] of rows [N], guesses before included."""
+        if state.seen is None:
+            return None
+        before = self.offsets[LONGEST : LONGEST + tokens.shape[1]] <= offset.unsqueeze(1)  # [N, Q]
+        mine = tokens.index_select(0, row)
+        mine = torch.where(before, mine, mine[:, :1]).clamp_(min=0)  # the last token drawn is among the seen anyway
+        return state.seen.index_select(0, row).scatter_(1, mine, True)
