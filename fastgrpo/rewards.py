@@ -22,6 +22,20 @@ Completion = str | Sequence[dict[str, Any]]
 Reward = Callable[..., list[float | None]]
 LogExtra = Callable[[str, list[Any]], None]
 
+
+class PerGroup(functools.partial[Any]):
+    """What `per_group` makes."""
+
+
+def per_group(function: Callable[..., Any]) -> PerGroup:
+    """Marks a reward function to be called on each group (a prompt's completions), in threads, as soon as it is drawn.
+
+    While it waits for an answer, other groups are drawn. It runs several times at once and sees one group: do not mark
+    one that compares prompts, or that keeps state without a lock. TRL calls it as any other.
+    """
+    return PerGroup(function)
+
+
 PARSING_SECONDS, COMPARING_SECONDS = 10, 5
 _THINK = re.compile(r"<think>(?!.*<think>).*?</think>.*", re.DOTALL)
 

@@ -22,12 +22,20 @@ class Watch:
     Args:
         name: the function's.
         timeout: seconds after which the call is ended with a ValueError; None: it may take as long as it takes.
+        give_up: in another thread than the main one, whose calls cannot be ended, is given that error instead.
     """
 
-    def __init__(self, name: str, timeout: float | None = None, tell_every: float = TELL_EVERY_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        timeout: float | None = None,
+        tell_every: float = TELL_EVERY_S,
+        give_up: Callable[[ValueError], None] | None = None,
+    ) -> None:
         self.name = name
         self.timeout = timeout
         self.tell_every = tell_every
+        self.give_up = give_up
         self.interrupted = False
         """By the user: a `KeyboardInterrupt` is then not the function's own."""
         self.too_late = False
@@ -35,7 +43,7 @@ class Watch:
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """Calls what is in the block, in the main thread (elsewhere a hang is told, but not ended).
+        """Calls what is in the block. In the main thread a hang is ended; elsewhere it is told, and given up if asked.
 
         Raises:
             ValueError: it ended the process or was cancelled, closed standard error, or took longer than `timeout`.
@@ -92,11 +100,18 @@ class Watch:
             if done.wait(self.tell_every if left is None else max(0.0, min(self.tell_every, left))):
                 return
             seconds = time.monotonic() - start
-            if left is not None and seconds >= (self.timeout or 0.0) and can_end:
-                self.too_late = True
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            else:
+            is_over = left is not None and seconds >= (self.timeout or 0.0)
+            if not (is_over and self._end(can_end)):
                 logger.warning("reward function %r has been running for %.0f s", self.name, seconds)
+
+    def _end(self, in_main: bool) -> bool:
+        """Ends a call that takes too long, or gives it up; whether it could."""
+        self.too_late = True
+        if in_main:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        elif self.give_up is not None:
+            self.give_up(ValueError(self.said_of(TimeoutError())))
+        return in_main or self.give_up is not None
 
 
 def awaited(result: Any, watch: Watch, tell: Callable[[Exception], Exception]) -> Any:

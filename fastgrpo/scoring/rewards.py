@@ -4,18 +4,17 @@ A reward function is called as in TRL, with keyword arguments alone and one entr
 `completions` (texts, or lists of chat messages for chat prompts), `completion_ids` (lists of token ids), every column
 of the data by name, and `trainer_state`, `log_extra`, `log_metric`. It also gets `prompt_texts`, which TRL lacks: the
 prompts as the model reads them, with what a chat template writes behind the last message. It returns a number per
-completion, or None where it abstains. It may be `async`.
+completion, or None where it abstains. It may be `async`. It is called once, on all completions of a rollout, or where
+it is marked `per_group`, once on each group, several at a time.
 """
 
-import asyncio
 import difflib
 import importlib
 import inspect
 import logging
 import math
-import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,17 @@ import torch
 from torch import Tensor
 
 from fastgrpo.rewards import (
+    PerGroup,
     accuracy_reward,
     get_soft_overlong_punishment,
     reasoning_accuracy_reward,
     think_format_reward,
 )
-from fastgrpo.scoring.guard import Watch, awaited
+from fastgrpo.scoring.reward_calls import GroupCall, RewardFunction, await_all, call, results_of, reward_name
 from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format, token_length
 from fastgrpo.types import Completion, Prompt, Rollout
 
 logger = logging.getLogger(__name__)
-
-RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
 LARGEST = torch.finfo(torch.float32).max
 
@@ -103,11 +101,39 @@ def reads_golds(functions: Sequence[RewardFunction]) -> bool:
     return any(inspect.unwrap(getattr(function, "func", function)) is tagged_accuracy for function in functions)
 
 
-def reward_name(function: RewardFunction) -> str:
-    """The name under which a reward function is logged: its own, or its class's."""
-    wrapped = inspect.unwrap(getattr(function, "func", function))
-    name: str = getattr(function, "__name__", "") or getattr(wrapped, "__name__", type(wrapped).__name__)
-    return name
+class EarlyCalls:
+    """Calls of `per_group` functions on groups as they are drawn, while others still are.
+
+    Args:
+        functions: all reward functions; the others are left alone.
+        handed: what they get beside completions.
+        columns: names of the whole batch's columns: every group has them, as when all are scored together.
+        timeout: see `score`.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        handed: Mapping[str, Any],
+        columns: Iterable[str] = (),
+        timeout: float | None = None,
+    ) -> None:
+        self.functions = {i: function for i, function in enumerate(functions) if isinstance(function, PerGroup)}
+        self.handed, self.columns, self.timeout = handed, tuple(columns), timeout
+        self._calls: dict[int, tuple[Rollout, dict[int, GroupCall]]] = {}
+
+    def start(self, group: Rollout) -> Rollout:
+        """Calls the functions on a group, which it returns, without waiting for them."""
+        if self.functions:
+            given = {**reward_arguments([group], self.columns), **self.handed}
+            calls = {i: GroupCall(function, given, self.timeout) for i, function in self.functions.items()}
+            self._calls[id(group)] = group, calls
+        return group
+
+    def of(self, groups: Sequence[Rollout]) -> dict[tuple[int, int], GroupCall]:
+        """(function, group) → its call, of those that were started on these very groups."""
+        started = [(g, self._calls[id(group)][1]) for g, group in enumerate(groups) if id(group) in self._calls]
+        return {(f, g): one for g, calls in started for f, one in calls.items()}
 
 
 def score(
@@ -118,15 +144,17 @@ def score(
     log_metric: Callable[..., None] | None = None,
     nan_rewards: str = "raise",
     timeout: float | None = None,
+    early: EarlyCalls | None = None,
 ) -> Tensor:
     """[completions, F] float32: what each function says of each completion, group by group; NaN where it abstained.
 
-    Functions run one after the other, asynchronous ones together.
+    Functions run one after the other, asynchronous ones together; beside them those that are called group by group.
 
     Args:
         trainer_state, log_extra, log_metric: handed through to the functions.
         nan_rewards: "abstain" takes a reward that is not finite for None; "raise" does not.
-        timeout: seconds that one function may take; None: as long as it takes.
+        timeout: seconds that one call of a function may take; None: as long as it takes.
+        early: calls that were started before.
 
     Raises:
         ValueError: a function raised, took too long, or returned something else than one finite number or None per
@@ -134,7 +162,9 @@ def score(
     """
     places = [(completion.row_id, completion.index) for _, completions in groups for completion in completions]
     handed = {"trainer_state": trainer_state, "log_extra": log_extra or _ignore, "log_metric": log_metric or _ignore}
-    return call_functions(reward_functions, {**reward_arguments(groups), **handed}, places, nan_rewards, timeout)
+    arguments = {**reward_arguments(groups), **handed}
+    started = {} if early is None else early.of(groups)
+    return call_functions(reward_functions, arguments, places, nan_rewards, timeout, started)
 
 
 def call_functions(
@@ -143,30 +173,53 @@ def call_functions(
     places: Sequence[tuple[int, int]],
     nan_rewards: str = "raise",
     timeout: float | None = None,
+    started: Mapping[tuple[int, int], GroupCall] | None = None,
 ) -> Tensor:
-    """As `score`, from the functions' keyword arguments; `places` are the completions' rows and indices within."""
+    """As `score`, from the functions' keyword arguments; `places` are the completions' rows and indices within, of
+    which 0 begins a group."""
     count = len(places)
     if not count:  # every row of the batch was skipped
         return torch.zeros(0, len(reward_functions))
-    results = [_call(function, arguments, timeout) for function in reward_functions]
+    starts = [i for i, (_, index) in enumerate(places) if index == 0]
+    groups = [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    given = started or {}
+    calls = {
+        f: [given.get((f, g)) or GroupCall(function, _part(arguments, one), timeout) for g, one in enumerate(groups)]
+        for f, function in enumerate(reward_functions)
+        if isinstance(function, PerGroup)
+    }
+    results: list[Any] = [
+        results_of(calls[f], arguments["log_extra"], arguments["log_metric"])
+        if f in calls
+        else call(function, arguments, timeout)
+        for f, function in enumerate(reward_functions)
+    ]
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if pending:
-        finished = _await_all([(reward_functions[i], results[i]) for i in pending], count, timeout)
+        finished = await_all([(reward_functions[i], results[i]) for i in pending], count, timeout)
         for i, result in zip(pending, finished, strict=True):
             results[i] = result
-    columns = [
-        _validated(reward_name(function), result, places, nan_rewards)
-        for function, result in zip(reward_functions, results, strict=True)
-    ]
+    columns = []
+    for f, (function, result) in enumerate(zip(reward_functions, results, strict=True)):
+        parts = zip(groups, result, strict=True) if f in calls else [(slice(None), result)]
+        name = reward_name(function)
+        columns.append([value for part, one in parts for value in _validated(name, one, places[part], nan_rewards)])
     return torch.tensor(columns, dtype=torch.float32).view(len(columns), count).T.contiguous()
 
 
-def reward_arguments(groups: Sequence[Rollout]) -> dict[str, list[Any]]:
-    """The keyword arguments that a reward function reads completions from: one entry per completion in each."""
+def _part(arguments: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    return {name: value[part] if isinstance(value, list) else value for name, value in arguments.items()}
+
+
+def reward_arguments(groups: Sequence[Rollout], more: Iterable[str] = ()) -> dict[str, list[Any]]:
+    """The keyword arguments that a reward function reads completions from: one entry per completion in each.
+
+    `more`: names of columns that other groups have.
+    """
     pairs = [(prompt, completion) for prompt, completions in groups for completion in completions]
     shown = {id(prompt): shown_prompt(prompt) for prompt, _ in groups}
     columns = [{**prompt.columns, **completion.columns} for prompt, completion in pairs]
-    names = {name: None for row in columns for name in row if name not in _RESERVED}
+    names = {name: None for row in [*columns, dict.fromkeys(more)] for name in row if name not in _RESERVED}
     return {
         "prompts": [shown[id(p)] for p, _ in pairs],
         "prompt_texts": [p.text for p, _ in pairs],
@@ -203,47 +256,6 @@ def shown_prompt(prompt: Prompt) -> str | list[dict[str, Any]]:
 
 def _ignore(*_: Any, **__: Any) -> None:
     pass
-
-
-def _call(function: RewardFunction, arguments: Mapping[str, Any], timeout: float | None) -> Any:
-    own = {name: _copied(value) for name, value in arguments.items()}
-    with Watch(reward_name(function), timeout).calling():
-        try:
-            return function(**own)
-        except Exception as error:
-            raise _failure(function, error, len(arguments["completions"])) from error
-
-
-def _copied(value: Any) -> Any:
-    """Lists of its own for each function, whatever it does with them."""
-    return [list(one) if type(one) is list else one for one in value] if type(value) is list else value
-
-
-def _await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int, timeout: float | None) -> list[Any]:
-    async def finish_all() -> list[Any]:
-        return await asyncio.gather(
-            *(
-                awaited(result, Watch(reward_name(function), timeout), partial(_failure, function, count=count))
-                for function, result in pending
-            )
-        )
-
-    return asyncio.run_coroutine_threadsafe(finish_all(), event_loop()).result()
-
-
-@cache
-def event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for the whole process, on its own thread: clients that functions keep stay usable between calls, and it
-    works where a loop is running already, as in a notebook."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="reward-functions", daemon=True).start()
-    return loop
-
-
-def _failure(function: RewardFunction, error: Exception, count: int) -> ValueError:
-    return ValueError(
-        f"reward function {reward_name(function)!r} failed on {count} completions: {type(error).__name__}: {error}"
-    )
 
 
 def _validated(name: str, result: Any, places: Sequence[tuple[int, int]], nan_rewards: str) -> list[float]:

@@ -79,7 +79,8 @@ class RewardEvaluation(TRLSurface):
         of_update: list[tuple[int, dict[str, float]]] = []
         for start in range(0, steps * at_once, at_once):
             prompts = collate([rows[i] for i in mine[start : start + at_once]]).prompts
-            drawn = list(self.engine.generate(prompts, size, sampling_params(self.config), step=start))
+            rollouts = self.engine.generate(prompts, size, sampling_params(self.config), step=start)
+            drawn = self.drawn(rollouts, prompts)
             rewards = self.rewards_of(drawn)
             scored = [ScoredRollout(*one, columns) for one, columns in zip(drawn, rewards.split(size), strict=False)]
             advantages = self.advantages_of(rewards, size)

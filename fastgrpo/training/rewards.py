@@ -1,5 +1,6 @@
 """What users pass as rewards, in its many forms, into functions that score completions."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,10 @@ from torch import nn
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.model.reward_model import RewardModel, load_reward_model, load_reward_tokenizer
-from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions
+from fastgrpo.rewards import PerGroup
+from fastgrpo.scoring.rewards import RewardFunction, resolve_reward_functions, reward_name
+
+logger = logging.getLogger(__name__)
 
 
 def load_reward_functions(
@@ -50,6 +54,8 @@ def _loaded(spec: Any, tokenizer: Any, config: GRPOConfig) -> RewardFunction:
         if tokenizer is None:
             tokenizer = load_reward_tokenizer(spec, revision, config.trust_remote_code)
         return RewardModel(spec, tokenizer, config.template_kwargs)
+    if isinstance(spec, PerGroup) and isinstance(spec.func, nn.Module):
+        raise ValueError("reward_funcs: per_group is for functions: pass the reward model as it is.")
     if not callable(spec):
         raise ValueError(
             f"reward_funcs: {spec!r} is a {type(spec).__name__}: pass a function, a name or a reward model."
@@ -68,3 +74,11 @@ def place_reward_models(functions: Sequence[RewardFunction], device: torch.devic
     for function in functions:
         if isinstance(function, RewardModel):
             function.to(device)
+
+
+def tell_of_late_calls(functions: Sequence[RewardFunction], reasons: Sequence[str]) -> None:
+    """Says for what reasons, if any, `per_group` functions are called no earlier than the others."""
+    names = [reward_name(function) for function in functions if isinstance(function, PerGroup)]
+    if names and reasons:
+        told = "; ".join(reasons)
+        logger.warning("per_group: %s waits until all completions are drawn: %s.", ", ".join(names), told)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import get_json_schema
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.scoring.rewards import RewardFunction, event_loop
+from fastgrpo.scoring.reward_calls import RewardFunction, event_loop
 
 Tool = Callable[..., Any]
 Call = dict[str, Any]

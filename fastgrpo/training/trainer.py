@@ -29,7 +29,7 @@ from fastgrpo.training.half_rollout import load_updates, save_updates
 from fastgrpo.training.live_figures import LiveFigures
 from fastgrpo.training.memory import memory_to_come
 from fastgrpo.training.reward_evaluation import RewardEvaluation
-from fastgrpo.training.rewards import load_reward_functions, place_reward_models
+from fastgrpo.training.rewards import load_reward_functions, place_reward_models, tell_of_late_calls
 from fastgrpo.training.rows import (
     build_prompt_builder,
     require_a_good_row,
@@ -132,6 +132,12 @@ class GRPOTrainer(RewardEvaluation):
             optimizers=optimizers,
         )
         place_reward_models(self.reward_functions, self.accelerator.device)
+        late = {
+            "a subclass overrides how rewards are calculated": not self.calls_functions,
+            "rollout_func returns them together": rollout_func is not None,
+            "completions that call tools end together": bool(self.toolbox),
+        }
+        tell_of_late_calls(self.reward_functions, [reason for reason, holds in late.items() if holds])
         if self.config.log_completions_hub_repo is not None:
             self.add_callback(CompletionsUpload(Path(self.config.output_dir) / "completions", self.config))
         if self.reference_model is not None:
@@ -183,7 +189,8 @@ class GRPOTrainer(RewardEvaluation):
         with span("rollout"):
             self.engine.sync()
             size, params = self.config.num_generations, sampling_params(self.config)
-            rollouts = self.engine.generate(batch.prompts, size, params, step=self.state.global_step)
+            drawn = self.engine.generate(batch.prompts, size, params, step=self.state.global_step)
+            rollouts = self.drawn(drawn, batch.prompts)
             order = {prompt.row_id: i for i, prompt in enumerate(batch.prompts)}
             return sorted(rollouts, key=lambda rollout: order[rollout.prompt.row_id])
 

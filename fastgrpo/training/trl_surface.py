@@ -1,7 +1,7 @@
 """What scripts written for TRL read of a trainer, call on it and override, beside its constructor."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.scoring.rewards import RewardFunction, call_functions, reward_arguments, score
+from fastgrpo.scoring.rewards import EarlyCalls, RewardFunction, call_functions, reward_arguments, score
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.rewards import as_given
 from fastgrpo.training.run_trainer import RunTrainer
 from fastgrpo.training.tools import ToolBox
 from fastgrpo.training.trl_functions import TRLFunctions
-from fastgrpo.types import Rollout
+from fastgrpo.types import Prompt, Rollout
 from fastgrpo.update.entropy import EntropyControl
 
 LOSS = "choose the loss by loss_type, beta, epsilon and their like, or override `update(groups)`"
@@ -59,6 +59,8 @@ class TRLSurface(TRLFunctions, RunTrainer):
     toolbox: ToolBox
     entropy: EntropyControl
     updater: Any
+    early: EarlyCalls | None = None
+    """Of the rollout under way."""
 
     @property
     def aux_loss_enabled(self) -> bool:
@@ -128,15 +130,29 @@ class TRLSurface(TRLFunctions, RunTrainer):
 
     # Rewards
 
+    @property
+    def calls_functions(self) -> bool:
+        """Whether no subclass overrides how reward functions are called."""
+        return type(self)._calculate_rewards is TRLSurface._calculate_rewards
+
+    def drawn(self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]) -> list[Rollout]:
+        """All rollouts of `prompts`; `per_group` functions are called on each as it comes."""
+        functions = self.reward_functions if self.calls_functions else []
+        columns = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        self.early = EarlyCalls(functions, self._handed(), columns, self.config.reward_timeout)
+        return [self.early.start(rollout) for rollout in rollouts]
+
     def rewards_of(self, rollouts: Sequence[Rollout]) -> Tensor:
         """[completions, F] float32 of this rank's completions; NaN where a function abstained."""
-        if type(self)._calculate_rewards is TRLSurface._calculate_rewards:
+        early, self.early = self.early, None
+        if self.calls_functions:
             return score(
                 rollouts,
                 self.reward_functions,
                 **self._handed(),
                 nan_rewards=self.config.nan_rewards,
                 timeout=self.config.reward_timeout,
+                early=early,
             )
         columns = reward_arguments(rollouts)
         prompts, completions, ids = (columns.pop(name) for name in ("prompts", "completions", "completion_ids"))
@@ -156,7 +172,8 @@ class TRLSurface(TRLFunctions, RunTrainer):
         taken = ("prompt", "completion", "completion_ids")
         columns = {name: [row[name] for row in inputs] for name in (inputs[0] if inputs else ()) if name not in taken}
         arguments = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list, **columns}
-        places = [(i, 0) for i in range(len(prompts))]
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        places = [divmod(i, size) for i in range(len(prompts))]
         mine = call_functions(
             self.reward_functions,
             {**arguments, **self._handed()},

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastgrpo.rewards import per_group
 from fastgrpo.scoring.guard import Watch
 from fastgrpo.scoring.rewards import call_functions
 
@@ -19,7 +20,12 @@ PLACES = [(0, 0), (0, 1)]
 
 
 def call(function: Callable[..., Any], timeout: float | None = None) -> torch.Tensor:
-    return call_functions([function], {"completions": ["a", "b"]}, PLACES, timeout=timeout)
+    arguments = {"completions": ["a", "b"], "log_extra": None, "log_metric": None}
+    return call_functions([function], arguments, PLACES, timeout=timeout)
+
+
+def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -37,6 +43,7 @@ def raising_later(error: BaseException) -> Callable[..., Any]:
     return misbehaving
 
 
+@pytest.mark.parametrize("marked", [as_it_is, per_group])
 @pytest.mark.parametrize("make", [raising, raising_later])
 @pytest.mark.parametrize(
     ("error", "told"),
@@ -50,15 +57,15 @@ def raising_later(error: BaseException) -> Callable[..., Any]:
     ],
 )
 def test_what_ends_a_process_does_not_end_the_run_unsaid(
-    make: Callable[[BaseException], Any], error: BaseException, told: str
+    make: Callable[[BaseException], Any], error: BaseException, told: str, marked: Callable[..., Any]
 ) -> None:
     with pytest.raises(ValueError, match=f"reward function 'misbehaving' {told}"):
-        call(make(error))
+        call(marked(make(error)))
 
     async def fine(completions: list[str], **_: Any) -> list[float]:
         return [1.0] * len(completions)
 
-    assert call(fine).tolist() == [[1.0], [1.0]], "the event loop lives on"
+    assert call(marked(fine)).tolist() == [[1.0], [1.0]], "the event loop lives on"
 
 
 def test_the_users_own_interrupt_stays_one() -> None:
@@ -74,9 +81,12 @@ def test_the_users_own_interrupt_stays_one() -> None:
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_function_that_takes_too_long_is_ended() -> None:
+@pytest.mark.parametrize("marked", [as_it_is, per_group])
+def test_a_function_that_takes_too_long_is_ended(marked: Callable[..., Any]) -> None:
+    never = threading.Event()
+
     def hanging(**_: Any) -> Any:
-        threading.Event().wait()
+        never.wait()
 
     async def waiting(**_: Any) -> Any:
         await asyncio.Event().wait()
@@ -84,8 +94,9 @@ def test_a_function_that_takes_too_long_is_ended() -> None:
     for function in (hanging, waiting):
         told = f"reward function '{function.__name__}' took longer than reward_timeout=0.05 seconds"
         with pytest.raises(ValueError, match=told):
-            call(function, timeout=0.05)
-    assert call(lambda completions, **_: [1.0] * len(completions), timeout=60).sum() == 2
+            call(marked(function), timeout=0.05)
+    never.set()  # a thread cannot be ended
+    assert call(marked(lambda completions, **_: [1.0] * len(completions)), timeout=60).sum() == 2
 
 
 def test_a_hang_is_told_while_it_lasts(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,11 +2,17 @@
 
 import asyncio
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from run_files import changed, parameters
+
+from fastgrpo.rewards import per_group
+from fastgrpo.training.trainer import GRPOTrainer
 
 datasets = pytest.importorskip("datasets")
 
@@ -129,6 +135,67 @@ def test_asynchronous_functions_run_together(build: Any) -> None:
     trainer.train()
     assert sorted(running) == ["first", "second"]
     assert trainer.state.log_history[0]["rewards/second/mean"] == 1.0
+
+
+def test_groups_are_scored_while_others_are_drawn(build: Any) -> None:
+    drawing_on, scored, calls = threading.Event(), threading.Event(), []
+
+    class Waits:
+        """An engine whose second group waits for the first one's reward, which waits for the engine to go on."""
+
+        def __init__(self, engine: Any) -> None:
+            self.sync, self.engine = engine.sync, engine
+
+        def generate(self, *given: Any, **named: Any) -> Any:
+            for rollout in self.engine.generate(*given, **named):
+                yield rollout
+                drawing_on.set()
+                assert scored.wait(60), "no reward before the last group was drawn"
+
+    def judge(completions: Any, **_: Any) -> list[float]:
+        calls.append(len(completions))
+        assert drawing_on.wait(60)
+        scored.set()
+        return [float(len(text)) for text in completions]
+
+    trainer = build(reward_funcs=[per_group(judge), "length"], eval_dataset=[{"prompt": "a"}, {"prompt": "b"}])
+    trainer.engine = Waits(trainer.engine)
+    trainer.train()
+    drawing_on.clear()
+    scored.clear()
+    trainer.evaluate()
+    assert calls == [2] * 4
+
+
+@pytest.mark.parametrize("override", [False, True])
+def test_what_is_learnt_and_logged_is_the_same_group_by_group(build: Any, override: bool) -> None:
+    def noted(completions: Any, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_extra("length", [len(text) for text in completions])
+        log_metric("seen", 3)
+        return [float(sum(map(ord, text)) % 17) for text in completions]
+
+    class Extended(GRPOTrainer):
+        def _calculate_rewards(self, *given: Any) -> Any:
+            return super()._calculate_rewards(*given)
+
+    found = []
+    for function in (noted, per_group(noted)):
+        trainer = build(reward_funcs=function, trainer_class=Extended if override else GRPOTrainer, max_steps=2)
+        trainer.train()
+        lines = [[line[name] for name in ("reward", "grad_norm", "seen")] for line in trainer.state.log_history[:2]]
+        found.append((lines, trainer._logs, parameters(trainer)))
+    assert found[0][:2] == found[1][:2]
+    assert not changed(found[0][2], trainer)
+
+
+def test_what_cannot_be_called_earlier_says_so(build: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def judge(completions: Any, **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    build(reward_funcs=per_group(judge), rollout_func=lambda prompts, trainer: {})
+    assert "per_group: judge waits until all completions are drawn: rollout_func" in caplog.text
+    with pytest.raises(ValueError, match="per_group is for functions"):
+        build(reward_funcs=per_group(torch.nn.Linear(1, 1)))
 
 
 def test_a_function_may_abstain(build: Any) -> None:
