@@ -17,9 +17,9 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="also write each chart there, as SVG and PNG")
     options = parser.parse_args(argv)
 
-    from fastgrpo.report import write_report
     from fastgrpo.report.arms import is_lab
     from fastgrpo.report.lab_page import write_lab_report
+    from fastgrpo.report.page import write_report
 
     labs = [folder for folder in options.runs if is_lab(folder)]
     if labs and len(options.runs) > 1:

@@ -20,7 +20,7 @@ from fastgrpo.cli.run_arguments import RunArguments
 from fastgrpo.cli.train_help import TRAIN, asked_for_help
 from fastgrpo.data.row_dataset import RowDataset, warn_of_shared_rows
 from fastgrpo.evaluation import Ranks, evaluate, write_evaluation
-from fastgrpo.report import finish_run
+from fastgrpo.report.finish import finish_run
 from fastgrpo.safe_text.redaction import redacted
 from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.checkpoints import find_checkpoint

@@ -8,7 +8,8 @@ from fastgrpo_profiling.phases import PHASES, UNATTRIBUTED, in_step_order
 from fastgrpo_profiling.report import ProfileReport
 
 from fastgrpo.profile.charts import COLOURS
-from fastgrpo.report.plots import BEFORE, PALETTE
+from fastgrpo.report.palette import PALETTE
+from fastgrpo.report.plots import BEFORE
 
 _VARIABLES = {light: f"var(--plot-{name})" for name, (light, _) in PALETTE.items()}
 

@@ -9,7 +9,7 @@ from fastgrpo_profiling.span import SpanEvent
 
 from fastgrpo.profile import charts
 from fastgrpo.profile.median_steps import median_steps
-from fastgrpo.report.plots import PALETTE
+from fastgrpo.report.palette import PALETTE
 
 
 def write_page(

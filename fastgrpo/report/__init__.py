@@ -1,6 +1,1 @@
-"""One self-contained HTML page about a training run, or about several runs side by side."""
-
-from fastgrpo.report.finish import finish_run
-from fastgrpo.report.page import write_report
-
-__all__ = ["finish_run", "write_report"]
+"""Self-contained HTML pages: of one training run or several side by side, of a lab, of an evaluation."""

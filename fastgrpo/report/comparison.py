@@ -10,10 +10,10 @@ from typing import Any
 from fastgrpo.atomic_files import write_aside
 from fastgrpo.evaluation.comparison import Accuracy, Comparison, PairedTest
 from fastgrpo.report.formats import count, percent, points, probability
-from fastgrpo.report.page import template
-from fastgrpo.report.plots import PALETTE
+from fastgrpo.report.palette import PALETTE
 from fastgrpo.report.tables import Rows
 from fastgrpo.report.tasks import Mark
+from fastgrpo.report.templates import template
 
 LEAD = (
     "Accuracy as a person reads the answers, in brackets its 95 % interval (bootstrap over questions); strict: by "

@@ -15,10 +15,11 @@ from fastgrpo.report.claims import Judgement, claims_of, judge
 from fastgrpo.report.examples import Trajectory, pick_trajectories
 from fastgrpo.report.formats import NBSP, duration
 from fastgrpo.report.measures import MEASURES
-from fastgrpo.report.page import template
-from fastgrpo.report.plots import PALETTE, Chart, export
+from fastgrpo.report.palette import PALETTE
+from fastgrpo.report.plots import Chart, export
 from fastgrpo.report.run import flatten
 from fastgrpo.report.run_card import run_card
+from fastgrpo.report.templates import template
 
 
 def write_lab_report(folder: Path, out: Path | None = None, figures: Path | None = None) -> Path:

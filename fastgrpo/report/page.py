@@ -8,20 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from fastgrpo.report import charts, formats, headline, tables
+from fastgrpo.report import charts, headline, tables
 from fastgrpo.report.curves import enclosing_spans
 from fastgrpo.report.examples import pick_held_out, pick_trajectories
-from fastgrpo.report.markup import completion_html, picture_uri, question_of
-from fastgrpo.report.plots import PALETTE, export
+from fastgrpo.report.palette import PALETTE
+from fastgrpo.report.plots import export
 from fastgrpo.report.run import Run, read_run
 from fastgrpo.report.run_card import run_card
 from fastgrpo.report.tasks import task_rows
+from fastgrpo.report.templates import template
 from fastgrpo.report.trends import judge_responses
 from fastgrpo.report.verdict import Verdict, judge_answers
-from fastgrpo.scoring.reflection import count_reflections
 
 
 @dataclass(frozen=True)
@@ -66,28 +65,6 @@ def write_report(run_dirs: Sequence[Path], out: Path | None = None, figures: Pat
     if figures is not None:
         export([*content["curves"], *content["time_charts"], *content["health"]], figures)
     return out
-
-
-def template(name: str) -> jinja2.Template:
-    """A page's template, with the forms of figures and of text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    forms = {"percent": formats.percent, "count": formats.count, "duration": formats.duration}
-    environment.globals.update(forms)
-    environment.filters.update(
-        **forms,
-        signed=formats.signed,
-        question=question_of,
-        completion=completion_html,
-        picture=picture_uri,
-        reflections=count_reflections,
-    )
-    return environment.get_template(name)
 
 
 def _content(runs: Sequence[Run]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.trainer_utils import TrainOutput
 
 from fastgrpo.atomic_files import write_aside
-from fastgrpo.report import finish_run
+from fastgrpo.report.finish import finish_run
 from fastgrpo.safe_text.redaction import redacted
 from fastgrpo.training import sft, trainer
 from fastgrpo.training.run_trainer import RunTrainer

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from fastgrpo.evaluation.summary import RunSummary
-from fastgrpo.report import finish_run
+from fastgrpo.report.finish import finish_run
 
 
 def write_run(folder: Path) -> None:

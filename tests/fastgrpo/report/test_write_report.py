@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from fastgrpo.report import write_report
+from fastgrpo.report.page import write_report
 
 FakeRun = Callable[..., Path]
 VOID = {"meta", "img", "br", "hr", "link", "input"}

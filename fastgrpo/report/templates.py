@@ -1,0 +1,31 @@
+"""Templates of pages, apart from what draws plots, which takes half a second to import."""
+
+from pathlib import Path
+
+import jinja2
+
+from fastgrpo.report import formats
+from fastgrpo.report.markup import completion_html, picture_uri, question_of
+from fastgrpo.scoring.reflection import count_reflections
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template, with the forms of figures and of text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    forms = {"percent": formats.percent, "count": formats.count, "duration": formats.duration}
+    environment.globals.update(forms)
+    environment.filters.update(
+        **forms,
+        signed=formats.signed,
+        question=question_of,
+        completion=completion_html,
+        picture=picture_uri,
+        reflections=count_reflections,
+    )
+    return environment.get_template(name)
