@@ -57,9 +57,12 @@ def main() -> int:
     result.checks["same rewards"] = all(line["rewards/early/mean"] == line["rewards/late/mean"] for line in lines)
     result.ratios["time_vs_whole_batch"] = paired_ratio(times["whole_batch"], times["per_group"])
     result.ratios["time_vs_free"] = paired_ratio(times["free"], times["per_group"])
-    result.figures |= {"seconds": {side: median(one) for side, one in times.items()}, "wait_of_a_group": SECONDS}
-    table = [[side, median(seconds), spread(seconds)] for side, seconds in times.items()]
-    print_table("A step", ("reward", "seconds", "spread"), table)
+    seconds = {side: median(one) for side, one in times.items()}
+    waits = {side: median(line["time/reward"] for line in lines[i :: len(SIDES)]) for i, side in enumerate(SIDES)}
+    cost = {side: wait / seconds["free"] for side, wait in waits.items()}
+    result.figures |= {"seconds": seconds, "wait_of_a_group": SECONDS, "waits": waits, "wait_per_free_step": cost}
+    table = [[side, seconds[side], spread(times[side]), waits[side], cost[side]] for side in SIDES]
+    print_table("A step", ("reward", "seconds", "spread", "of them waiting", "÷ a free step"), table)
     return result.finish(options.out)
 
 
