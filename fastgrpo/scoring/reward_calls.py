@@ -66,7 +66,7 @@ def await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int, timeout
 def event_loop() -> asyncio.AbstractEventLoop:
     """One loop for the whole process, on its own thread: clients that functions keep stay usable between calls, and it
     works where a loop is running already, as in a notebook."""
-    loop = asyncio.newevent_loop()
+    loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="reward-functions", daemon=True).start()
     return loop
 
