@@ -93,6 +93,16 @@ class TRLSurface(TRLFunctions, RunTrainer):
         return self.toolbox.all
 
     @property
+    def _env_tools(self) -> dict[Any, list[Any]]:
+        """What may be called, by the environment's name."""
+        return self.toolbox.of_environment
+
+    @property
+    def _environment_pool(self) -> dict[Any, list[Any]]:
+        """Every environment made so far, by name."""
+        return self.toolbox.pool
+
+    @property
     def environments(self) -> list[Any]:
         """Of the last rollout's completions, in their order."""
         return self.toolbox.environments

@@ -341,6 +341,8 @@ def test_rows_choose_theirs(run: Run) -> None:
         "2", [], "HI", "{'error': 'Tool add not found.'}"
     ]  # fmt: skip
     assert trainer.environments[0].row == {}
+    assert [tool.__name__ for tool in trainer._env_tools["shout"]] == ["shout"]
+    assert [len(pool) for pool in trainer._environment_pool.values()] == [2, 2]
     assert line["rewards/Counting/mean"] == 1, "of its own completions alone"
     assert line["tools/failure_frequency"] == pytest.approx(1 / 3)
 
