@@ -1,5 +1,6 @@
 """How far sampler and update are from transformers' own forward pass, one sequence at a time, without padding."""
 
+import copy
 from typing import Any
 
 import torch
@@ -96,9 +97,7 @@ def update_errors(model: Any, prompts: list[Prompt]) -> tuple[float, float]:
     pairs = zip(packed.logprobs(groups), plain.logprobs(groups), strict=True)
     error = max((a - b).abs().max().item() for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
     ours, theirs = gradients(model, packed, groups), gradients(model, plain, groups)
-    floor = 0.01 * max(gradient.norm().item() for gradient in theirs.values())
-    off = [(ours[name] - theirs[name]).norm().item() / max(theirs[name].norm().item(), floor) for name in theirs]
-    return error, max(off)
+    return error, _relative(ours, theirs)
 
 
 def gradients(model: Any, updater: Updater, groups: list[TrainingGroup]) -> dict[str, Tensor]:
@@ -108,3 +107,36 @@ def gradients(model: Any, updater: Updater, groups: list[TrainingGroup]) -> dict
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def steps_error(model: Any, prompts: list[Prompt]) -> float:
+    """Largest difference of what two steps of clipped SGD, rows with pictures and without in each, add to a parameter:
+    relative, as in `update_errors`; inf if the steps move what is frozen. The model stays as it is."""
+    groups, before, moved = training_groups(prompts), dict(model.named_parameters()), []
+    for make in (
+        lambda policy: PackedUpdater(policy, LossParams(), token_budget=60),
+        lambda policy: PlainUpdater(policy, LossParams(), micro_batch_size=1),
+    ):
+        policy = copy.deepcopy(model)
+        updater: Updater = make(policy)
+        parameters = dict(policy.named_parameters())
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        optimizer = torch.optim.SGD(trained.values(), lr=0.5)
+        sums = {name: torch.zeros_like(p) for name, p in trained.items()}
+        for _ in range(2):
+            updater.accumulate(groups)
+            torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            for name, p in trained.items():
+                sums[name] += 0 if p.grad is None else p.grad
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(sums)
+        if any(not torch.equal(p, before[name]) for name, p in parameters.items() if name not in trained):
+            return torch.inf
+    return _relative(*moved)
+
+
+def _relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Largest difference of a tensor, relative to its norm or to 1 % of the largest norm."""
+    floor = 0.01 * max(tensor.norm().item() for tensor in theirs.values())
+    return max((ours[name] - theirs[name]).norm().item() / max(theirs[name].norm().item(), floor) for name in theirs)

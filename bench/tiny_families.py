@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 
 from fastgrpo.data.prompts import mrope_position_ids
-from fastgrpo.model.families import family_of, patch_sizes, tile_size
+from fastgrpo.model.families import family_of, patch_sizes
+from fastgrpo.model.picture_styles import Tiles
 from fastgrpo.types import Prompt
 
 VOCABULARY = 97
@@ -58,6 +60,7 @@ CLIP = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 7,
 }  # fmt: skip
+SIGLIP = CLIP | {"model_type": "siglip_vision_model", "vision_use_head": False}
 VISION_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Qwen2-VL": ("Qwen2VL", MROPE, {"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}),
     "Qwen2.5-VL": ("Qwen2_5_VL", MROPE, TOWER | {"fullatt_block_indexes": [1], "window_size": 56}),
@@ -74,21 +77,49 @@ VISION_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         TOWER | {"image_size": 28, "patch_size": 14},
     ),
     "LLaVA": ("Llava", {"model_type": "llama"}, CLIP | {"model_type": "clip_vision_model"}),
+    "LLaVA-NeXT": ("LlavaNext", {"model_type": "llama"}, CLIP | {"model_type": "clip_vision_model"}),
+    "LLaVA-OneVision": ("LlavaOnevision", {"model_type": "qwen2"}, SIGLIP),
     "InternVL": ("InternVL", {"model_type": "qwen2"}, CLIP | {"image_size": [28, 28], "patch_size": [7, 7]}),
+    "Gemma 3 with pictures": ("Gemma3", HEADS | {"sliding_window": 7, "layer_types": WINDOWED}, SIGLIP),
+    "SmolVLM": ("SmolVLM", {"model_type": "llama"}, CLIP),
+    "Idefics3": ("Idefics3", {"model_type": "llama"}, CLIP),
 }
 """Name → transformers' prefix of the classes, and what its text and vision configs have."""
 
-OWN = {
+RESOLUTIONS = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}
+OWN: dict[str, dict[str, Any]] = {
     "LLaVA": {"image_seq_length": 16},
+    "LLaVA-NeXT": RESOLUTIONS,
+    "LLaVA-OneVision": RESOLUTIONS | {"vision_aspect_ratio": "anyres_max_1"},  # what has more tiles is shrunk
     "InternVL": {"image_seq_length": 4},
+    "Gemma 3 with pictures": {"mm_tokens_per_image": 4, "boi_token_index": START, "eoi_token_index": END},
 }
 """What the whole config of a family has besides."""
 
+SIDE = {"height": 28, "width": 28}
+SPLIT = {"size": {"longest_edge": 56}, "max_image_size": {"longest_edge": 28}}
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "LLaVA": ("CLIP", {"size": {"shortest_edge": 28}, "crop_size": SIDE}),
+    "LLaVA-NeXT": ("LlavaNext", {"size": {"shortest_edge": 28}, "crop_size": SIDE} | RESOLUTIONS),
+    "LLaVA-OneVision": ("LlavaOnevision", {"size": SIDE} | RESOLUTIONS),
+    "InternVL": ("GotOcr2", {"size": SIDE, "max_patches": 6}),
+    "Gemma 3 with pictures": ("Gemma3", {"size": SIDE}),
+    "SmolVLM": ("SmolVLM", SPLIT),
+    "Idefics3": ("Idefics3", SPLIT),
+}
+"""Name → transformers' prefix of the image processor's class, and its settings; of families with tiles."""
 
-def vision_model(name: str) -> Any:
-    """A vision-language model of that name, float32, without end token."""
+
+def image_processor(name: str) -> Any:
+    """Of a family with tiles."""
+    prefix, settings = PROCESSORS[name]
+    return getattr(transformers, f"{prefix}ImageProcessorPil")(**settings)
+
+
+def tiny_config(name: str) -> Any:
+    """Of a vision-language model of that name."""
     prefix, text, vision = VISION_FAMILIES[name]
-    config = getattr(transformers, f"{prefix}Config")(
+    return getattr(transformers, f"{prefix}Config")(
         text_config=TEXT | text,
         vision_config=vision,
         image_token_id=IMAGE,
@@ -97,13 +128,18 @@ def vision_model(name: str) -> Any:
         vision_end_token_id=END,
         **OWN.get(name, {}),
     )
-    return sharpened(lambda: getattr(transformers, f"{prefix}ForConditionalGeneration")(config))
 
 
-def vision_prompts(model: Any) -> list[Prompt]:
+def vision_model(name: str) -> Any:
+    """A vision-language model of that name, float32, without end token."""
+    kind = getattr(transformers, f"{VISION_FAMILIES[name][0]}ForConditionalGeneration")
+    return sharpened(lambda: kind(tiny_config(name)))
+
+
+def vision_prompts(name: str, model: Any) -> list[Prompt]:
     """One picture, none, and two pictures."""
-    if family_of(model.config).tiles:
-        return tile_prompts(model)
+    if isinstance(style := family_of(model.config).style, Tiles):
+        return tile_prompts(style, image_processor(name))
     draw = torch.Generator().manual_seed(0)
     merge, width = patch_sizes(model)
     prompts = []
@@ -120,17 +156,17 @@ def vision_prompts(model: Any) -> list[Prompt]:
     return prompts
 
 
-def tile_prompts(model: Any) -> list[Prompt]:
+def tile_prompts(style: Tiles, processor: Any) -> list[Prompt]:
     """The same for a family that cuts pictures into tiles."""
-    draw, places = torch.Generator().manual_seed(0), family_of(model.config).tile_places
-    prompts = []
-    for row, counts in enumerate([[2], [], [1, 1]]):
-        ids = torch.randint(3, 80, (5,), generator=draw)
-        for count in counts:
-            own = torch.tensor([START, *[IMAGE] * count * places, END])
-            ids = torch.cat([ids, own, torch.randint(3, 80, (4,), generator=draw)])
-        grid = torch.tensor([[count, 1, 1] for count in counts]) if counts else None
-        pixels = torch.randn(sum(counts), *tile_size(model), generator=draw) if counts else None
+    draw, prompts = torch.Generator().manual_seed(0), []
+    for row, sizes in enumerate([[(40, 60)], [], [(28, 28), (70, 40)]]):
+        ids, grid, pixels = torch.randint(3, 80, (5,), generator=draw), None, None
+        if sizes:
+            noise = [torch.randint(256, (*size, 3), dtype=torch.uint8, generator=draw) for size in sizes]
+            pixels, grid = style.process(processor, [Image.fromarray(picture.numpy()) for picture in noise])
+            for count in style.places(grid, 1):
+                own = torch.tensor([START, *[IMAGE] * count, END])
+                ids = torch.cat([ids, own, torch.randint(3, 80, (4,), generator=draw)])
         prompts.append(Prompt(row, ids, torch.arange(len(ids)).expand(3, -1), pixels, grid, ""))
     return prompts
 
@@ -143,7 +179,7 @@ def family(name: str) -> tuple[Any, list[Prompt]]:
     if name in TEXT_FAMILIES:
         return text_model(name), text_prompts(1, 9, 22)
     model = vision_model(name)
-    return model, vision_prompts(model)
+    return model, vision_prompts(name, model)
 
 
 def text_model(name: str) -> Any:

@@ -70,7 +70,8 @@ class Prompt:
     pixel_values: Tensor | None
     """[patches of all images, patch_dim] or [tiles of all images, 3, H, W] float32, or None for a text-only row."""
     image_grid_thw: Tensor | None
-    """[images, 3] int64, each image's patch grid (time, height, width) or (tiles, 1, 1), or None."""
+    """[images, 3] int64, each image's patch grid (time, height, width), or what its style says
+    (`model/picture_styles.py`); or None."""
     text: str
     """The rendered prompt, image placeholders included: what a report shows."""
     messages: list[dict[str, Any]] | None = None

@@ -28,8 +28,7 @@ class ExampleBuilder:
         self.train_on_prompt = train_on_prompt
         self.max_length = max_length
         family, vocabulary = prompts.family, prompts.tokenizer.get_vocab()
-        of_pictures = (family.image_token, *family.image_markers)
-        self._of_pictures = torch.tensor([vocabulary[token] for token in of_pictures if token in vocabulary])
+        self._of_pictures = torch.tensor([vocabulary[token] for token in family.picture_tokens if token in vocabulary])
 
     def build(self, row: Row) -> Example:
         """A row with its answer: column `completion` as it is, else `solution`.

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+import jinja2
 import torch
 import xxhash
 from fastgrpo_profiling import span
@@ -14,6 +16,7 @@ from fastgrpo.data.images import make_thumbnail
 from fastgrpo.data.row_dataset import Rows
 from fastgrpo.data.rows import Row
 from fastgrpo.model.families import FAMILIES, QWEN2_VL, Family
+from fastgrpo.model.picture_styles import Grids
 from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
 
 _CONVERSATION = (
@@ -85,7 +88,9 @@ def mrope_position_ids(
     return positions
 
 
-def image_digests(pixel_values: Tensor | None, image_grid_thw: Tensor | None) -> tuple[bytes, ...]:
+def image_digests(
+    pixel_values: Tensor | None, image_grid_thw: Tensor | None, style: Grids = QWEN2_VL.style
+) -> tuple[bytes, ...]:
     """128-bit XXH3 of each image's patches and grid: the same for the same picture in another prompt.
 
     Every picture is hashed, even where no cache reads it: 1,900 patches take 0.2 ms, cutting them 22 ms.
@@ -93,7 +98,7 @@ def image_digests(pixel_values: Tensor | None, image_grid_thw: Tensor | None) ->
     if pixel_values is None or image_grid_thw is None:
         return ()
     digests = []
-    for image, grid in zip(pixel_values.split(image_grid_thw.prod(dim=1).tolist()), image_grid_thw, strict=True):
+    for image, grid in zip(pixel_values.split(style.sizes(image_grid_thw)), image_grid_thw, strict=True):
         digest = xxhash.xxh3_128(image.numpy())
         digest.update(grid.numpy())
         digests.append(digest.digest())
@@ -105,9 +110,8 @@ class PromptBuilder:
 
     Args:
         tokenizer: the model's tokenizer.
-        image_processor: a Qwen2-VL style processor (`pixel_values`, `image_grid_thw`, `merge_size`), or
-            None for a text-only model.
-        family: how the model takes pictures.
+        image_processor: the one that comes with the model, or None for a text-only model.
+        family: how the model takes pictures, from `family_of`.
         mode: how a bare question is asked. "base": plain text, no roles; "instruct": a user turn in the
             model's chat template. Conversations always go through the chat template, plain-text prompts are
             taken as they are.
@@ -149,8 +153,7 @@ class PromptBuilder:
         self.family = family
         vocabulary = tokenizer.get_vocab()  # once: a large one takes 50 ms
         self.image_token_id: int | None = vocabulary.get(family.image_token)
-        taken = [token for token in (family.image_token, *family.image_markers) if token]
-        self._absent_tokens = [token for token in taken if token not in vocabulary]
+        self._absent_tokens = [token for token in family.picture_tokens if token not in vocabulary]
         self._first_tokens = _added_in_front(tokenizer)
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         specials |= {family.image_token} - {None}
@@ -182,21 +185,18 @@ class PromptBuilder:
             messages=messages,
             columns=row.columns,
             thumbnail=make_thumbnail(row.images) if row.images else None,
-            image_digests=image_digests(pixel_values, image_grid_thw),
+            image_digests=image_digests(pixel_values, image_grid_thw, self.family.style),
             images=tuple(row.images),
         )
 
     def positions(self, input_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
         """[3, P], see `Prompt.position_ids`."""
-        grid = None if self.family.tiles else image_grid_thw
+        grid = None if self.family.mrope_sections is None else image_grid_thw
         return mrope_position_ids(input_ids, grid, self.image_token_id, self.merge_size)
 
     def places(self, image_grid_thw: Tensor | None) -> list[int]:
-        """How many placeholders each picture takes."""
-        if image_grid_thw is None:
-            return []
-        counts: list[int] = (self.family.tile_places * image_grid_thw.prod(-1) // self.merge_size**2).tolist()
-        return counts
+        """How often each placeholder of a prompt's text is repeated: those of a picture, or of a tile."""
+        return [] if image_grid_thw is None else self.family.style.places(image_grid_thw, self.merge_size)
 
     def _require_pictures(self, row: Row) -> None:
         """Raises a ValueError that says what keeps this model from taking pictures."""
@@ -214,8 +214,9 @@ class PromptBuilder:
         """The conversation (None for plain text) and the prompt's text, one image token per image."""
         if isinstance(row.messages, str):
             # Special tokens are allowed here: a finished prompt may be a rendered chat template.
-            has_places = self.family.image_token is not None and self.family.image_token in row.messages
-            return None, row.messages if has_places else self.family.image_place * len(row.images) + row.messages
+            text, tokens = row.messages, (self.family.image_token, self.family.template_token)
+            place = "" if any(token and token in text for token in tokens) else self.family.image_place
+            return None, place * len(row.images) + self._with_markers(text)
         if row.messages is not None:
             for message in row.messages:
                 self.check_text(message_text(message))
@@ -249,6 +250,7 @@ class PromptBuilder:
                 "this model's tokenizer has no chat template, which instruct mode and conversations need: "
                 "use base mode with a `question` column, or an instruction-tuned model"
             )
+        messages = self._in_parts(messages)
         prefilled = messages[-1]["role"] == "assistant" and not complete
         text: str = self.tokenizer.apply_chat_template(
             messages,
@@ -258,33 +260,52 @@ class PromptBuilder:
             **({"tools": tools} if tools else {}),
             **self.chat_template_kwargs,
         )
-        if self.family.image_token is None or self.family.template_has_markers:
-            return text
-        return text.replace(self.family.image_token, self.family.image_place)
+        return self._with_markers(text)
+
+    def _with_markers(self, text: str) -> str:
+        """The text with the family's own place for what its template writes for a picture."""
+        token, place = self.family.template_token, self.family.image_place
+        return text if token is None or place in text else text.replace(token, place)
+
+    def _in_parts(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Texts as lists of parts, for a template that leaves plain strings out (LLaVA, SmolVLM)."""
+        if self.family.image_token is None or self._writes_strings:
+            return messages
+        return [
+            message | {"content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in messages
+        ]
+
+    @cached_property
+    def _writes_strings(self) -> bool:
+        """Whether the chat template writes a message whose content is a string."""
+        asked = [{"role": "user", "content": "a question"}]
+        try:
+            return "a question" in self.tokenizer.apply_chat_template(asked, tokenize=False)
+        except (TypeError, jinja2.TemplateError):
+            return False
 
     def _process_images(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
-        """Patches [patches, patch_dim] float32 and grids [images, 3] int64, or None twice."""
+        """`Prompt.pixel_values` and `Prompt.image_grid_thw`, or None twice."""
         if not row.images:
             return None, None
         assert self.image_processor is not None
         try:
             with span("data/images"):
-                # What InternVL's joint processor asks of its image processor.
-                options = {"crop_to_patches": True} if hasattr(self.image_processor, "crop_to_patches") else {}
-                features = self.image_processor(images=row.images, return_tensors="pt", **options)
+                return self.family.style.process(self.image_processor, row.images)
         except ValueError as error:
             raise RowError(f"image cannot be cut into patches: {error}") from error
-        if not self.family.tiles:
-            return features["pixel_values"], features["image_grid_thw"]
-        tiles = torch.as_tensor(features.get("num_patches", [1] * len(row.images)))
-        return features["pixel_values"], torch.stack([tiles, *[torch.ones_like(tiles)] * 2], dim=1)
 
     def _tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: list[int]) -> Tensor:
-        """[P] int64: the text's tokens with every image token repeated once per merged patch of its image.
+        """[P] int64: the text's tokens with every image token repeated as often as its picture or tile asks.
 
         `first_tokens` go in front, unless the text has them already.
         """
         lengths = self.places(image_grid_thw)
+        if image_grid_thw is not None and self.family.image_token is not None:
+            text = self.family.style.written_out(text, self.family.image_token, image_grid_thw)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise RowError("the prompt is empty")

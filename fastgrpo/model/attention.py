@@ -113,8 +113,13 @@ def varlen_attention(
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     chosen = pick_attention(q, backend if segments.softcap is None else "math")
-    out: Tensor = _VarlenAttention.apply(q, k, v, segments, causal, scale, chosen)
+    out: Tensor = _VarlenAttention.apply(q, k, v, segments, causal, scale, for_segments(chosen, segments))
     return out
+
+
+def for_segments(backend: Backend, segments: Segments) -> Backend:
+    """The backend, or plain torch where queries see keys ahead and it takes no mask."""
+    return backend if segments.ahead is None or backend.name in ("cpu", "math") else named_backend("math")
 
 
 class _VarlenAttention(torch.autograd.Function):
@@ -182,14 +187,16 @@ def _tiles(segments: Segments, causal: bool) -> Iterator[_Tile]:
         first, q_start, k_start = first + count, q_stop, k_stop
 
 
-def _window_mask(segments: Segments, tile: _Tile, like: Tensor) -> Tensor | None:
-    """[L, Lk], 0 where a query sees a key and −inf elsewhere; None without a window. Then a tile is one sequence."""
-    if segments.window is None:
+def _mask(segments: Segments, tile: _Tile, like: Tensor) -> Tensor | None:
+    """[L, Lk], 0 where a query sees a key and −inf elsewhere, of a tile of one sequence; None if causality is all."""
+    if segments.window is None and segments.ahead is None:
         return None
     count, keys = tile.q.stop - tile.q.start, tile.k.stop - tile.k.start
     behind = torch.arange(keys - count, keys, device=like.device)[:, None] - torch.arange(keys, device=like.device)
-    mask = torch.zeros(count, keys, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_((behind < 0) | (behind >= segments.window), -math.inf)
+    hidden = behind < (0 if segments.ahead is None else -segments.ahead[tile.q, None])
+    if segments.window is not None:
+        hidden |= behind >= segments.window
+    return torch.zeros(count, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
 
 
 DenseForward = Callable[..., tuple[Tensor, Tensor]]
@@ -202,7 +209,7 @@ def _tiled_forward(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     for tile in _tiles(segments, causal):
-        mask = _window_mask(segments, tile, q)
+        mask = _mask(segments, tile, q)
         inputs = tile.pad(q[tile.q]), tile.pad(k[tile.k]), tile.pad(v[tile.k])
         tile_out, tile_lse = dense(*inputs, causal and mask is None, scale, mask, segments.softcap)
         out[tile.q] = tile.flatten(tile_out)
@@ -227,7 +234,7 @@ def _tiled_backward(
         # All of these are padded with 0. Padded rows have P = 1 but add nothing, since dO = O = 0.
         tile_grad, tile_q, tile_out = (tile.pad(tensor[tile.q]) for tensor in (grad_out, q, out))
         tile_lse = tile.pad(lse[:, tile.q].T[..., None])[..., 0]
-        mask, keys = _window_mask(segments, tile, q), (tile.pad(k[tile.k]), tile.pad(v[tile.k]))
+        mask, keys = _mask(segments, tile, q), (tile.pad(k[tile.k]), tile.pad(v[tile.k]))
         rest = causal and mask is None, scale, mask, segments.softcap
         gradients = dense(tile_grad, tile_q, *keys, tile_out, tile_lse, *rest)
         dq[tile.q], dk[tile.k], dv[tile.k] = (tile.flatten(gradient) for gradient in gradients)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastgrpo.model.picture_styles import BestResolution, Grids, SplitTiles, Tiles
+
 
 @dataclass(frozen=True)
 class Family:
@@ -12,15 +14,15 @@ class Family:
     model_types: tuple[str, ...]
     """`config.model_type` of its models."""
     image_token: str | None = None
-    """Placeholder of one merged patch in a prompt's text; None: pictures are not supported."""
+    """Placeholder in a prompt's text; None: pictures are not supported."""
     image_markers: tuple[str, str] = ("", "")
-    """Tokens before and after a picture's placeholders."""
-    template_has_markers: bool = True
-    """Whether the chat template writes the markers, not the placeholder alone."""
-    tiles: bool = False
-    """Whether a picture is cut into tiles [3, H, W] of equally many placeholders, rather than a grid of patches."""
-    tile_places: int = 1
-    """How many, of a tile; 1 for grids, whose patches and placeholders are counted by `image_grid_thw`."""
+    """Text before and after a picture's placeholders."""
+    template_token: str | None = None
+    """What the chat template writes for a picture; None: markers and placeholder."""
+    style: Grids = Grids()
+    """How pictures are cut and handed to the model."""
+    whole_pictures: bool = False
+    """Whether the tokens of a picture attend to all of it, not only to those before them."""
     mrope_sections: tuple[int, int, int] | None = None
     """transformers' default if `rope_parameters` has no `mrope_section`; None for 1-D positions."""
     has_packed_decoder: bool = False
@@ -33,6 +35,12 @@ class Family:
     def image_place(self) -> str:
         """A picture in a prompt's text, its placeholder not yet repeated; "" if pictures are not supported."""
         return "" if self.image_token is None else self.image_token.join(self.image_markers)
+
+    @property
+    def picture_tokens(self) -> tuple[str, ...]:
+        """Tokens that only pictures bring into a prompt."""
+        markers = (marker.strip() for marker in self.image_markers)
+        return tuple(token for token in (self.image_token, *markers, *self.style.tokens) if token)
 
 
 QWEN2 = Family("Qwen2", ("qwen2",), has_packed_decoder=True)
@@ -63,20 +71,43 @@ GLM_4V = replace(
     image_markers=("<|begin_of_image|>", "<|end_of_image|>"),
     mrope_sections=(8, 12, 12),
 )
-LLAVA = Family("LLaVA", ("llava",), image_token="<image>", tiles=True)
+LLAVA = Family("LLaVA", ("llava",), image_token="<image>", style=Tiles())
+LLAVA_NEXT = replace(LLAVA, name="LLaVA-NeXT", model_types=("llava_next",), style=BestResolution())
+LLAVA_ONEVISION = replace(
+    LLAVA,
+    name="LLaVA-OneVision",
+    model_types=("llava_onevision",),
+    style=BestResolution(whole_among_others=True),
+)
 INTERNVL = Family(
     "InternVL",
     ("internvl",),
     image_token="<IMG_CONTEXT>",
     image_markers=("<img>", "</img>"),
-    template_has_markers=False,
-    tiles=True,
+    template_token="<IMG_CONTEXT>",
+    style=Tiles(options={"crop_to_patches": True}),
 )
+GEMMA_3 = Family(
+    "Gemma 3",
+    ("gemma3",),
+    image_token="<image_soft_token>",
+    image_markers=("\n\n<start_of_image>", "<end_of_image>\n\n"),
+    template_token="<start_of_image>",
+    style=Tiles(length="mm_tokens_per_image", options={"do_pan_and_scan": False}),
+    whole_pictures=True,
+)
+SMOLVLM = Family("SmolVLM", ("smolvlm", "idefics3"), image_token="<image>", style=SplitTiles())
 
-FAMILIES = (QWEN2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5, GLM_4V, LLAVA, INTERNVL)
+FAMILIES = (
+    QWEN2, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_5, GLM_4V,
+    LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, INTERNVL, GEMMA_3, SMOLVLM,
+)  # fmt: skip
 
 VISION_TOWERS = ("visual", "vision_tower", "vision_model")
 """Attribute names of vision towers."""
+
+PROJECTORS = ("merger", "projector", "connector", "image_newline")
+"""Parts of the names of what maps a tower's output into the language model."""
 
 PICTURE_TOKENS = ("image_token_id", "image_token_index", "video_token_id")
 """Config names of placeholder ids."""
@@ -86,7 +117,7 @@ def family_of(config: Any) -> Family:
     """The family of a model with this transformers config; if unknown, a text-only one named by its type."""
     kind = config.model_type
     family = next((family for family in FAMILIES if kind in family.model_types), Family(kind, (kind,)))
-    return replace(family, tile_places=config.image_seq_length) if family.tiles else family
+    return replace(family, style=family.style.of(config))
 
 
 def unwrap(model: Any) -> Any:
@@ -110,7 +141,7 @@ def learns_prompt(model: Any) -> bool:
 def text_model(model: Any) -> Any:
     """The module with `embed_tokens`, `layers` and `norm`."""
     inner = base_model(model).model
-    return getattr(inner, "language_model", inner)
+    return getattr(inner, "language_model", getattr(inner, "text_model", inner))
 
 
 def is_multimodal(model: Any) -> bool:
@@ -150,11 +181,3 @@ def patch_sizes(model: Any) -> tuple[int, int]:
         return vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     except AttributeError as error:
         raise ValueError(f"{type(base_model(model)).__name__} has no vision tower like Qwen2-VL's: {error}") from error
-
-
-def tile_size(model: Any) -> tuple[int, int, int]:
-    """(channels, height, width) of the tiles that a family with `tiles` takes."""
-    vision = base_model(model).config.vision_config
-    size = vision.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return getattr(vision, "num_channels", 3), height, width

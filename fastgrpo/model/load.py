@@ -28,7 +28,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_flash_attn_2_available
 
 from fastgrpo.model.adapters import adapter_base, processing_source
-from fastgrpo.model.families import VISION_TOWERS, Family, family_of
+from fastgrpo.model.families import Family, family_of
+from fastgrpo.model.freezing import freeze
+from fastgrpo.model.picture_styles import Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Processing:
     tokenizer: Any
     """A `PreTrainedTokenizerBase`."""
     image_processor: Any | None
-    """Qwen2-VL style for a family in `families.FAMILIES`. None for a text-only model."""
+    """The one that comes with the model; None for a text-only model."""
     family: Family
     """How the model takes pictures."""
 
@@ -79,7 +81,7 @@ def load_processing(
 
     Raises:
         ValueError: no such checkpoint, no tokenizer in it or not the model's (`checked_processing`), or bounds that are
-            not positive or cross.
+            not positive, cross or mean nothing to the model's family.
     """
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     pixels = {name: value for name, value in bounds.items() if value is not None}
@@ -87,6 +89,9 @@ def load_processing(
         if value < 1:
             raise ValueError(f"{name}={value} must be positive: it is an area in pixels")
     config = load_config(name_or_path, trust_remote_code, revision)
+    if pixels and isinstance((family := family_of(config)).style, Tiles):
+        name = next(iter(pixels))
+        raise ValueError(f"{name}={pixels[name]}, but {family.name} cuts pictures into tiles of one size: leave it out")
     name_or_path = processing_source(name_or_path)
     options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
     try:
@@ -112,7 +117,7 @@ def _load_image_processor(name_or_path: str, family: Family, options: dict[str, 
             f"model_name_or_path={name_or_path!r} has no usable image processor (preprocessor_config.json): "
             f"{_one_line(error)}"
         ) from error
-    if family.image_token is not None and not family.tiles:
+    if family.image_token is not None and not isinstance(family.style, Tiles):
         smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
         if smallest > largest:
             raise ValueError(f"min_pixels={smallest} exceeds max_pixels={largest}: set both")
@@ -143,7 +148,7 @@ def checked_processing(tokenizer: Any, image_processor: Any, config: PretrainedC
     if not takes_images(config):
         image_processor = None
     elif image_processor is not None and family.image_token is not None:
-        if not family.tiles and not hasattr(image_processor, "merge_size"):
+        if not isinstance(family.style, Tiles) and not hasattr(image_processor, "merge_size"):
             raise ValueError(
                 f"{source} has a {type(image_processor).__name__}, which cuts no patch grids: {family.name} needs the "
                 "image processor that comes with it"
@@ -243,7 +248,7 @@ def load_policy(
             "Other weight files are not read; convert them with `save_pretrained`."
         ) from error
     logger.info("attention backend: %s", model.config._attn_implementation)
-    _freeze(model, freeze_vision, freeze_llm)
+    freeze(model, freeze_vision, freeze_llm)
     return model if base is None else _with_adapters(model, name_or_path)
 
 
@@ -371,29 +376,3 @@ def _available_attention(attn_implementation: str | None) -> str | None:
         return attn_implementation
     logger.warning("attn_implementation=flash_attention_2 is not available (%s): using sdpa", reason)
     return "sdpa"
-
-
-def _freeze(model: PreTrainedModel, freeze_vision: bool, freeze_llm: bool) -> None:
-    """Freezes the tower, or the language model with its head. The merger between them always trains."""
-    if not freeze_vision and not freeze_llm:
-        return
-    tower, merger = _vision_parameters(model)
-    if not tower:
-        flag = "freeze_vision" if freeze_vision else "freeze_llm"
-        raise ValueError(f"{flag}=True, but {type(model).__name__} has no vision tower: leave the flag off")
-    kept = {id(parameter) for parameter in (*tower, *merger)}
-    language = [parameter for parameter in model.parameters() if id(parameter) not in kept]
-    for parameter in [*(tower if freeze_vision else []), *(language if freeze_llm else [])]:
-        parameter.requires_grad_(False)
-
-
-def _vision_parameters(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of the vision tower without its merger, and those of the merger or projector."""
-    tower, merger = [], []
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if any("merger" in part or "projector" in part for part in parts):
-            merger.append(parameter)
-        elif any(part in VISION_TOWERS for part in parts):
-            tower.append(parameter)
-    return tower, merger

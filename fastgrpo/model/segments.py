@@ -24,6 +24,9 @@ class Segments:
     """Keys that a causal query sees, itself included; the last query of a sequence is at its last key. None: all."""
     softcap: float | None = None
     """Scores s become softcap · tanh(s / softcap) before the softmax (Gemma 2); None: they stay."""
+    ahead: Tensor | None = None
+    """[Tq] int64, keys after its own that a causal query sees: the rest of its picture (Gemma 3); None: none. Every
+    sequence is then its own tile."""
 
     @classmethod
     def of(
@@ -52,6 +55,13 @@ class Segments:
     def max_k(self) -> int:
         """The longest key sequence."""
         return max(self.k_lengths, default=0)
+
+
+def rest_of_run(marked: Tensor) -> Tensor:
+    """[T] bool → [T] int64: how many tokens follow each marked one in its run of marked ones; 0 for others."""
+    at = torch.arange(len(marked), device=marked.device)
+    ends = torch.where(marked, len(marked), at).flip(0).cummin(0).values.flip(0)
+    return (ends - at - 1).clamp(min=0)
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:

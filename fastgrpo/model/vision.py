@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.model.families import base_model
+from fastgrpo.model.families import base_model, family_of
 from fastgrpo.model.fused_vision import fused_vision, takes_host_grids
 from fastgrpo.model.patch_embed import patches_by_matmul
+from fastgrpo.model.segments import Segments, moved, rest_of_run
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
 
@@ -17,6 +19,22 @@ from fastgrpo.types import Prompt
 def vision_tower(model: Any) -> Any | None:
     """The policy's vision tower; None for a text model."""
     return getattr(getattr(base_model(model), "model", None), "visual", None)
+
+
+def picture_inputs(model: Any, pixels: Tensor, grids: Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass with pictures: `pixels` on its device, their `image_grid_thw` on the host."""
+    inputs = family_of(base_model(model).config).style.inputs(pixels, grids)
+    if "image_grid_thw" in inputs and not takes_host_grids(vision_tower(model)):
+        inputs["image_grid_thw"] = moved(grids, pixels.device)
+    return inputs
+
+
+def seeing_pictures(prompts: Segments, model: Any, input_ids: Tensor) -> Segments:
+    """The prompts' attention to themselves: where the family has it so, a picture's tokens see all of it."""
+    config = base_model(model).config
+    if not family_of(config).whole_pictures:
+        return prompts
+    return replace(prompts, ahead=rest_of_run(input_ids == config.image_token_id))
 
 
 def empty_copy(tower: Any, dtype: torch.dtype, device: Any) -> Any:

@@ -167,16 +167,16 @@ class PlainEngine:
         return LogitsProcessorList([*chain, drawn])
 
 
-def vision_inputs(model: Any, prompts: Sequence[Prompt], input_ids: Tensor) -> dict[str, Tensor]:
+def vision_inputs(model: Any, prompts: Sequence[Prompt], input_ids: Tensor) -> dict[str, Any]:
     """The image arguments of a forward pass over a batch [B, L]; none when no prompt has a picture."""
     pixel_values = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
     if not grids:
         return {}
-    if family_of(unwrap(model).config).tiles:
-        return {"pixel_values": torch.cat(pixel_values).to(input_ids.device)}
-    return {
-        "pixel_values": torch.cat(pixel_values).to(input_ids.device),
-        "image_grid_thw": torch.cat(grids).to(input_ids.device),
-        "mm_token_type_ids": (input_ids == unwrap(model).config.image_token_id).int(),
-    }
+    config, device = unwrap(model).config, input_ids.device
+    family = family_of(config)
+    inputs = family.style.inputs(torch.cat(pixel_values).to(device), torch.cat(grids))
+    of_pictures = (input_ids == config.image_token_id).int()
+    if "image_grid_thw" in inputs:
+        inputs |= {"image_grid_thw": inputs["image_grid_thw"].to(device), "mm_token_type_ids": of_pictures}
+    return inputs | ({"token_type_ids": of_pictures} if family.whole_pictures else {})

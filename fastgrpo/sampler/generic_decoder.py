@@ -13,14 +13,14 @@ import torch
 from fastgrpo_kernels import PagedLayout
 from torch import Tensor, nn
 
-from fastgrpo.model.families import base_model, family_of, learns_prompt, mrope_sections
-from fastgrpo.model.fused_vision import fused_vision, takes_host_grids
+from fastgrpo.model.families import base_model, learns_prompt, mrope_sections
+from fastgrpo.model.fused_vision import fused_vision
 from fastgrpo.model.linear_attention import linear_layers
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.probe import CHANGES, attention_layers
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.segments import Segments, moved
-from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision import picture_inputs, seeing_pictures, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.model.zero import is_partitioned
 from fastgrpo.sampler.decoder import CacheShape, KVCache
@@ -179,17 +179,18 @@ class GenericPrefill:
         pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
         if pixels:
             grids = torch.cat([p.image_grid_thw for p in prompts if p.image_grid_thw is not None])
-            inputs["pixel_values"] = moved(torch.cat(pixels), device).to(self.decoder.dtype)
-            if not family_of(self.decoder.model.config).tiles:
-                inputs["image_grid_thw"] = grids if takes_host_grids(tower) else moved(grids, device)
+            pixel_values = moved(torch.cat(pixels), device).to(self.decoder.dtype)
+            inputs |= picture_inputs(self.decoder.model, pixel_values, grids)
             if self.vision_cache is not None:
                 kept = self.vision_cache.serving(tower, [d for prompt in prompts for d in prompt.image_digests])
         positions = torch.cat([p.position_ids for p in prompts], dim=1)[: self.decoder.axes]
         segments = Segments.of(lengths).to(device)
+        tokens = moved(torch.cat([p.input_ids for p in prompts]), device)
+        if pixels:
+            segments = seeing_pictures(segments, self.decoder.model, tokens)
         step = PagedStep(cache, moved(torch.cat(slots), device), None, segments, self.decoder.places)
-        tokens = torch.cat([p.input_ids for p in prompts])
         with fused_vision(tower), patches_by_matmul(tower), kept:
-            logits = self.decoder(moved(tokens, device), moved(positions, device), step, **inputs)
+            logits = self.decoder(tokens, moved(positions, device), step, **inputs)
         for i, group in enumerate(groups):
             group.states = tuple(part[i : i + 1] for state in step.prompt_states for part in state)
         return logits

@@ -6,6 +6,7 @@ the layout keyword (`shared_prefix`), and during the call the fused log-prob rep
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,15 +21,13 @@ from fastgrpo.model.families import (
     learns_prompt,
     mrope_sections,
     patch_sizes,
-    tile_size,
     unwrap,
 )
 from fastgrpo.model.float32_head import float32_logits
-from fastgrpo.model.fused_vision import takes_host_grids
 from fastgrpo.model.logit_formula import linear_logits, logit_formula
+from fastgrpo.model.picture_styles import Tiles
 from fastgrpo.model.replaced_forward import replaced_forward
-from fastgrpo.model.segments import moved
-from fastgrpo.model.vision import vision_tower
+from fastgrpo.model.vision import picture_inputs, seeing_pictures, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
 from fastgrpo.update.packing import PackedBatch
@@ -67,9 +66,11 @@ def packed_logprobs(
         vision_cache: features of pictures, if the tower is frozen.
         float32_head: the head's product in float32.
     """
-    pictures = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values}
-    if pictures and not family_of(base_model(model).config).tiles:
-        pictures["image_grid_thw"] = _grids(model, batch)
+    pictures, layout = {}, batch.layout
+    if batch.pixel_values is not None and batch.image_grid_thw is not None:
+        pictures = picture_inputs(model, batch.pixel_values, batch.image_grid_thw)
+        ids = batch.input_ids[: layout.prompt_tokens]
+        layout = replace(layout, prompts=seeing_pictures(layout.prompts, model, ids))
     options = {"temperature": temperature, "entropy": entropy}
     head = _logprob_head(unwrap(model), batch, options, logprob_bytes, float32_head)
     with linear_logits(model), head, _kept_pictures(vision_cache, model, batch):
@@ -80,7 +81,7 @@ def packed_logprobs(
             position_ids=batch.position_ids[:, None] if mrope_sections(model) else batch.position_ids[:1],
             **pictures,
             use_cache=False,
-            shared_prefix=SharedPrefix(batch.layout, attn_backend),
+            shared_prefix=SharedPrefix(layout, attn_backend),
         ).logits
     return LogprobOutput(*found.unbind()) if entropy else LogprobOutput(found[0], None)
 
@@ -112,15 +113,6 @@ def _logprob_head(
     return replaced_forward(head, forward)
 
 
-def _grids(model: Any, batch: PackedBatch) -> Tensor:
-    """Keeps the grids on the host for a tower that reads them only there."""
-    grids = batch.image_grid_thw
-    assert grids is not None
-    if takes_host_grids(vision_tower(unwrap(model))):
-        return grids
-    return moved(grids, batch.input_ids.device)
-
-
 def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) -> AbstractContextManager[None]:
     """Within this context, the model's vision tower uses cached features."""
     if cache is None or batch.pixel_values is None:
@@ -135,13 +127,15 @@ def dummy_image_prompt(model: Any) -> Prompt:
         ValueError: a family whose pictures are not known.
     """
     family = family_of(base_model(model).config)
-    if family.tiles:
+    if isinstance(style := family.style, Tiles):
+        grids = style.smallest()
+        places = sum(style.places(grids, 1))
         return Prompt(
             row_id=-1,
-            input_ids=torch.full((family.tile_places,), base_model(model).config.image_token_id),
-            position_ids=torch.arange(family.tile_places).expand(3, -1),
-            pixel_values=torch.zeros(1, *tile_size(model)),
-            image_grid_thw=torch.ones(1, 3, dtype=torch.int64),
+            input_ids=torch.full((places,), base_model(model).config.image_token_id),
+            position_ids=torch.arange(places).expand(3, -1),
+            pixel_values=torch.zeros(int(grids[0, 0]), *style.tile_size),
+            image_grid_thw=grids,
             text="",
         )
     merge, patch_dim = patch_sizes(model)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastgrpo.model.segments import Segments, moved, offsets
 from fastgrpo.types import Example, Prompt, TrainingGroup
@@ -62,8 +63,10 @@ class SharedPrefixLayout:
                 k_lengths.append(seen + own)
                 start += own
             first += count
-        segments = Segments.of([*prompts, *own_lengths], k_lengths, window=window)
-        return Windowed(moved(torch.cat(keys), device), segments.to(device))
+        segments = Segments.of([*prompts, *own_lengths], k_lengths, window=window).to(device)
+        if self.prompts.ahead is not None:
+            segments = replace(segments, ahead=pad(self.prompts.ahead, (0, sum(own_lengths))))
+        return Windowed(moved(torch.cat(keys), device), segments)
 
 
 class Windowed(NamedTuple):
@@ -83,7 +86,7 @@ class PackedBatch:
     position_ids: Tensor
     """[3, T] int64, M-RoPE; every completion restarts at max(prompt) + 1 on all axes."""
     pixel_values: Tensor | None
-    """[patches, patch_dim], pictures of each prompt once; None without pictures."""
+    """As `Prompt.pixel_values`, pictures of each prompt once; None without pictures."""
     image_grid_thw: Tensor | None
     """[images, 3] int64, on the host."""
     image_digests: tuple[bytes, ...]

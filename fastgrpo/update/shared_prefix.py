@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
-from fastgrpo.model.attention import Backend, pick_attention, varlen_attention
+from fastgrpo.model.attention import Backend, for_segments, pick_attention, varlen_attention
 from fastgrpo.model.linear_attention import linear_layers
 from fastgrpo.model.probe import CHANGES, HostReadError, attention_layers
 from fastgrpo.update.packing import SharedPrefixLayout
@@ -80,7 +80,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: SharedPrefixLayout, scale: float, backend: Backend
     ) -> Tensor:
         p = layout.prompt_tokens
-        seen, seen_lse = backend.forward(q[:p], k[:p], v[:p], layout.prompts, True, scale)  # [P, H, D], [H, P]
+        to_prompts = for_segments(backend, layout.prompts).forward
+        seen, seen_lse = to_prompts(q[:p], k[:p], v[:p], layout.prompts, True, scale)  # [P, H, D], [H, P]
         if len(q) == p:
             out, lse = seen, seen_lse
         else:
@@ -103,7 +104,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
         def gradients(queries: slice, keys: slice, segments: Any, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             lse_part = lse[:, queries].contiguous()
             parts = (grad_out[queries], q[queries], k[keys], v[keys], out[queries], lse_part)
-            result: tuple[Tensor, Tensor, Tensor] = ctx.backend.backward(*parts, segments, causal, ctx.scale)
+            backward = for_segments(ctx.backend, segments).backward
+            result: tuple[Tensor, Tensor, Tensor] = backward(*parts, segments, causal, ctx.scale)
             return result
 
         prompts, completions = slice(0, p), slice(p, None)

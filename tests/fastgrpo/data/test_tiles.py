@@ -1,55 +1,138 @@
-"""Prompts of families that cut pictures into tiles, through transformers' own image processors."""
+"""Prompts of families that cut pictures into tiles, through transformers' own processors."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
+from tiny_families import PROCESSORS, VISION_FAMILIES, image_processor, tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, GotOcr2ImageProcessorPil, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
-from fastgrpo.model.families import INTERNVL, LLAVA
+from fastgrpo.model.families import family_of
+from fastgrpo.types import RowError
 
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message.content %}"
-    "{{ TOKEN if part.type == 'image' else part.text }}{% endfor %}{% endfor %}"
+PARTS = (
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+    "{{ TOKEN if part.type == 'image' else part.text }} {% endfor %}{% endfor %}"
 )
+"""Leaves a content that is a string out, as LLaVA's and SmolVLM's do."""
+PICTURES = [Image.effect_noise(size, 60).convert("RGB") for size in ((60, 40), (28, 28), (40, 70), (30, 200))]
+TILES_MARKED = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
 
 
-def make_builder(family: Any, image_processor: Any, mode: str = "base") -> PromptBuilder:
+def make_builder(name: str, mode: Any = "base") -> PromptBuilder:
+    family = family_of(tiny_config(name))
     alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, special=True) for t in (family.image_token, *family.image_markers) if t])
-    template = TEMPLATE.replace("TOKEN", repr(family.image_token))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template)
-    return PromptBuilder(tokenizer, image_processor, family=replace(family, tile_places=4), mode=mode)
+    core.add_special_tokens([AddedToken(token, special=True) for token in (*family.picture_tokens, *TILES_MARKED)])
+    template = PARTS.replace("TOKEN", repr(family.template_token or family.image_token))
+    named = dict(zip(("image_token", "boi_token", "eoi_token"), family.picture_tokens, strict=False))  # for Gemma 3's
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=template, pad_token="!", extra_special_tokens=named
+    )
+    return PromptBuilder(tokenizer, image_processor(name), family=family, mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["base", "instruct"])
-def test_llava(mode: str) -> None:
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    builder = make_builder(LLAVA, processor, mode)
-    prompt = builder.build(Row(0, [Image.new("RGB", (60, 40)), Image.new("RGB", (28, 28), "red")], "Which is red?"))
+def joint_processor(name: str, builder: PromptBuilder) -> Any:
+    """transformers' own for text and pictures together, of the families for which it needs no torchvision."""
+    parts = {"image_processor": builder.image_processor, "tokenizer": builder.tokenizer}
+    style: Any = builder.family.style
+    if name.startswith("LLaVA"):
+        kind = transformers.LlavaProcessor if name == "LLaVA" else transformers.LlavaNextProcessor
+        return kind(**parts, patch_size=7, num_additional_image_tokens=1, vision_feature_select_strategy="default")
+    if name == "Idefics3":
+        return transformers.Idefics3Processor(**parts, image_seq_len=style.per_tile)
+    return transformers.Gemma3Processor(**parts, image_seq_length=style.per_tile)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("name", ["LLaVA", "LLaVA-NeXT", "Idefics3", "Gemma 3 with pictures"])
+def test_prompts_are_those_of_the_joint_processor(name: str, count: int) -> None:
+    builder = make_builder(name, "instruct")
+    prompt = builder.build(Row(0, PICTURES[:count], "Which is wide?"))
+    processor = joint_processor(name, builder)
+    question = {"type": "text", "text": builder.instruct_prompt.format(question="Which is wide?")}
+    asked = [{"role": "user", "content": [*[{"type": "image"}] * count, question]}]
+    text = builder.tokenizer.apply_chat_template(asked, tokenize=False)
+    theirs = processor(images=PICTURES[:count], text=text, return_tensors="pt", add_special_tokens=False)
+    assert prompt.input_ids.tolist() == theirs["input_ids"][0].tolist()
     assert prompt.pixel_values is not None
-    assert prompt.pixel_values.shape == (2, 3, 28, 28)
-    assert prompt.image_grid_thw.tolist() == [[1, 1, 1], [1, 1, 1]]
-    assert int((prompt.input_ids == builder.image_token_id).sum()) == 8
+    if theirs["pixel_values"].ndim == 4:
+        assert torch.equal(prompt.pixel_values, theirs["pixel_values"])
+    elif name == "Idefics3":
+        assert torch.equal(prompt.pixel_values, theirs["pixel_values"][0])
+    else:
+        pairs = zip(prompt.image_grid_thw[:, 0].tolist(), theirs["pixel_values"], strict=True)
+        assert torch.equal(prompt.pixel_values, torch.cat([tiles[:n] for n, tiles in pairs]))
     assert torch.equal(prompt.position_ids, torch.arange(len(prompt.input_ids)).expand(3, -1))
-    assert len(set(prompt.image_digests)) == 2
+    assert len(set(prompt.image_digests)) == count
 
 
 @pytest.mark.parametrize("mode", ["base", "instruct"])
-def test_internvl_has_its_markers_around_all_tiles_of_a_picture(mode: str) -> None:
-    processor = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=6)
-    builder = make_builder(INTERNVL, processor, mode)
-    prompt = builder.build(Row(0, [Image.new("RGB", (56, 28)), Image.new("RGB", (28, 28))], "Which is wide?"))
-    assert prompt.image_grid_thw.tolist() == [[3, 1, 1], [1, 1, 1]]  # two tiles and the whole
-    assert prompt.pixel_values.shape == (4, 3, 28, 28)
-    text = builder.tokenizer.decode(prompt.input_ids)
-    assert f"<img>{'<IMG_CONTEXT>' * 12}</img>" in text
-    assert f"<img>{'<IMG_CONTEXT>' * 4}</img>" in text
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_fit_the_model(name: str, mode: str) -> None:
+    """A count of placeholders that is not the tower's ends a forward pass."""
+    config, builder = tiny_config(name), make_builder(name, mode)
+    config.get_text_config().vocab_size = len(builder.tokenizer)
+    config.image_token_id = builder.image_token_id
+    model = getattr(transformers, f"{VISION_FAMILIES[name][0]}ForConditionalGeneration")(config)
+    for count in range(len(PICTURES) + 1):
+        prompt = builder.build(Row(0, PICTURES[:count], "Which is wide?"))
+        assert "Which is wide?" in builder.tokenizer.decode(prompt.input_ids)
+        inputs = {} if not count else builder.family.style.inputs(prompt.pixel_values, prompt.image_grid_thw)
+        with torch.no_grad():
+            model(input_ids=prompt.input_ids[None], **inputs)
+
+
+PLACES = {
+    "InternVL": "<img><IMG_CONTEXT>{7}</img>",
+    "Gemma 3 with pictures": "\n\n<start_of_image><image_soft_token>{4}<end_of_image>\n\n",
+    "SmolVLM": (
+        "<fake_token_around_image><row_1_col_1><image>{4}<fake_token_around_image><row_1_col_2><image>{4}\n"
+        "<fake_token_around_image><row_2_col_1><image>{4}<fake_token_around_image><row_2_col_2><image>{4}\n\n"
+        "<fake_token_around_image><global-img><image>{4}<fake_token_around_image>"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_markers(name: str) -> None:
+    """The base mode's are the family's own; a finished prompt keeps those it has."""
+    builder = make_builder(name)
+    token = builder.family.image_token
+    assert token is not None
+    place = PLACES[name].replace(f"{token}{{7}}", token * 28).replace(f"{token}{{4}}", token * 4)
+    asked = builder.build(Row(0, PICTURES[:1], "What?"))
+    assert builder.tokenizer.decode(asked.input_ids).startswith(place + "A conversation")
+    for written in dict.fromkeys([builder.family.template_token or token, builder.family.image_place]):
+        finished = builder.build(Row(0, PICTURES[:1], messages=f"Look: {written}What?"))
+        assert builder.tokenizer.decode(finished.input_ids) == f"Look: {place}What?"
+
+
+def test_places_and_pictures_must_be_as_many() -> None:
+    for name in PLACES:
+        builder = make_builder(name)
+        with pytest.raises(RowError, match="1 image places for 2 images"):
+            builder.build(Row(0, PICTURES[:2], messages=f"{builder.family.image_place}What?"))
+
+
+def test_texts_that_a_template_leaves_out_are_passed_as_parts() -> None:
+    builder = make_builder("LLaVA", "instruct")
+    messages = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "No."}]
+    assert builder.render(messages, complete=True) == "user: One? assistant: No. "
+
+
+def test_a_picture_that_cannot_be_cut() -> None:
+    def broken(**_: Any) -> Any:
+        raise ValueError("too narrow")
+
+    builder = make_builder("SmolVLM")
+    builder.image_processor = broken
+    with pytest.raises(RowError, match="too narrow"):
+        builder.build(Row(0, PICTURES[:1], "What?"))
