@@ -197,7 +197,9 @@ def sharpened(make: Callable[[], Any]) -> Any:
         model = make().eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:
+                if not parameter.any() and parameter.ndim > 1:  # Gemma 3's projector, through which nothing would pass
+                    parameter.normal_(std=0.2)
+                elif parameter.ndim > 1:
                     parameter.mul_(3 if "embed" in name else 5)
                 elif name.endswith("bias"):
                     parameter.normal_(std=0.3)

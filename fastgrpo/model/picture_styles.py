@@ -150,6 +150,15 @@ class BestResolution(Tiles):
     whole_among_others: bool = False
     """Whether each of several pictures of a prompt is one tile (OneVision)."""
 
+    @property
+    def _side(self) -> int:
+        """Placeholders along a tile's side."""
+        return int(self.config.vision_config.image_size // self.config.vision_config.patch_size)
+
+    @property
+    def per_tile(self) -> int:
+        return self._side**2
+
     def process(self, processor: Any, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
         features = processor(images=[list(images)], return_tensors="pt")
         sizes = torch.as_tensor(features["image_sizes"])  # [images, 2]
@@ -169,19 +178,18 @@ class BestResolution(Tiles):
 
     def _places(self, tiles: int, height: int, width: int) -> int:
         """As transformers' models do it, `unpad_image` and `pack_image_features`."""
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         if tiles == 1:
-            return int(side**2 + 1)
-        rows, columns = (cells * side for cells in self._cells(height, width))
+            return self.per_tile + 1
+        rows, columns = (cells * self._side for cells in self._cells(height, width))
         if width / height > columns / rows:
             rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
             columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
         if limit := getattr(self.config, "vision_aspect_ratio", None):  # such as anyres_max_9
-            ratio = math.sqrt(rows * columns / (int(limit.rsplit("_", 1)[1]) * side**2))
+            ratio = math.sqrt(rows * columns / (int(limit.rsplit("_", 1)[1]) * self.per_tile))
             if ratio > 1.1:
                 rows, columns = int(rows // ratio), int(columns // ratio)
-        return int(side**2 + rows * (columns + 1))
+        return self.per_tile + rows * (columns + 1)
 
     def inputs(self, pixels: Tensor, grids: Tensor) -> dict[str, Any]:
         inputs = {"pixel_values": pixels, "image_sizes": grids[:, 1:]}

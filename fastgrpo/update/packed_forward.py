@@ -121,7 +121,7 @@ def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) ->
 
 
 def dummy_image_prompt(model: Any) -> Prompt:
-    """The smallest prompt with a picture (one black merged patch or tile), for gradients through the vision tower.
+    """The smallest prompt with a picture (a merged patch, or few tiles), for gradients through the vision tower.
 
     Raises:
         ValueError: a family whose pictures are not known.
@@ -134,7 +134,7 @@ def dummy_image_prompt(model: Any) -> Prompt:
             row_id=-1,
             input_ids=torch.full((places,), base_model(model).config.image_token_id),
             position_ids=torch.arange(places).expand(3, -1),
-            pixel_values=torch.zeros(int(grids[0, 0]), *style.tile_size),
+            pixel_values=torch.ones(int(grids[0, 0]), *style.tile_size),  # Idefics3 takes zeros for padding
             image_grid_thw=grids,
             text="",
         )

@@ -4,12 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tile_tokenizer import tile_tokenizer
+from tiny_families import image_processor, tiny_config
 from transformers import GptOssConfig
 
 from fastgrpo.cli import doctor
 from fastgrpo.cli.doctor import OPTIONAL, examine
 from fastgrpo.cli.doctor_model import examine_model
 from fastgrpo.cli.main import main
+from fastgrpo.model.families import family_of
+from fastgrpo.model.load import load_processing
 
 
 def found(part: str) -> doctor.Finding:
@@ -81,6 +85,34 @@ def test_a_model_is_told_its_paths(tiny_model_dir: Path, tmp_path: Path, capsys:
     assert told["update"].found == "padded batches"
     assert main(["doctor", str(tmp_path)]) == 0
     assert "padded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "note"),
+    [
+        ("LLaVA-OneVision", "<image>", "16 placeholders"),
+        ("SmolVLM", "<fake_token_around_image><global-img><image><fake_token_around_image>", "4 placeholders a tile;"),
+        (
+            "Gemma 3 with pictures",
+            "<start_of_image><image_soft_token><end_of_image>",
+            "a picture's tokens see all of it",
+        ),
+    ],
+)
+def test_how_a_model_takes_pictures(tmp_path: Path, name: str, place: str, note: str) -> None:
+    config = tiny_config(name)
+    tokenizer = tile_tokenizer(family_of(config))
+    config.image_token_id = tokenizer.image_token_id
+    for part in (config, tokenizer, image_processor(name)):
+        part.save_pretrained(tmp_path)
+    told = {row.part: row for row in examine_model(str(tmp_path))}
+    assert (told["sampling"].found, told["update"].found) == ("generic decoder", "packed, shared prompts")
+    assert told["positions"].found == "1-D"
+    assert told["pictures"].found == place
+    assert note in told["pictures"].consequence
+    assert told["prompts"].found == "chat template"
+    with pytest.raises(ValueError, match="max_pixels=3000, but .* cuts pictures into tiles of one size: leave it out"):
+        load_processing(str(tmp_path), max_pixels=3000)
 
 
 def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,37 +6,20 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from tiny_families import PROCESSORS, VISION_FAMILIES, image_processor, tiny_config
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tile_tokenizer import model_for, tile_tokenizer
+from tiny_families import PROCESSORS, image_processor, tiny_config
 
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
 from fastgrpo.model.families import family_of
 from fastgrpo.types import RowError
 
-PARTS = (
-    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
-    "{{ TOKEN if part.type == 'image' else part.text }} {% endfor %}{% endfor %}"
-)
-"""Leaves a content that is a string out, as LLaVA's and SmolVLM's do."""
 PICTURES = [Image.effect_noise(size, 60).convert("RGB") for size in ((60, 40), (28, 28), (40, 70), (30, 200))]
-TILES_MARKED = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
 
 
 def make_builder(name: str, mode: Any = "base") -> PromptBuilder:
     family = family_of(tiny_config(name))
-    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True) for token in (*family.picture_tokens, *TILES_MARKED)])
-    template = PARTS.replace("TOKEN", repr(family.template_token or family.image_token))
-    named = dict(zip(("image_token", "boi_token", "eoi_token"), family.picture_tokens, strict=False))  # for Gemma 3's
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, chat_template=template, pad_token="!", extra_special_tokens=named
-    )
-    return PromptBuilder(tokenizer, image_processor(name), family=family, mode=mode)
+    return PromptBuilder(tile_tokenizer(family), image_processor(name), family=family, mode=mode)
 
 
 def joint_processor(name: str, builder: PromptBuilder) -> Any:
@@ -78,10 +61,8 @@ def test_prompts_are_those_of_the_joint_processor(name: str, count: int) -> None
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_pictures_fit_the_model(name: str, mode: str) -> None:
     """A count of placeholders that is not the tower's ends a forward pass."""
-    config, builder = tiny_config(name), make_builder(name, mode)
-    config.get_text_config().vocab_size = len(builder.tokenizer)
-    config.image_token_id = builder.image_token_id
-    model = getattr(transformers, f"{VISION_FAMILIES[name][0]}ForConditionalGeneration")(config)
+    builder = make_builder(name, mode)
+    model = model_for(name, builder.tokenizer)
     for count in range(len(PICTURES) + 1):
         prompt = builder.build(Row(0, PICTURES[:count], "Which is wide?"))
         assert "Which is wide?" in builder.tokenizer.decode(prompt.input_ids)

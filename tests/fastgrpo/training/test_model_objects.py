@@ -9,10 +9,13 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from tile_tokenizer import model_for, tile_tokenizer
+from tiny_families import PROCESSORS, image_processor, tiny_config
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.model.load import load_policy, load_processing
+from fastgrpo.model.families import family_of
+from fastgrpo.model.load import Processing, load_policy, load_processing
 from fastgrpo.training.trainer import GRPOTrainer
 
 ADAPTERS = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
@@ -156,3 +159,27 @@ def test_pictures_and_text_on_newer_families(tiny_model_dir: Path, tmp_path: Pat
     assert step["kl"] == pytest.approx(0.0, abs=1e-6)
     still = {key for key, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[key])}
     assert not still
+
+
+@pytest.mark.parametrize("adapters", [None, ADAPTERS], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pictures_and_text_on_families_of_tiles(
+    tiny_model_dir: Path, tmp_path: Path, name: str, adapters: dict[str, Any] | None
+) -> None:
+    picture = Image.effect_noise((60, 40), 60)
+    rows = [row | {"images": [picture] * (i % 3)} for i, row in enumerate(TEXT_ROWS)]
+    family = family_of(tiny_config(name))
+    tokenizer = tile_tokenizer(family)
+    parts = Processing(tokenizer, image_processor(name), family)
+    peft_config = None if adapters is None else LoraConfig(**adapters)
+    model = model_for(name, tokenizer)
+    settings = {"peft_config": peft_config, "processing_class": parts, "gradient_accumulation_steps": 2, "beta": 0.04}
+    trainer = build(model, tiny_model_dir, tmp_path, rows, **settings)
+    before = {key: parameter.clone() for key, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for step in steps_of(tmp_path):
+        assert step["grad_norm"] > 0
+        assert step["sampling/sampling_logp_difference/max"] < 0.2, "placeholders are never drawn"
+    moved = {key for key, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[key])}
+    assert any("vision" in key for key in moved)
+    assert any(part in key for key in moved for part in ("language_model", "text_model"))
