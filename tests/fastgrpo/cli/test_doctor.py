@@ -111,7 +111,7 @@ def test_how_a_model_takes_pictures(tmp_path: Path, name: str, place: str, note:
     assert told["pictures"].found == place
     assert note in told["pictures"].consequence
     assert told["prompts"].found == "chat template"
-    with pytest.raises(ValueError, match="max_pixels=3000, but .* cuts pictures into tiles of one size: leave it out"):
+    with pytest.raises(ValueError, match=r"max_pixels=3000, but .* cuts pictures into tiles of one size: leave it out"):
         load_processing(str(tmp_path), max_pixels=3000)
 
 
