@@ -1,8 +1,13 @@
 """DeepSpeed's settings for a batch that is one whole optimizer step, wherever they come from."""
 
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+from transformers.utils import logging
 
 from fastgrpo.settings.run_config import RunConfig
+
+logger = logging.get_logger(__name__)
+
+WHOLE_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 
 
 def take_whole_steps(config: RunConfig) -> None:
@@ -28,6 +33,9 @@ def take_whole_steps(config: RunConfig) -> None:
     if zero.get("stage") != 3:  # sizes that it does not read, and which accelerate cannot work out of every config
         for name in [name for name, value in zero.items() if name.startswith("stage3_") and value == "auto"]:
             del zero[name]
+    elif zero.get(WHOLE_WEIGHTS) is not True:  # "auto" and unset are off by now
+        logger.warning(f"{WHOLE_WEIGHTS} was off: it is on, since the trained model would be saved without weights.")
+        zero[WHOLE_WEIGHTS] = True
     if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
         settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
         settings["gradient_accumulation_steps"] = 1

@@ -1,6 +1,7 @@
 """`SFTTrainer`: supervised fine-tuning on the rows, through the packed forward pass, and in the run folder, of GRPO."""
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,10 @@ class SFTTrainer(RunTrainer):
             self.vision_cache,
             memory_to_come=lambda: memory_to_come(self.model, self.optimizer),
         )
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Frees the sampler of the scores before the run: training needs its memory."""
+        self.__dict__.pop("engine", None)
 
     def take_step(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
         """One optimizer step up to its gradients: the mean cross-entropy of its targets, over all ranks."""

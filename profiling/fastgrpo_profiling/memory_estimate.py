@@ -28,6 +28,7 @@ class StepSetting:
     group: int
     prompt_tokens: int
     completion_tokens: int
+    """0: nothing is drawn, and there is no sampler."""
     picture_patches: int
     """Of all pictures of a prompt."""
     token_budget: int
@@ -94,15 +95,15 @@ def step_bytes(shape: ModelShape, setting: StepSetting) -> dict[str, float]:
         activations += patches * (HALF * shape.vision_hidden * shape.vision_layers + vision_kept)
     else:
         activations = tokens * text_kept * shape.layers + patches * vision_kept * shape.vision_layers
-    rows = setting.prompts * setting.group
-    cached = setting.prompts * setting.prompt_tokens + rows * setting.completion_tokens
+    rows = setting.prompts * setting.group * bool(setting.completion_tokens)
+    cached = (setting.prompts * setting.prompt_tokens + rows * setting.completion_tokens) * bool(rows)
     return {
         "weights": FULL * parameters / (ranks if setting.zero_stage >= 3 else 1),
         "gradients": FULL * trained / (ranks if setting.zero_stage >= 2 else 1),
         "optimizer": 2 * FULL * trained / (ranks if setting.zero_stage >= 1 else 1),
         "weights cast by autocast": HALF * parameters,
         "reference": (HALF if setting.half_reference else FULL) * parameters * setting.has_reference,
-        "sampler's weights": HALF * text,
+        "sampler's weights": HALF * text * bool(rows),
         "KV cache": cached * shape.kv_bytes,
         "sampler's logits": 2 * FULL * rows * shape.vocab,
         "head's scratch": setting.logprob_bytes,

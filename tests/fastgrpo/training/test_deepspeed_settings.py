@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.training.deepspeed_settings import take_whole_steps
+from fastgrpo.training.deepspeed_settings import WHOLE_WEIGHTS, take_whole_steps
 
 ACCUMULATED, MICRO_BATCH = 4, 8
 
@@ -55,9 +55,19 @@ def test_settings_of_a_flag_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("stage", "left"), [(2, []), (3, ["stage3_prefetch_bucket_size"])])
 def test_sizes_of_stage_3_are_left_on_auto_there_alone(tmp_path: Path, stage: int, left: list[str]) -> None:
-    zero = {"stage": stage, "stage3_prefetch_bucket_size": "auto"}
+    whole = {WHOLE_WEIGHTS: True} if stage == 3 else {}
+    zero = {"stage": stage, "stage3_prefetch_bucket_size": "auto", **whole}
     settings = settings_of(tmp_path, deepspeed={"zero_optimization": zero})
-    assert [name for name in settings["zero_optimization"] if name.startswith("stage3_")] == left
+    assert [name for name in settings["zero_optimization"] if name.startswith("stage3_")] == [*left, *whole]
+
+
+@pytest.mark.parametrize("given", [{}, {WHOLE_WEIGHTS: "auto"}, {WHOLE_WEIGHTS: False}])
+def test_weights_are_saved_whole_under_stage_3(
+    tmp_path: Path, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(tmp_path, deepspeed={"zero_optimization": {"stage": 3, **given}})
+    assert settings["zero_optimization"][WHOLE_WEIGHTS] is True
+    assert f"{WHOLE_WEIGHTS} was off: it is on" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastgrpo_profiling.memory_estimate import step_bytes
+from fastgrpo_profiling.roofline import ModelShape
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from fastgrpo import GRPOConfig
+from fastgrpo.settings.sft_config import SFTConfig
 from fastgrpo.training.memory import memory_to_come, settle_memory, step_setting
 
 GB = 1e9
@@ -86,3 +89,12 @@ def test_gradients_and_moments_that_are_there_do_not_come_again() -> None:
     assert memory_to_come(model, optimizer) == 0
     optimizer.zero_grad()
     assert memory_to_come(model, optimizer) == 4 * 100
+
+
+def test_supervised_training_has_no_sampler(two_billion: Any, tmp_path: Path) -> None:
+    setting = step_setting(two_billion, SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to=[]))
+    parts = step_bytes(ModelShape.known(two_billion.config), setting)
+    assert {name: parts[name] for name in ("sampler's weights", "KV cache", "sampler's logits")} == {
+        "sampler's weights": 0, "KV cache": 0, "sampler's logits": 0
+    }  # fmt: skip
+    assert parts["activations"] > 0
