@@ -40,10 +40,12 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Kills runs at random instants, some 20 minutes: `make campaign CAMPAIGN_KILLS=40` is shorter.
-CAMPAIGN_KILLS ?= 240
+# Kills, damaged files, full disks, dying ranks, schedules, a soak: half an hour; CAMPAIGN_KILLS=40 makes it shorter.
+CAMPAIGN ?= runs/campaign.json
+CAMPAIGN_KILLS ?= 204
 campaign: install
-	CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) $(BIN)/python -m pytest tests/campaign
+	CAMPAIGN=$(CAMPAIGN) CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) \
+	  $(BIN)/python -m pytest tests/campaign tests/fastgrpo/sampler/test_schedules.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -46,7 +46,7 @@ def launch(command: str, argv: Sequence[str]) -> bool:
             flags.append("--multi_gpu")  # several processes, on CPUs too
         for name, value in {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}.items():
             flags += [] if name in wanted else [f"--{name}", value]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", "fastgrpo"]
+    launcher = [sys.executable, "-m", "fastgrpo.cli.launcher", *flags, "--module", "fastgrpo"]
     if code := _until_all_have_ended([*launcher, command, *rest]):
         raise SystemExit(code)
     return True

@@ -2,12 +2,13 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
 from fastgrpo import __version__
 from fastgrpo.cli.suggestions import did_you_mean
-from fastgrpo.safe_text.inert import inert
+from fastgrpo.safe_text.last_line import last_line
 
 COMMANDS = {
     "train": ("train a model with GRPO", "fastgrpo train --help lists the flags"),
@@ -50,14 +51,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"fastgrpo.cli.{name}").run(rest)
     except Exception as error:
         told = _in_one_line(error)
-        if told is None or os.environ.get("FASTGRPO_TRACEBACK"):
-            raise
-        print(inert(f"fastgrpo {name}: error: {told}"), file=sys.stderr)
-        return 2
+        is_bug = told is None or bool(os.environ.get("FASTGRPO_TRACEBACK"))
+        if not _is_a_rank():
+            if is_bug:
+                raise
+            last_line(f"fastgrpo {name}: error: {told}")
+            return 2
+        if is_bug:
+            traceback.print_exc()
+        cause = told or f"{type(error).__name__}: {error}"
+        last_line(f"fastgrpo {name}: error on rank {os.environ['RANK']}: {cause}")
+        sys.stdout.flush()
+        os._exit(1 if is_bug else 2)  # torch's own end waits for ranks that will not come
     except KeyboardInterrupt as interrupt:
         print(f"fastgrpo {name}: interrupted{f'; {interrupt}' if interrupt.args else ''}", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_a_rank() -> bool:
+    """Whether this is one of several processes that have met."""
+    distributed = sys.modules.get("torch.distributed")
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return is_one_of_several and distributed is not None and bool(distributed.is_initialized())
 
 
 def _in_one_line(error: Exception) -> str | None:
@@ -69,6 +85,8 @@ def _in_one_line(error: Exception) -> str | None:
         return line
     if type(error).__module__.startswith(("httpx", "requests", "huggingface_hub")):
         return f"the network does not answer: {line}"
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is full: lower dataloader_num_workers or per_device_train_batch_size. {line}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return (
             "the GPU's memory is full: set gradient_checkpointing, or lower token_budget, max_completion_length, "

@@ -24,6 +24,7 @@ from fastgrpo.report.finish import finish_run
 from fastgrpo.safe_text.redaction import redacted
 from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.checkpoints import find_checkpoint
+from fastgrpo.training.rank_watch import watched_ranks
 from fastgrpo.training.run_trainer import RunTrainer
 
 
@@ -53,6 +54,11 @@ def run_training(config: RunConfig, script: RunArguments, build: Callable[..., A
     Raises:
         ValueError: a setting, a file or a data set that cannot work; the message says how to mend it.
     """
+    with watched_ranks(config.ddp_timeout):
+        return _run_training(config, script, build)
+
+
+def _run_training(config: RunConfig, script: RunArguments, build: Callable[..., Any]) -> dict[str, Any]:
     start = time.perf_counter()
     output_dir = Path(config.output_dir)
     if config.eval_strategy != "no" and script.eval_dataset_name is None and Path(script.dataset_name).is_file():

@@ -101,6 +101,9 @@ def _require_resumable(checkpoint: Path) -> None:
             f"resume_from_checkpoint={str(checkpoint)!r} holds weights but no optimizer state (was it saved with "
             "save_only_model?), so the run cannot continue from it. Start a new run with it as --model_name_or_path."
         )
+    for name in ("trainer_state.json", STATE_FILE):
+        with reading(checkpoint / name):
+            json.loads((checkpoint / name).read_bytes() if (checkpoint / name).is_file() else b"{}")
 
 
 @contextmanager
@@ -108,6 +111,8 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
     """What libraries raise at files that are damaged, or are no data at all, as a ValueError that names the folder."""
     try:
         yield
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{checkpoint} is damaged: it is no JSON. Resume from another one.") from error
     except (OutOfMemoryError, ValueError):
         raise
     except (UnpicklingError, EOFError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:

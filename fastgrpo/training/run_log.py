@@ -65,9 +65,10 @@ class RunLog:
         return made
 
     def known_run_id(self) -> str | None:
-        """That name, where there is one."""
+        """That name, where there is one that can be read."""
         file = self.folder / "run_id"
-        return file.read_text(errors="replace").strip() or None if file.is_file() else None
+        found = file.read_text(errors="replace").strip() if file.is_file() else ""
+        return found if re.fullmatch(r"[0-9a-f]{16}", found) else None
 
     def continue_after(self, step: int) -> None:
         """Drops what was logged after `step`: those steps will run, and be logged, again.
@@ -95,9 +96,15 @@ class RunLog:
         """Moves what is still to be moved aside, also of a start that was killed amid it."""
         if not (self.folder / MOVING).is_file():
             return
-        plan = json.loads((self.folder / MOVING).read_text())
-        aside = self.folder / plan["to"]
-        for name in plan["paths"]:
+        try:
+            plan = json.loads((self.folder / MOVING).read_bytes())
+            aside, names = self.folder / plan["to"], [str(name) for name in plan["paths"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.folder / MOVING} is damaged: it says what of an earlier run was being moved aside. Move the "
+                "folder's files elsewhere, or choose another output_dir."
+            ) from error
+        for name in names:
             path, moved = self.folder / name, aside / name
             if not path.exists() or Path(name).is_absolute() or ".." in Path(name).parts:
                 continue

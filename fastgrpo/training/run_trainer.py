@@ -13,10 +13,11 @@ from transformers.trainer_utils import TrainOutput
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import Rows
 from fastgrpo.settings.run_config import RunConfig
-from fastgrpo.training.checkpoints import NOT_RESUMING, find_checkpoint, load_state
+from fastgrpo.training.checkpoints import NOT_RESUMING, find_checkpoint, load_state, reading
 from fastgrpo.training.guarded_steps import GuardedSteps
 from fastgrpo.training.model_card import RunFacts, write_model_card
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
+from fastgrpo.training.rank_watch import watched_ranks
 from fastgrpo.training.rows import build_loader
 from fastgrpo.training.run_log import RunLog
 from fastgrpo.training.same_run import facts_of, require_same_run
@@ -85,7 +86,8 @@ class RunTrainer(GuardedSteps):
         Raises:
             ValueError: no such checkpoint, or another run is writing into the output folder.
         """
-        with nullcontext() if self.run_log is None else self.run_log.lock.held(), self.heeding_sigterm():
+        lock = nullcontext() if self.run_log is None else self.run_log.lock.held()
+        with watched_ranks(self.config.ddp_timeout), lock, self.heeding_sigterm():
             checkpoint = self.begin(resume_from_checkpoint or self.config.resume_from_checkpoint)
             try:
                 output = super().train(resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs)
@@ -102,7 +104,8 @@ class RunTrainer(GuardedSteps):
         if checkpoint is not None:
             require_same_run(checkpoint, state, self.facts(), self.config)
         self.step_log.start(state)
-        self.restore(checkpoint)
+        with reading(checkpoint) if checkpoint else nullcontext():
+            self.restore(checkpoint)
         if self.run_log is not None:
             if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
                 self.run_log.continue_after(state.get("step", 0))

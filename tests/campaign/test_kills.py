@@ -1,11 +1,11 @@
 """Runs that are killed at random instants and resumed end as the run that nobody killed, to the last bit.
 
-`make test` kills a few; `make campaign` a few hundred, over all configurations.
+`make test` kills a few; `make campaign` more than two hundred, over all configurations.
 """
 
-import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,25 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
+from campaign import LAST, RESULTS, Runs, content, report
 
-from fastgrpo.cli.main import main
-
-KILLS = int(os.environ.get("CAMPAIGN_KILLS", "6"))
+KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "204")) if RESULTS else 2
 STEPS = 6
-REWARDS = """
-import hashlib
-
-def varied(completions, **_):
-    return [hashlib.sha256(str(text).encode()).digest()[0] / 255 for text in completions]
-"""
-BASE = [
-    "--max_samples", "6", "--num_generations", "4", "--per_device_train_batch_size", "8", "--max_completion_length",
-    "6", "--use_cpu", "--learning_rate", "0.01", "--logging_steps", "2", "--save_steps", "1", "--report_to", "none",
-    "--disable_tqdm", "true", "--reward_funcs", "campaign_rewards:varied", "--max_steps", str(STEPS),
-    "--resume_from_checkpoint", "last",
-]  # fmt: skip
 CONFIGURATIONS = {
     "base": [],
     "reference": ["--beta", "0.04"],
@@ -47,40 +33,40 @@ CONFIGURATIONS = {
     "entropy bonus": ["--entropy_coef", "0.01", "--use_adaptive_entropy", "true"],
     "cosine": ["--lr_scheduler_type", "cosine", "--warmup_steps", "2", "--dataloader_num_workers", "1"],
 }
+FILE_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 
 
-class Campaign:
-    """Runs of one configuration, each in a fork of this process, which has everything imported."""
+class Killer:
+    """Kills its own process before it touches files of a run for the n-th time, counted from `first` on."""
 
-    def __init__(self, folder: Path, flags: list[str]) -> None:
-        self.folder = folder
-        self.flags = flags
-        folder.mkdir()
+    def __init__(self, folder: Path, number: int, first: str = "") -> None:
+        self.folder, self.left, self.first = str(folder), number, first
 
-    def start(self, name: str) -> int:
-        """A run into the folder `name`; its process."""
-        sys.stdout.flush()
-        if pid := os.fork():
-            return pid
-        try:
-            log = os.open(self.folder / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            code = main(["train", *self.flags, "--output_dir", str(self.folder / name)])
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
-            code = 1
-        os._exit(code)
+    def __call__(self) -> None:
+        sys.addaudithook(self.hear)
 
-    def finish(self, name: str) -> None:
-        _, status = os.waitpid(self.start(name), 0)
-        assert status == 0, (self.folder / f"{name}.txt").read_text()
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in FILE_EVENTS or not str(arguments[0]).startswith(self.folder):
+            return
+        if self.first in str(arguments[0]):
+            self.first = ""
+        self.left -= not self.first
+        if self.left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def kill(self, name: str, after: float, when: Callable[[], bool]) -> str:
-        """Kills a run `after` seconds of its beginning, or of `when`; in what it was at work."""
-        pid = self.start(name)
+
+class Chain:
+    """One run, killed at several instants."""
+
+    def __init__(self, runs: Runs, name: str, draws: random.Random, seconds: float, earlier: Path) -> None:
+        self.runs, self.name, self.draws, self.seconds, self.earlier = runs, name, draws, seconds, earlier
+        self.out = runs.folder / name
+        self.log = runs.folder / f"{name}.txt"
+
+    def kill(self, *flags: str, after: float, when: Callable[[], bool], before: Callable[[], object]) -> None:
+        """Kills a run `after` seconds of `when`, unless `before` sees to that, or it ends."""
+        with self.log.open("a") as log:
+            pid = self.runs.start(self.name, log.fileno(), *flags, before=before)
         begun: float | None = None
         while os.waitpid(pid, os.WNOHANG) == (0, 0):
             if begun is None and when():
@@ -88,75 +74,68 @@ class Campaign:
             if begun is not None and time.monotonic() - begun >= after:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-                return self.at_work(name)
+                return
             time.sleep(0.0005)
-        return "had ended"
 
-    def at_work(self, name: str) -> str:
-        out = self.folder / name
-        if any((out / ".saving").glob("*")):
+    def kill_somewhere(self) -> str:
+        """Kills a run that resumes; what it was at."""
+        kind = self.draws.random()
+        if kind < 0.35:  # while a checkpoint is written
+            saving = self.out / ".saving"
+            after, when = self.draws.uniform(0, 0.05), lambda: any(saving.glob("checkpoint-*"))
+            self.kill(*LAST, after=after, when=when, before=int)
+        elif kind < 0.65:  # at a file: logs, locks, saves, what a resume cuts
+            killer = Killer(self.out, self.draws.randint(1, 150))
+            self.kill(*LAST, after=1e9, when=lambda: True, before=killer)
+        else:
+            self.kill(*LAST, after=self.draws.uniform(0, self.seconds), when=lambda: True, before=int)
+        if any((self.out / ".saving").glob("*")):
             return "save"
-        if (out / ".moving.json").exists():
-            return "move"
-        return "steps" if (out / "metrics.jsonl").exists() else "start"
+        return "steps or logs" if (self.out / "metrics.jsonl").exists() else "start"
+
+    def kill_while_moving(self) -> str:
+        """Kills a new run that moves an earlier one's files aside, once that has begun."""
+        shutil.copytree(self.earlier, self.out)
+        killer = Killer(self.out, self.draws.randint(2, 30), first=".moving.json")
+        while not (self.out / ".moving.json").exists() and not (self.out / "previous-1").exists():
+            self.kill(after=1e9, when=lambda: True, before=killer)
+        return "move" if (self.out / ".moving.json").exists() else "start"
 
 
-def without_clocks(line: dict[str, Any]) -> dict[str, Any]:
-    clocks = ("time/", "share/")
-    return {
-        name: value
-        for name, value in line.items()
-        if not name.startswith(clocks) and name not in ("step_time", "tokens_per_second", "mfu")
-    }
-
-
-def content(out: Path) -> dict[str, Any]:
-    """What two equal runs have in common: figures of every step, completions, weights."""
-    lines = [without_clocks(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    completions = {path.name: pq.read_table(path).to_pylist() for path in sorted((out / "completions").iterdir())}
-    weights = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-    return {"metrics": lines, "completions": completions, "weights": weights}
-
-
-@pytest.fixture
-def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "campaign_rewards.py").write_text(REWARDS)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "campaign_rewards", raising=False)
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_killed_runs_go_on_to_the_same_bits(
-    tiny_model_dir: Path, sat_file: Path, tmp_path: Path, rewards: None, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Path, sat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draws = random.Random(int(os.environ.get("CAMPAIGN_SEED", "0")))
-    chosen = list(CONFIGURATIONS.items())[: 2 if len(CONFIGURATIONS) > KILLS else None]
-    table: dict[str, Counter[str]] = {}
+    chosen = list(CONFIGURATIONS.items())[: None if RESULTS else 1]
+    table: dict[str, dict[str, int]] = {}
     for number, (name, flags) in enumerate(chosen):
-        paths = ["--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(sat_file)]
-        campaign = Campaign(tmp_path / str(number), [*paths, *BASE, *flags])
+        settings = ["--max_steps", str(STEPS), *flags]
+        runs = Runs(tmp_path / str(number), tiny_model_dir, sat_file, *settings, draws=name == "base")
+        earlier = runs.succeed("earlier", "--seed", "7", "--max_steps", "3")
         start = time.monotonic()
-        campaign.finish("whole")
+        whole = runs.succeed("whole")
         seconds = time.monotonic() - start
-        expected = content(campaign.folder / "whole")
+        expected, kept = content(whole), files_of(earlier)
         found: Counter[str] = Counter()
-        left = KILLS // len(chosen)
-        while left > 0:
-            run = f"killed-{left}"
-            out = campaign.folder / run
-            for _ in range(min(left, draws.randint(1, 3))):
-                if draws.random() < 0.4:
-                    after, when = draws.uniform(0, 0.05), lambda out=out: any((out / ".saving").glob("checkpoint-*"))
-                else:
-                    after, when = draws.uniform(0, seconds), lambda: True
-                found[campaign.kill(run, after, when)] += 1
-                left -= 1
-            campaign.finish(run)
-            same = content(out) == expected
-            found["identical" if same else "different"] += 1
-            assert same, f"{name}, {run}"
-        table[name] = found
-    with capsys.disabled():
-        for name, found in table.items():
-            print(f"\n{name}: {dict(found)}", end="")
-        total: Counter[str] = sum(table.values(), Counter())
-        print(f"\n{json.dumps({'campaign': 'kills', 'configurations': len(table), **total})}")
+        for run in range(KILLED_RUNS // len(chosen)):
+            chain = Chain(runs, f"killed-{run}", draws, seconds, earlier)
+            moves = run % 4 == 1
+            if moves:
+                found[chain.kill_while_moving()] += 1
+            for _ in range(draws.choice([0, 1] if moves else [1, 1, 1, 2])):
+                found[chain.kill_somewhere()] += 1
+            code, said = runs.finish(chain.name, *LAST)
+            assert code == 0, f"{name}, {chain.name}: {chain.log.read_text() if chain.log.exists() else ''}{said}"
+            assert content(chain.out) == expected, f"{name}, {chain.name}"
+            if moves:
+                assert kept.items() <= files_of(chain.out / "previous-1").items(), "nothing of the earlier run is lost"
+            found["identical runs"] += 1
+            shutil.rmtree(chain.out)
+        table[name] = dict(found)
+    total: Counter[str] = sum(map(Counter, table.values()), Counter())
+    kills = sum(count for what, count in total.items() if what != "identical runs")
+    report(capsys, "kills", table, configurations=len(table), kills=kills, **total)

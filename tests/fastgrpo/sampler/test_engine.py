@@ -1,5 +1,4 @@
 import itertools
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -127,51 +126,6 @@ def test_completions_differ_by_seed_step_row_and_index(qwen2: Any) -> None:
         for completion in group
     ]
     assert len({tuple(tokens) for tokens in drawn}) == 8
-
-
-@pytest.mark.parametrize("trials", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_random_schedules_give_what_each_prompt_gives_alone(qwen2_exact: Any, trials: int) -> None:
-    """Random prompts, group sizes, lengths, row and page budgets; completions end early, prompts are aborted."""
-    rng = random.Random(0)
-    sampler, alone = qwen2_exact.engine(), qwen2_exact.engine()
-    ends = [5, 77, 130, 211, 300]
-    for trial in range(trials):
-        size = rng.choice([4, 8, 16])
-        new_tokens, group = rng.choice([1, 2, 9, 17]), rng.choice([1, 2, 5])
-        prompts = [
-            Prompt(trial * 10 + i, torch.randint(1, 350, (length,)), torch.arange(length).expand(3, -1), None, None, "")
-            for i, length in enumerate(rng.choices([1, 3, 8, 16, 40], k=rng.randint(1, 5)))
-        ]
-        pages = max(-(-len(p.input_ids) // size) for p in prompts) + -(-(new_tokens - 1) // size)
-        sampler.options = SamplerOptions(
-            max_rows=rng.randint(1, 8),
-            max_cache_tokens=size * (pages + rng.randint(0, 12)),
-            page_size=size,
-            prefill_tokens=rng.randint(1, 50),
-            steps_per_check=rng.randint(1, 6),
-        )
-        for engine in (sampler, alone):
-            engine.runner, engine.eos_ids = None, ends
-            engine.prefill.max_tokens = engine.options.prefill_tokens
-        params = SamplingParams(new_tokens, temperature=1.5, seed=trial)
-        unwanted = {p.row_id for p in prompts if rng.random() < 0.15}
-
-        together = {}
-        for prompt, completions in sampler.generate(prompts, group, params, step=3):
-            together[prompt.row_id] = completions
-            for row in unwanted:
-                sampler.abort(row)
-        assert together.keys() == {prompt.row_id for prompt in prompts}
-        for prompt in prompts:
-            for mine, single in zip(
-                together[prompt.row_id], generate(alone, [prompt], params, group)[prompt.row_id], strict=True
-            ):
-                if mine.finish_reason == "abort":
-                    assert prompt.row_id in unwanted
-                    assert mine.token_ids.tolist() == single.token_ids[: len(mine.token_ids)].tolist()
-                    assert len(mine.token_ids) == len(mine.logprobs) < len(single.token_ids)
-                else:
-                    assert_equal(mine, single)
 
 
 # The interface
