@@ -8,6 +8,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from harness import commit, device_name, now, versions
 
 from fastgrpo.cli.main import main
 from fastgrpo.report import finish
+
+for module in ("fastgrpo.cli.train", "deepspeed"):  # once, not in each fork
+    if find_spec(module):
+        import_module(module)
 
 RESULTS = os.environ.get("CAMPAIGN")
 """The file that `make campaign` writes. Without it campaigns take their short form."""
