@@ -42,7 +42,7 @@ test-all: install
 
 # Kills, damaged files, full disks, dying ranks, schedules, a soak: half an hour; CAMPAIGN_KILLS=40 makes it shorter.
 CAMPAIGN ?= runs/campaign.json
-CAMPAIGN_KILLS ?= 204
+CAMPAIGN_KILLS ?= 144
 campaign: install
 	CAMPAIGN=$(CAMPAIGN) CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) \
 	  $(BIN)/python -m pytest tests/campaign tests/fastgrpo/sampler/test_schedules.py

@@ -68,7 +68,7 @@ def find_checkpoint(
         )
     if found := damage(checkpoint, hashes=whole):
         raise ValueError(f"{found}. Resume from another checkpoint, or with `last` from the newest whole one.")
-    _require_resumable(checkpoint)
+    _require_resumable(checkpoint, whole)
     return checkpoint
 
 
@@ -81,7 +81,7 @@ def _newest(output_dir: Path, run_id: str | None, whole: bool) -> Path | None:
     damaged: list[str] = []
     for path in mine:
         if (found := damage(path, hashes=whole)) is None:
-            _require_resumable(path)
+            _require_resumable(path, whole)
             if damaged and whole:
                 logger.warning(f"{damaged[0]}: going on from {path}, the newest whole checkpoint.")
             return path
@@ -94,14 +94,14 @@ def _newest(output_dir: Path, run_id: str | None, whole: bool) -> Path | None:
     return None
 
 
-def _require_resumable(checkpoint: Path) -> None:
+def _require_resumable(checkpoint: Path, whole: bool) -> None:
     has_optimizer = any(checkpoint.glob("optimizer.*")) or any(checkpoint.glob("global_step*"))
     if not (checkpoint / "trainer_state.json").is_file() or not has_optimizer:
         raise ValueError(
             f"resume_from_checkpoint={str(checkpoint)!r} holds weights but no optimizer state (was it saved with "
             "save_only_model?), so the run cannot continue from it. Start a new run with it as --model_name_or_path."
         )
-    for name in ("trainer_state.json", STATE_FILE):
+    for name in ("trainer_state.json", STATE_FILE) if whole else ():
         with reading(checkpoint / name):
             json.loads((checkpoint / name).read_bytes() if (checkpoint / name).is_file() else b"{}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from campaign import LAST, RESULTS, Runs, content, last_lines, report
+from campaign import LAST, RESULTS, Runs, content, last_lines, report, weights
 
 STEPS, SAVED = 4, 3
 
@@ -109,10 +109,8 @@ def what_happens(row: Row, runs: Runs, whole: Path, data: Path) -> str:
         return REFUSED if len(last_lines(said)) == 1 and named in last_lines(said)[0] else f"unclear: {said}"
     if any(out.glob("previous-*/metrics.jsonl")):
         return "starts anew"
-    found, expected = content(out), content(whole)
-    if path.parent == out or path.parent == out / "completions":  # a log that lost what it lost
-        found, expected = found["weights"], expected["weights"]
-    if found != expected:
+    is_log = path.parent in (out, out / "completions")  # which lost what it lost
+    if (weights if is_log else content)(out) != (weights if is_log else content)(whole):
         return "ends as another run"
     return FALLS_BACK if f"{out / CHECKPOINT}/" in said and "the newest whole checkpoint" in said else GOES_ON
 

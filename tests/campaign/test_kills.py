@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from campaign import LAST, RESULTS, Runs, content, report
 
-KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "204")) if RESULTS else 2
+KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "144")) if RESULTS else 2
 STEPS = 6
 CONFIGURATIONS = {
     "base": [],
@@ -96,8 +96,8 @@ class Chain:
     def kill_while_moving(self) -> str:
         """Kills a new run that moves an earlier one's files aside, once that has begun."""
         shutil.copytree(self.earlier, self.out)
-        killer = Killer(self.out, self.draws.randint(2, 30), first=".moving.json")
         while not (self.out / ".moving.json").exists() and not (self.out / "previous-1").exists():
+            killer = Killer(self.out, self.draws.randint(2, 30), first=".moving.json")
             self.kill(after=1e9, when=lambda: True, before=killer)
         return "move" if (self.out / ".moving.json").exists() else "start"
 
@@ -106,36 +106,29 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("name", list(CONFIGURATIONS)[: None if RESULTS else 1])
 def test_killed_runs_go_on_to_the_same_bits(
-    tiny_model_dir: Path, sat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model_dir: Path, sat_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    draws = random.Random(int(os.environ.get("CAMPAIGN_SEED", "0")))
-    chosen = list(CONFIGURATIONS.items())[: None if RESULTS else 1]
-    table: dict[str, dict[str, int]] = {}
-    for number, (name, flags) in enumerate(chosen):
-        settings = ["--max_steps", str(STEPS), *flags]
-        runs = Runs(tmp_path / str(number), tiny_model_dir, sat_file, *settings, draws=name == "base")
-        earlier = runs.succeed("earlier", "--seed", "7", "--max_steps", "3")
-        start = time.monotonic()
-        whole = runs.succeed("whole")
-        seconds = time.monotonic() - start
-        expected, kept = content(whole), files_of(earlier)
-        found: Counter[str] = Counter()
-        for run in range(KILLED_RUNS // len(chosen)):
-            chain = Chain(runs, f"killed-{run}", draws, seconds, earlier)
-            moves = run % 4 == 1
-            if moves:
-                found[chain.kill_while_moving()] += 1
-            for _ in range(draws.choice([0, 1] if moves else [1, 1, 1, 2])):
-                found[chain.kill_somewhere()] += 1
-            code, said = runs.finish(chain.name, *LAST)
-            assert code == 0, f"{name}, {chain.name}: {chain.log.read_text() if chain.log.exists() else ''}{said}"
-            assert content(chain.out) == expected, f"{name}, {chain.name}"
-            if moves:
-                assert kept.items() <= files_of(chain.out / "previous-1").items(), "nothing of the earlier run is lost"
-            found["identical runs"] += 1
-            shutil.rmtree(chain.out)
-        table[name] = dict(found)
-    total: Counter[str] = sum(map(Counter, table.values()), Counter())
-    kills = sum(count for what, count in total.items() if what != "identical runs")
-    report(capsys, "kills", table, configurations=len(table), kills=kills, **total)
+    draws = random.Random(f"{os.environ.get('CAMPAIGN_SEED', '0')} {name}")
+    settings = ["--max_steps", str(STEPS), *CONFIGURATIONS[name]]
+    runs = Runs(tmp_path / "runs", tiny_model_dir, sat_file, *settings, draws=False)
+    earlier = runs.succeed("earlier", "--seed", "7", "--max_steps", "3")
+    start = time.monotonic()
+    whole = runs.succeed("whole")
+    seconds = time.monotonic() - start
+    expected, kept = content(whole), files_of(earlier)
+    found: Counter[str] = Counter()
+    for run in range(KILLED_RUNS // len(CONFIGURATIONS) if RESULTS else KILLED_RUNS):
+        chain = Chain(runs, f"killed-{run}", draws, seconds, earlier)
+        moves = run % 4 == 1
+        places = [chain.kill_while_moving()] if moves else []
+        places += [chain.kill_somewhere() for _ in range(draws.choice([1, 2, 2]) - moves)]
+        code, said = runs.finish(chain.name, *LAST)
+        assert code == 0, f"{name}, {chain.name}: {chain.log.read_text() if chain.log.exists() else ''}{said}"
+        assert content(chain.out) == expected, f"{name}, {chain.name}"
+        if moves:
+            assert kept.items() <= files_of(chain.out / "previous-1").items(), "nothing of the earlier run is lost"
+        found.update(["identical runs", *["kills, all gone on from"] * len(places), *places])
+        shutil.rmtree(chain.out)
+    report(capsys, "kills", {name: dict(found)}, **found)

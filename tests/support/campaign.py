@@ -105,8 +105,12 @@ def content(out: Path) -> dict[str, Any]:
     """What two equal runs have in common: figures of every step, completions, weights."""
     lines = [_without_clocks(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
     completions = {path.name: pq.read_table(path).to_pylist() for path in sorted((out / "completions").iterdir())}
-    weights = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
-    return {"metrics": lines, "completions": completions, "weights": weights}
+    return {"metrics": lines, "completions": completions, "weights": weights(out)}
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    """The trained model's."""
+    return {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
 
 
 def _without_clocks(line: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +134,7 @@ def report(capsys: pytest.CaptureFixture[str], campaign: str, rows: Mapping[str,
     file = Path(RESULTS)
     about = {"bench": "campaign", "device": device_name("cpu"), "date": now(), "commit": commit()}
     known = json.loads(file.read_text()) if file.exists() else {"figures": {}}
-    figures = known["figures"] | {campaign: {**totals, "rows": dict(rows)}}
+    figures = known["figures"]
+    figures[campaign] = {**totals, "rows": {**figures.get(campaign, {}).get("rows", {}), **rows}}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**about, "versions": versions(), "figures": figures}, indent=1) + "\n")

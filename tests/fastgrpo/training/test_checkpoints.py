@@ -9,7 +9,7 @@ from fastgrpo.training.checkpoints import checkpoints_of, find_checkpoint, load_
 def make_checkpoint(folder: Path, *files: str) -> Path:
     folder.mkdir(parents=True)
     for name in files:
-        (folder / name).write_text(json.dumps(name))
+        (folder / name).write_text(name)
     return folder
 
 
