@@ -140,7 +140,7 @@ def learns_prompt(model: Any) -> bool:
 
 def text_model(model: Any) -> Any:
     """The module with `embed_tokens`, `layers` and `norm`."""
-    inner = base_model(model).model
+    inner = base_model(model).base_model
     return getattr(inner, "language_model", getattr(inner, "text_model", inner))
 
 

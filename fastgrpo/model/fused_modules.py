@@ -1,7 +1,7 @@
 """Replaces norms, activations and MLPs of transformers' models by one kernel each, within a context.
 
-Modules are chosen by class, in tables. Classes in no table stay as they are, such as a norm that multiplies by
-1 + weight (Gemma); so do modules whose instance already has its own `forward`.
+Modules are chosen by class, in tables. Classes in no table stay as they are; so do modules whose instance already has
+its own `forward`.
 
 Under bfloat16 autocast the norms take and return bfloat16 and compute statistics in float32. In fully fused layers the
 residual stream is then bfloat16, as in the sampler. Under fp16 it stays float32, since it might overflow.
@@ -27,12 +27,40 @@ RMS_NORMS = (
     "Qwen2VLRMSNorm",
     "Qwen2_5_VLRMSNorm",
     "Qwen3RMSNorm",
+    "Qwen3MoeRMSNorm",
+    "Qwen3VLTextRMSNorm",
+    "Qwen3VLMoeTextRMSNorm",
     "LlamaRMSNorm",
     "MistralRMSNorm",
+    "Phi3RMSNorm",
+    "SmolLM3RMSNorm",
 )
 """weight · x / √(mean x² + variance_epsilon)."""
 
-GATED_MLPS = ("Qwen2MLP", "Qwen2_5_VLMLP", "Qwen3MLP", "LlamaMLP", "MistralMLP")
+ONE_PLUS_NORMS = (
+    "GemmaRMSNorm",
+    "Gemma2RMSNorm",
+    "Gemma3RMSNorm",
+    "Qwen3NextRMSNorm",
+    "Qwen3_5RMSNorm",
+    "Qwen3_5MoeRMSNorm",
+)
+"""(1 + weight) · x / √(mean x² + eps)."""
+
+GATED_MLPS = (
+    "Qwen2MLP",
+    "Qwen2_5_VLMLP",
+    "Qwen3MLP",
+    "Qwen3MoeMLP",
+    "Qwen3VLTextMLP",
+    "Qwen3VLMoeTextMLP",
+    "Qwen3NextMLP",
+    "Qwen3_5MLP",
+    "Qwen3_5MoeMLP",
+    "LlamaMLP",
+    "MistralMLP",
+    "SmolLM3MLP",
+)
 """down_proj(act_fn(gate_proj(x)) · up_proj(x))."""
 
 SILUS = ("SiLU", "SiLUActivation")
@@ -66,7 +94,7 @@ def is_norm(module: Any) -> bool:
     """Whether it is a norm that `fused_modules` replaces."""
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
         return module.weight is not None and module.bias is not None and "forward" not in vars(module)
-    return is_known(module, RMS_NORMS)
+    return is_known(module, RMS_NORMS + ONE_PLUS_NORMS)
 
 
 @contextmanager
@@ -98,7 +126,9 @@ def _log(names: tuple[str, ...]) -> None:
 
 def _fused_forward(module: Any) -> Callable[..., Any] | None:
     if is_norm(module):
-        return partial(_layer_norm if type(module) is nn.LayerNorm else _rms_norm, module)
+        if type(module) is nn.LayerNorm:
+            return partial(_layer_norm, module)
+        return partial(_rms_norm if class_of(module) in RMS_NORMS else _one_plus_norm, module)
     if is_known(module, GATED_MLPS) and class_of(module.act_fn) in SILUS:
         return partial(_gated_mlp, module)
     return quick_gelu if is_known(module, QUICK_GELUS) else None
@@ -109,6 +139,11 @@ NO_RESIDUAL = object()
 
 def _rms_norm(norm: Any, x: Tensor, residual: Any = NO_RESIDUAL) -> Any:
     return _normed(lambda x, residual: rms_norm(x, norm.weight, norm.variance_epsilon, residual), x, residual)
+
+
+def _one_plus_norm(norm: Any, x: Tensor, residual: Any = NO_RESIDUAL) -> Any:
+    weight = 1.0 + norm.weight.float()
+    return _normed(lambda x, residual: rms_norm(x, weight, norm.eps, residual), x, residual)
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor, residual: Any = NO_RESIDUAL) -> Any:

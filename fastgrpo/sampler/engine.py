@@ -163,9 +163,13 @@ class SamplerEngine:
         self._is_busy = True
         try:
             while scheduler.has_work:
-                self._admit(scheduler, runner)
-                self._decode(scheduler, runner)
-                yield from self._finish(scheduler, runner)
+                complete: list[Rollout] = []
+                with self.decoder.running():  # left while the caller has a group: the model is the policy's own
+                    while scheduler.has_work and not complete:
+                        self._admit(scheduler, runner)
+                        self._decode(scheduler, runner)
+                        complete = self._finish(scheduler, runner)
+                yield from complete
         finally:
             runner.arrange([])
             self._is_busy = False
@@ -185,7 +189,7 @@ class SamplerEngine:
         admitted = scheduler.admit()
         if admitted:
             new = [g for g in dict.fromkeys(s.group for s in admitted) if g.first_logits is None]
-            with span("rollout/prefill"), self.decoder.running():
+            with span("rollout/prefill"):
                 self.prefill.run(new, runner.cache, runner.page_size)
         if admitted or runner.is_sparse(len(scheduler.running)):
             with span("rollout/arrange"):
@@ -193,11 +197,11 @@ class SamplerEngine:
 
     def _decode(self, scheduler: Scheduler, runner: Runner) -> None:
         default = 16 if self.decoder.device.type == "cuda" else 1
-        with span("rollout/decode"), self.decoder.running():
+        with span("rollout/decode"):
             runner.run(min(self.options.steps_per_check or default, runner.limits.max_new_tokens))
 
-    def _finish(self, scheduler: Scheduler, runner: Runner) -> Iterator[Rollout]:
-        """Removes sequences that have ended; yields the groups that are complete."""
+    def _finish(self, scheduler: Scheduler, runner: Runner) -> list[Rollout]:
+        """Removes sequences that have ended; returns the groups that are complete."""
         with span("rollout/check"):
             ended = [*self._take_aborted(scheduler, runner), *runner.ended()]
             texts = self.tokenizer.batch_decode([e.tokens for e in ended], skip_special_tokens=True) if ended else []
@@ -217,8 +221,10 @@ class SamplerEngine:
             if group.unfinished == 0:
                 group.first_logits, group.states = None, ()
                 complete.append(group)
-        for group in complete:
-            yield Rollout(group.prompt, tuple(group.completions[i] for i in range(len(group.sequences))))
+        return [
+            Rollout(group.prompt, tuple(group.completions[i] for i in range(len(group.sequences))))
+            for group in complete
+        ]
 
     def _take_aborted(self, scheduler: Scheduler, runner: Runner) -> list[Ended]:
         """Stops the rows of aborted prompts; returns their sequences that have no row yet."""

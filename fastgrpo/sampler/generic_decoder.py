@@ -59,7 +59,7 @@ def generic_shape(model: Any) -> CacheShape:
         size
         for module in linear
         for size in (
-            (module.conv_dim, module.conv_kernel_size - 1),
+            (module.conv_kernel_size - 1, module.conv_dim),
             (module.num_v_heads, module.head_k_dim, module.head_v_dim),
         )
     ]

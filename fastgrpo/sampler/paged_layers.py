@@ -6,13 +6,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-from fastgrpo_kernels import PagedLayout, decode_attention
+from fastgrpo_kernels import PagedLayout, apply_rotary, decode_attention
 from torch import Tensor
 from transformers import AttentionInterface
 
 from fastgrpo.model.attention import varlen_attention
-from fastgrpo.model.linear_attention import State, StateCache, linear_layers, run_prompts
+from fastgrpo.model.fused_text import fused_text
+from fastgrpo.model.linear_attention import State, finish, linear_layers, project, run_sequences, run_token
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.segments import Segments
 from fastgrpo.sampler.decoder import KVCache
@@ -45,6 +45,39 @@ class PagedStep:
         return pages * self.cache.keys[0].shape[1]
 
 
+def _attend(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    paged: PagedStep,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """[T, H, D] of queries like it and of keys and values [T, Hkv, D], which are written; cos and sin [T, D] rotate
+    both, unless None."""
+    place = paged.places[layer.layer_idx]
+    keys, values = paged.cache.keys[place], paged.cache.values[place]
+    q, k, v = (tensor.to(keys.dtype) for tensor in (query, key, value))
+    if paged.layout is not None:
+        window = None if sliding_window is None or sliding_window >= paged.longest else sliding_window
+        kind: dict[str, Any] = {"scale": scaling, "window": window, "softcap": softcap}
+        return decode_attention(q, k, v, cos, sin, keys, values, paged.slots, paged.layout, **kind)
+    assert paged.prompts is not None
+    if cos is not None and sin is not None:
+        q, k = apply_rotary(q, k, cos, sin)
+    for cache, new in ((keys, k), (values, v)):
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, paged.slots, new)
+    segments = replace(paged.prompts, softcap=softcap)
+    if sliding_window is not None and sliding_window < segments.max_q:
+        segments = replace(segments, window=sliding_window)
+    return varlen_attention(q, k, v, segments, causal=True, scale=scaling)
+
+
 def _attention(
     module: Any,
     query: Tensor,
@@ -59,43 +92,33 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [1, H, T, D] in, [1, T, H, D] out."""
-    place = paged.places[module.layer_idx]
-    keys, values = paged.cache.keys[place], paged.cache.values[place]
-    q, k, v = (tensor[0].transpose(0, 1).to(keys.dtype) for tensor in (query, key, value))
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if paged.layout is not None:
-        window = None if sliding_window is None or sliding_window >= paged.longest else sliding_window
-        kind: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
-        out = decode_attention(q, k, v, None, None, keys, values, paged.slots, paged.layout, **kind)
-    else:
-        assert paged.prompts is not None
-        for cache, new in ((keys, k), (values, v)):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, paged.slots, new)
-        segments = replace(paged.prompts, softcap=softcap)
-        if sliding_window is not None and sliding_window < segments.max_q:
-            segments = replace(segments, window=sliding_window)
-        out = varlen_attention(q, k, v, segments, causal=True, scale=scale)
-    return out[None].to(query.dtype), None
+    kind: dict[str, Any] = {"scaling": scale, "sliding_window": sliding_window, "softcap": softcap}
+    return _attend(module, q, k, v, None, None, paged=paged, **kind)[None].to(query.dtype), None
+
+
+def _attend_rotated(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, paged: PagedStep, **_: Any
+) -> Tensor:
+    """`fused_text`'s attention."""
+    return _attend(module, q, k, v, cos, sin, paged=paged, scaling=module.scaling).to(q.dtype)
 
 
 # Registered without a mask function: transformers then builds no mask.
 AttentionInterface.register(NAME, _attention)
 
 
-def _linear_attention(own: Any, place: int, hidden_states: Tensor, *, paged: PagedStep, **_: Any) -> Tensor:
+def _linear_attention(module: Any, place: int, hidden_states: Tensor, *, paged: PagedStep, **_: Any) -> Tensor:
     """[1, T, H] → [1, T, H] through the `place`-th layer of linear attention: prompts, or a token of each row."""
+    tokens = project(module, hidden_states[0])
     if paged.prompts is not None:
-        out, states = run_prompts(own, hidden_states, paged.prompts.q_lengths)
+        out, states = run_sequences(module, tokens, paged.prompts.q_lengths)
         paged.prompt_states.append(states)
-        return out
-    rows = hidden_states[0].unsqueeze(1)  # [B, 1, H]
-    before = [state.narrow(0, 0, len(rows)) for state in paged.cache.states[2 * place : 2 * place + 2]]
-    cache = StateCache(State(*before))
-    out = own(rows, cache_params=cache)
-    is_active = paged.slots >= 0
-    for old, new in zip(before, cache.state, strict=True):
-        torch.where(is_active.view(-1, *[1] * (old.ndim - 1)), new.to(old.dtype), old, out=old)
-    return out.transpose(0, 1)
+    else:
+        rows = [state.narrow(0, 0, len(tokens.mixed)) for state in paged.cache.states[2 * place : 2 * place + 2]]
+        out = run_token(module, tokens, State(*rows), paged.slots >= 0)
+    return finish(module, out, tokens.gate)[None]
 
 
 @contextmanager
@@ -105,9 +128,9 @@ def paged_layers(model: Any) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        with ExitStack() as stack:
+        with fused_text(model, attend=_attend_rotated), ExitStack() as stack:
             for place, (_, module) in enumerate(sorted(linear_layers(model).items())):
-                stack.enter_context(replaced_forward(module, partial(_linear_attention, module.forward, place)))
+                stack.enter_context(replaced_forward(module, partial(_linear_attention, module, place)))
             yield
     finally:
         config._attn_implementation = before

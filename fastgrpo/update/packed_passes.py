@@ -10,16 +10,16 @@ from fastgrpo_kernels import LogprobOutput
 from transformers import PreTrainedModel
 
 from fastgrpo.model.families import is_multimodal, unwrap
+from fastgrpo.model.fused_text import fused_text
 from fastgrpo.model.fused_vision import fused_vision
 from fastgrpo.model.half_weights import half_weights
 from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.update.accumulation import GradientAccumulation
-from fastgrpo.update.fused_text import fused_text
 from fastgrpo.update.packed_forward import dummy_image_prompt, packed_logprobs, require_packed_support
 from fastgrpo.update.packing import PackedBatch, idle_batch
-from fastgrpo.update.shared_prefix import shared_prefix_layers
+from fastgrpo.update.shared_prefix import attend_rotated, shared_prefix_layers
 from fastgrpo.update.shared_state import shared_state_layers
 
 Output = TypeVar("Output")
@@ -105,7 +105,7 @@ class PackedPasses:
         with (
             shared_prefix_layers(*models),
             shared_state_layers(*models),
-            fused_text(*models),
+            fused_text(*models, attend=attend_rotated),
             fused_vision(*towers, backend=self.attn_backend),
             patches_by_matmul(*towers),
             # Only without DDP or DeepSpeed: their gradient hooks would not see the copies' gradients.

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fastgrpo_kernels import merge_attention
+from fastgrpo_kernels import apply_rotary, merge_attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from fastgrpo.model.attention import Backend, for_segments, pick_attention, varlen_attention
+from fastgrpo.model.fused_modules import without_autocast
 from fastgrpo.model.linear_attention import linear_layers
 from fastgrpo.model.probe import CHANGES, HostReadError, attention_layers
 from fastgrpo.update.packing import SharedPrefixLayout
@@ -157,6 +158,16 @@ def _attention_function(
 
 # Registered without a mask function: transformers then builds no mask.
 AttentionInterface.register(NAME, _attention_function)
+
+
+def attend_rotated(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *, shared_prefix: SharedPrefix, **_: Any
+) -> Tensor:
+    """`fused_text`'s attention."""
+    q, k = apply_rotary(q, k, cos, sin)
+    with without_autocast(q.device.type):
+        layout, backend = shared_prefix.layout, shared_prefix.backend
+        return shared_prefix_attention(q, k, v, layout, scale=module.scaling, backend=backend)
 
 
 def require_support(model: Any) -> None:

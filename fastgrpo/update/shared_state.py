@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from fastgrpo.model.linear_attention import State, StateCache, linear_layers, run_prompts
+from fastgrpo.model.linear_attention import State, finish, linear_layers, project, run_sequences
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.update.shared_prefix import SharedPrefix
 
@@ -20,22 +19,18 @@ def shared_state_layers(*models: Any) -> Iterator[None]:
     modules = [module for model in dict.fromkeys(models) for module in linear_layers(model).values()]
     with ExitStack() as stack:
         for module in dict.fromkeys(modules):
-            stack.enter_context(replaced_forward(module, partial(_forward, module.forward)))
+            stack.enter_context(replaced_forward(module, partial(_forward, module)))
         yield
 
 
-def _forward(own: Any, hidden_states: Tensor, *, shared_prefix: SharedPrefix, **_: Any) -> Tensor:
-    """[1, T, H] → [1, T, H]. Completions run as one right-padded batch, which is exact: the rule is causal."""
+def _forward(module: Any, hidden_states: Tensor, *, shared_prefix: SharedPrefix, **_: Any) -> Tensor:
+    """[1, T, H] → [1, T, H]."""
     layout = shared_prefix.layout
-    prompt = layout.prompt_tokens
-    seen, states = run_prompts(own, hidden_states[:, :prompt], layout.prompts.q_lengths)
-    lengths, counts = list(layout.completions.q_lengths), iter(layout.completions.tiles)
-    owners = [p for p, asked in enumerate(layout.across.q_lengths) if asked for _ in range(next(counts))]
-    parts = hidden_states[0, prompt:].split(lengths)
-    if not lengths:  # ranks under ZeRO-3 must call a module equally often, so an unused token stands in
-        owners, parts = [0], hidden_states[0, :1].split(1)
-    start = State(*(part[owners] for part in states))
-    found = own(pad_sequence(parts, batch_first=True), cache_params=StateCache(start))  # [S, longest, H]
-    if not lengths:
-        return seen + 0.0 * found[:, :1]
-    return torch.cat([seen[0], *(row[:n] for row, n in zip(found, lengths, strict=True))])[None]
+    prompt, tokens = layout.prompt_tokens, project(module, hidden_states[0])
+    out, states = run_sequences(module, tokens.part(0, prompt), layout.prompts.q_lengths)
+    if lengths := layout.completions.q_lengths:
+        counts = iter(layout.completions.tiles)
+        owners = [p for p, asked in enumerate(layout.across.q_lengths) if asked for _ in range(next(counts))]
+        start = State(*(part[owners] for part in states))
+        out = torch.cat([out, run_sequences(module, tokens.part(prompt, len(tokens.mixed)), lengths, start)[0]])
+    return finish(module, out, tokens.gate)[None]

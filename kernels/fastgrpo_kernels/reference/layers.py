@@ -9,9 +9,8 @@ from fastgrpo_kernels.checks import computing_dtype
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y = s / √(mean s² + eps) · weight and s = x + residual, both [..., H] in x's dtype (arXiv 1910.07467)."""
     total = x if residual is None else x + residual
-    wide = total.to(computing_dtype(x))
-    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (normed * weight).to(x.dtype), total
+    dtype = computing_dtype(x)
+    return torch.rms_norm(total.to(dtype), x.shape[-1:], weight.to(dtype), eps).to(x.dtype), total
 
 
 def layer_norm(

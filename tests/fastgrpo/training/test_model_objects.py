@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from tile_tokenizer import model_for, tile_tokenizer
 from tiny_families import PROCESSORS, image_processor, tiny_config
+from tiny_qwen import tiny_qwen
 from transformers import VipLlavaConfig, VipLlavaForConditionalGeneration
 
 from fastgrpo.config import GRPOConfig
@@ -125,31 +125,11 @@ def test_fresh_adapters_need_no_copy(tiny_model_dir: Path, tmp_path: Path) -> No
     assert trainer.reference_model is not None, "these adapters do not start at zero"
 
 
-def qwen(name: str, tokenizer: Any) -> Any:
-    """A tiny Qwen3-VL or Qwen3.5 of random weights."""
-    text: dict[str, Any] = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "eos_token_id": tokenizer.eos_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"patch_size": 14} | ({"deepstack_visual_indexes": [0]} if name == "Qwen3VL" else {})
-    if name == "Qwen3_5":
-        text["rope_parameters"]["mrope_section"] = [1, 1, 0]
-        text |= {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
-        text |= {"linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    tokens = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
-    ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in tokens.items()}
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, video_token_id=1, **ids)
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
-
-
 @pytest.mark.parametrize("name", ["Qwen3VL", "Qwen3_5"])
 def test_pictures_and_text_on_newer_families(tiny_model_dir: Path, tmp_path: Path, name: str) -> None:
     rows = [row | {"image": Image.effect_noise((56, 56), 60) if i % 2 else None} for i, row in enumerate(TEXT_ROWS)]
     tokenizer = load_processing(str(tiny_model_dir)).tokenizer
-    model = qwen(name, tokenizer)
+    model = tiny_qwen(name, tokenizer)
     trainer = build(model, tiny_model_dir, tmp_path, rows, max_steps=1, beta=0.04, gradient_accumulation_steps=2)
     before = {key: parameter.clone() for key, parameter in trainer.model.named_parameters()}
     trainer.train()

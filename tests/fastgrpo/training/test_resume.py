@@ -13,12 +13,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from tiny_qwen import tiny_qwen
 from transformers import Qwen2VLForConditionalGeneration
 
 from fastgrpo.cli.main import main
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
-from fastgrpo.model.load import load_weights
+from fastgrpo.demo.base_model import save_model
+from fastgrpo.model.load import load_processing, load_weights
 from fastgrpo.training import transformers_hooks
 from fastgrpo.training.trainer import GRPOTrainer
 
@@ -157,6 +159,24 @@ def test_killed_amid_a_rollout_that_feeds_several_steps(
     kill_run(resume, when=killed / "completions" / "completions_00009.parquet")
     run(resume)
     assert_same_run(killed, whole, steps=12, last_checkpoint="checkpoint-12")
+
+
+def test_a_killed_run_of_a_hybrid_model(
+    flags: Callable[..., list[str]],
+    kill_run: Callable[[Sequence[str], Path], None],
+    tiny_model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tokenizer = load_processing(str(tiny_model_dir)).tokenizer
+    save_model(tmp_path / "hybrid", tiny_qwen("Qwen3_5", tokenizer), tokenizer)
+    more = ["--model_name_or_path", str(tmp_path / "hybrid"), "--max_steps", "4"]
+    run(flags(whole, *more))
+    assert all(step["grad_norm"] > 0 for step in metrics_of(whole))
+    resume = flags(killed, *more, "--resume_from_checkpoint")
+    kill_run(resume, when=killed / "completions" / "completions_00004.parquet")
+    run(resume)
+    assert_same_run(killed, whole, steps=4, last_checkpoint="checkpoint-4")
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(

@@ -10,16 +10,17 @@ import torch
 from fastgrpo_profiling.traffic import Traffic
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Cohere2Config, Cohere2ForCausalLM, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 from fastgrpo.model.attention import named_backend
 from fastgrpo.model.fused_modules import fused_modules
+from fastgrpo.model.fused_text import fused_text
 from fastgrpo.model.fused_vision import fused_vision, picture_segments
 from fastgrpo.model.half_weights import half_weights
 from fastgrpo.model.segments import Segments
-from fastgrpo.update.fused_text import fused_text
 from fastgrpo.update.packing import SharedPrefixLayout
-from fastgrpo.update.shared_prefix import SharedPrefix, shared_prefix_layers
+from fastgrpo.update.shared_prefix import SharedPrefix, attend_rotated, shared_prefix_layers
 
 NEEDS_INTERPRETER = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 PROMPT, COMPLETION, GROUP = 350, 700, 8
@@ -54,7 +55,7 @@ def build(*, hidden: int = 32, intermediate: int = 48, vision: int = 16, heads: 
 
 @contextlib.contextmanager
 def fused(model: Any) -> Iterator[None]:
-    with shared_prefix_layers(model), fused_text(model), fused_vision(model.model.visual):
+    with shared_prefix_layers(model), fused_text(model, attend=attend_rotated), fused_vision(model.model.visual):
         yield
 
 
@@ -191,12 +192,22 @@ def test_all_is_as_it_was_afterwards_and_hooks_run() -> None:
 def test_norms_of_another_formula_are_left_alone() -> None:
     sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval()
+    model = Cohere2ForCausalLM(Cohere2Config(**sizes, **heads, pad_token_id=0)).eval()
     ids = torch.arange(6)[None]
     expected = model(ids).logits
     with fused_modules(model):
         assert torch.equal(model(ids).logits, expected)
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_norms_that_multiply_by_one_plus_their_weight() -> None:
+    """In bfloat16, where 1 + weight has to be float32."""
+    norm = Gemma2RMSNorm(64).bfloat16()
+    torch.nn.init.normal_(norm.weight, std=0.01)
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    expected = norm(x)
+    with fused_modules(norm):
+        torch.testing.assert_close(norm(x), expected, rtol=2**-8, atol=0)
 
 
 def is_left_out(name: str) -> bool:

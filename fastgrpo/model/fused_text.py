@@ -1,12 +1,11 @@
-"""Replaces decoder layers of language models by fused kernels and shared-prefix attention, within a context."""
+"""Replaces decoder layers of language models by fused kernels and another attention, within a context."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from fastgrpo_kernels import apply_rotary
 from torch import Tensor
 
 from fastgrpo.model.families import text_model
@@ -17,33 +16,52 @@ from fastgrpo.model.fused_modules import (
     is_norm,
     log_fused,
     stream_dtype,
-    without_autocast,
 )
 from fastgrpo.model.replaced_forward import replaced_class, replaced_forward
-from fastgrpo.update.shared_prefix import SharedPrefix, shared_prefix_attention
 
 LAYERS = (
     "Qwen2DecoderLayer",
     "Qwen2VLDecoderLayer",
     "Qwen2_5_VLDecoderLayer",
     "Qwen3DecoderLayer",
+    "Qwen3MoeDecoderLayer",
+    "Qwen3VLTextDecoderLayer",
+    "Qwen3VLMoeTextDecoderLayer",
     "LlamaDecoderLayer",
     "MistralDecoderLayer",
+    "GemmaDecoderLayer",
 )
 """x + self_attn(input_layernorm(x)), then x + mlp(post_attention_layernorm(x))."""
 
-ATTENTIONS = ("Qwen2Attention", "Qwen2VLAttention", "Qwen2_5_VLAttention", "LlamaAttention", "MistralAttention")
-"""o_proj(attention(q_proj, k_proj, v_proj)) with rotary embeddings and nothing else."""
+ATTENTIONS = (
+    "Qwen2Attention",
+    "Qwen2VLAttention",
+    "Qwen2_5_VLAttention",
+    "Qwen3Attention",
+    "Qwen3MoeAttention",
+    "Qwen3VLTextAttention",
+    "Qwen3VLMoeTextAttention",
+    "LlamaAttention",
+    "MistralAttention",
+    "GemmaAttention",
+)
+"""o_proj(attention(q_proj, k_proj, v_proj)) with q_norm and k_norm where there are any, rotary embeddings, and nothing
+else."""
+
+Attend = Callable[..., Tensor]
+"""(module, q [T, H, D], k, v [T, Hkv, D], cos, sin [T, D], **what the model was called with) → [T, H, D]; q and k are
+not rotated yet."""
 
 
 @contextmanager
-def fused_text(*models: Any) -> Iterator[None]:
-    """Within this context, layers of known classes in these language models (wrapped or not) run fused kernels.
+def fused_text(*models: Any, attend: Attend) -> Iterator[None]:
+    """Within this context, layers of known classes in these language models (wrapped or not) run fused kernels, and
+    `attend`.
 
     Enclose forward *and* backward passes: gradient checkpointing runs the forward again.
     """
     texts = list(dict.fromkeys(text_model(model) for model in models))  # two models may be one
-    layers = [layer for text in texts for layer in text.layers if class_of(layer) in LAYERS]
+    layers = [layer for text in texts for layer in getattr(text, "layers", ()) if class_of(layer) in LAYERS]
     attentions = [layer.self_attn for layer in layers if _is_plain(layer.self_attn)]
     whole = [
         layer
@@ -52,7 +70,7 @@ def fused_text(*models: Any) -> Iterator[None]:
     ]
     with fused_modules(*texts), ExitStack() as stack:
         for attention in attentions:
-            stack.enter_context(replaced_forward(attention, partial(_attention, attention)))
+            stack.enter_context(replaced_forward(attention, partial(_attention, attention, attend)))
         for layer in whole:
             stack.enter_context(replaced_class(layer, _fused(layer.__class__)))
         log_fused(attentions + whole)
@@ -66,23 +84,16 @@ def _is_plain(attention: Any) -> bool:
 
 
 def _attention(
-    attention: Any,
-    hidden_states: Tensor,
-    *,
-    position_embeddings: tuple[Tensor, Tensor],
-    shared_prefix: SharedPrefix,
-    **_: Any,
+    module: Any, attend: Attend, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], **arguments: Any
 ) -> tuple[Tensor, None]:
-    """[1, T, H] → [1, T, H]; the layout replaces masks, and `position_embeddings` positions."""
-    heads = (hidden_states.shape[1], -1, attention.head_dim)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    q, k, v = (project(hidden_states).view(heads) for project in projections)
+    """[1, T, H] → [1, T, H]; `attend` knows what is seen, and `position_embeddings` positions."""
+    heads = (hidden_states.shape[1], -1, module.head_dim)
+    q, k, v = (project(hidden_states).view(heads) for project in (module.q_proj, module.k_proj, module.v_proj))
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
     cos, sin = position_embeddings  # [1, T, D]
-    q, k = apply_rotary(q, k, cos[0], sin[0])
-    with without_autocast(q.device.type):
-        layout, backend = shared_prefix.layout, shared_prefix.backend
-        out = shared_prefix_attention(q, k, v, layout, scale=attention.scaling, backend=backend)
-    return attention.o_proj(out.flatten(1)[None]), None
+    out = attend(module, q, k, v, cos[0], sin[0], **arguments)
+    return module.o_proj(out.flatten(1)[None]), None
 
 
 @functools.cache
