@@ -14,6 +14,7 @@ import torch
 from fastgrpo_profiling.memory import MemoryProbe
 
 Calls = Mapping[str, Callable[[], Any]]
+Clock = Callable[[], float]
 
 CALLS = 20
 """Least number of calls in a graph."""
@@ -30,7 +31,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def paired_seconds(sides: Calls, *, rounds: int = 5, warmup: int = 1, device: str = "cpu") -> dict[str, list[float]]:
+def paired_seconds(
+    sides: Calls, *, rounds: int = 5, warmup: int = 1, device: str = "cpu", clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each call, the sides taking turns, so that a noisy machine disturbs all of them alike."""
     for function in sides.values():
         for _ in range(warmup):
@@ -39,10 +42,10 @@ def paired_seconds(sides: Calls, *, rounds: int = 5, warmup: int = 1, device: st
     for _ in range(rounds):
         for name, function in sides.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             function()
             synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return times
 
 

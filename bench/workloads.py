@@ -179,7 +179,7 @@ def build_prompts(workload: Workload, vocabulary: int | None = None) -> list[Pro
 
 
 def build_prompt(row: int, workload: Workload, vocabulary: int) -> Prompt:
-    """Random pictures, then random words."""
+    """Random pictures, if any, then random words."""
     draw = torch.Generator().manual_seed(row)
     side, pictures = workload.patches // 2, workload.pictures
     count = workload.text_tokens[row % len(workload.text_tokens)]
@@ -190,8 +190,8 @@ def build_prompt(row: int, workload: Workload, vocabulary: int) -> Prompt:
         row,
         torch.cat([torch.full((pictures * side**2,), IMAGE), words]),
         torch.cat([*(place + i * side for i in range(pictures)), text], dim=1),
-        torch.randn(pictures * workload.patches**2, 3 * 2 * 14 * 14, generator=draw),
-        torch.tensor([[1, workload.patches, workload.patches]] * pictures),
+        torch.randn(pictures * workload.patches**2, 3 * 2 * 14 * 14, generator=draw) if pictures else None,
+        torch.tensor([[1, workload.patches, workload.patches]] * pictures) if pictures else None,
         "",
     )
 
