@@ -14,12 +14,13 @@ from harness import Result, print_table
 from step_setup import PAPER
 
 SHAPE, WORK = PAPER.shape, PAPER.work
+GUESSES = 3
 
 
-def decode_step(gpu: Gpu, counts: Counts) -> dict[str, float]:
+def decode_step(gpu: Gpu, counts: Counts, guesses: int = 0) -> dict[str, float]:
     """Half-way through the completions."""
-    kv = SHAPE.kv_bytes * (sum(WORK.prompts) + PAPER.drawn / 2)
-    return decode_step_seconds(gpu, SHAPE, PAPER.prompts * PAPER.group, kv, counts)
+    kv = SHAPE.kv_bytes * (sum(WORK.prompts) + (guesses + 1) * PAPER.drawn / 2)
+    return decode_step_seconds(gpu, SHAPE, PAPER.prompts * PAPER.group, kv, counts, guesses=guesses)
 
 
 def micro_batches_of(token_budget: int) -> int:
@@ -32,6 +33,11 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--gpu", choices=tuple(GPUS), default="h100")
     arguments.add_argument("--out", metavar="FILE", help="also write the JSON record here")
+    arguments.add_argument(
+        "--accepted",
+        type=float,
+        help=f"tokens a row gains in a step with {GUESSES} guesses, for decode that speculates",
+    )
     options = arguments.parse_args()
     gpu, result = GPUS[options.gpu], Result("predict_step", "cpu")
     budget = PAPER.budget_without_checkpointing(gpu.memory_bytes)
@@ -46,6 +52,8 @@ def main() -> int:
     rows.append(["total", *(sum(one.values()) for one in found.values())])
     print_table(f"The paper's step on one {gpu.name}, predicted, seconds", ["phase", *found], rows)
     parts = {name: decode_step(gpu, counts) for name, counts in sides.items()}
+    if options.accepted:
+        parts["guessing"] = decode_step(gpu, sides["now"], GUESSES)
     rows = [[part, *(1e3 * one[part] for one in parts.values())] for part in parts["now"]]
     rows.append(["total", *(1e3 * sum(one.values()) for one in parts.values())])
     print_table("A decode step half-way, milliseconds", ["part", *parts], rows)
@@ -67,6 +75,10 @@ def main() -> int:
         "peak_gb": sum(used.values()) / 1e9,
         "memory_gb": {part: size / 1e9 for part, size in used.items()},
     }
+    if options.accepted:
+        longer = sum(parts["guessing"].values()) / sum(parts["now"].values())
+        result.figures["decode_guessing_s"] = found["now"]["decode"] * longer / options.accepted
+        print(f"Decode, guessing: {result.figures['decode_guessing_s']:.2f} s for {found['now']['decode']:.2f} s")
     return result.finish(options.out)
 
 

@@ -108,24 +108,37 @@ NOW = Counts(
 """The current code: fused elementwise work (counted by `tests/fastgrpo/update/test_fused_layers.py`), nine kernels per
 decode layer. Decode kernel times are from an H200."""
 
+VERIFY_KERNELS, GUESS_KERNELS = 86, 26
+"""What a step with guesses launches beyond its layers' work: counted in `SpeculativeRunner.verify`."""
 HEAD_PRODUCTS = 3
 IMAGE_S = 0.025
 """Preparing one picture of 401,408 pixels on the host: 0.2 s for eight, measured."""
 
 
-def decode_step_seconds(gpu: Gpu, shape: ModelShape, rows: int, kv_bytes: float, counts: Counts) -> dict[str, float]:
+def decode_step_seconds(
+    gpu: Gpu, shape: ModelShape, rows: int, kv_bytes: float, counts: Counts, *, guesses: int = 0
+) -> dict[str, float]:
     """Seconds of one decode step (a token for every row), by part.
 
     Args:
-        kv_bytes: keys and values read, all layers: a prompt's once for its group.
+        kv_bytes: keys and values read, all layers: a prompt's once for its group, a row's own once for each position.
+        guesses: tokens guessed for each row, computed with its last one.
     """
     share = Efficiency()
-    kernels = shape.layers * (4 + 2 + counts.decode_elementwise) + 30
+    rows *= guesses + 1
+    elementwise = shape.layers * (counts.decode_elementwise + (guesses > 0))  # rotation apart from attention
+    more = (VERIFY_KERNELS + GUESS_KERNELS * guesses) * (guesses > 0)
+    kernels = shape.layers * (4 + 2) + elementwise + 30 + more
+
+    def weights(count: float, reached: float = 1.0) -> float:
+        """Products with so many weights: they wait for memory or, with many rows, compute."""
+        return max(2 * count / (gpu.bytes_per_s * reached), 2 * count * rows / gpu.flops_per_s)
+
     return {
-        "products": shape.layers * (2 * shape.layer_weights / gpu.bytes_per_s + 4 * share.decode_product_s),
-        "head": 2 * shape.hidden * shape.vocab / (gpu.bytes_per_s * share.decode_head),
+        "products": shape.layers * (weights(shape.layer_weights) + 4 * share.decode_product_s),
+        "head": weights(shape.hidden * shape.vocab, share.decode_head),
         "attention": kv_bytes / gpu.bytes_per_s + shape.layers * counts.decode_attention_s,
-        "elementwise": shape.layers * counts.decode_elementwise * counts.small_kernel_s,
+        "elementwise": (elementwise + more) * counts.small_kernel_s,
         "sampling": counts.sample_s * rows / 64,
         "gaps": kernels * share.graph_gap_s,
     }
