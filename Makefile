@@ -44,6 +44,7 @@ test-all: install
 CAMPAIGN ?= runs/campaign.json
 CAMPAIGN_KILLS ?= 144
 campaign: install
+	rm -f $(CAMPAIGN)
 	CAMPAIGN=$(CAMPAIGN) CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) \
 	  $(BIN)/python -m pytest tests/campaign tests/fastgrpo/sampler/test_schedules.py
 

@@ -63,6 +63,7 @@ class RunLock:
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 break
             file.close()  # its run has just ended, and removed it
+        os.register_at_fork(after_in_child=file.close)  # a worker would hold the lock of a run that was killed
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()

@@ -14,13 +14,16 @@ from fastgrpo.training.run_lock import RunLock
 from fastgrpo.training.trainer import GRPOTrainer
 
 HOLDER = """
-import sys
+import os, sys
 from pathlib import Path
 from fastgrpo.training.run_lock import RunLock
 
 with RunLock(Path(sys.argv[1])).held():
-    print("held", flush=True)
+    if is_worker := not os.fork():  # such as a data loader's, which outlives a killed run by seconds
+        print("held", flush=True)
     sys.stdin.read()
+    if is_worker:
+        os._exit(0)
 """
 
 
