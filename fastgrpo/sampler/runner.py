@@ -222,7 +222,7 @@ class Runner:
     def is_sparse(self, running: int) -> bool:
         """Whether enough rows have ended that dropping them pays for moving the others."""
         if self.graphs is None:
-            return 8 * running <= 7 * len(self.rows)
+            return running < len(self.rows)
         return self.bucket(running) < self.bucket(len(self.rows))
 
     def arrange(self, running: list[Sequence]) -> None:

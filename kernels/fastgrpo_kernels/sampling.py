@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgrpo_kernels import reference
+from fastgrpo_kernels import cpu
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.sampling_kernels import scan_kernel, winner_kernel
@@ -73,7 +73,7 @@ def sample(
     if name == "triton" and logits.dtype == torch.float64:
         raise ValueError("logits are float64, which backend triton does not compute in: cast them, or use torch.")
     if name == "torch":
-        return reference.sample(logits, params, seeds=seeds, counters=counters, seen=seen, suppressed=suppressed)
+        return cpu.sample(logits, params, seeds=seeds, counters=counters, seen=seen, suppressed=suppressed)
     p = params
     output = _operator(
         logits, seeds, counters, seen, suppressed, p.temperature, p.top_k, p.top_p, p.min_p, p.repetition_penalty

@@ -16,6 +16,8 @@ _NOTHING = -1e30
 MOST_COPIED = 1 << 15
 """Numbers of a prefix's keys. Where each row has a prefix of its own, and none is longer, they are read together:
 copying one then takes less time than another call of the operator."""
+HEADS_TOGETHER = 4
+"""KV heads that one product reads; see `_attend_own`."""
 
 
 def rope_and_cache(
@@ -75,8 +77,9 @@ def paged_attention(
         keys, values = (cache.view(-1, 1, kv_heads, width) for cache in (key_cache, value_cache))
         return _attend(queries, tokens, keys, values, scale, softcap)[0].reshape(rows, heads, width)
     suffixes, prefixes = _plan(layout, key_cache.shape)
-    own, own_lse = _attend(queries, suffixes, key_cache, value_cache, scale, softcap)
-    shared, shared_lse = torch.zeros_like(own), torch.full_like(own_lse, -math.inf)
+    dtype = computing_dtype(query)
+    shared = queries.new_zeros(queries.shape, dtype=dtype)
+    shared_lse = shared.new_full(queries.shape[:3], -math.inf)
     for start, end, prefix in prefixes:
         members = queries[start:end]
         together = grouped is not False and prefix.shape[0] == 1
@@ -87,9 +90,10 @@ def paged_attention(
             part = part.view(kv_heads, end - start, -1, width).transpose(0, 1)
             lse = lse.view(kv_heads, end - start, -1).transpose(0, 1)
         shared[start:end], shared_lse[start:end] = part, lse
-    # The prefix's share of all weights: exp(a) / (exp(a) + exp(b)) = sigmoid(a − b).
-    merged = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse)[..., None].to(own.dtype))
-    return merged.reshape(rows, heads, width)
+    bias, inputs = suffixes.bias(dtype, query.device), (queries, *map(suffixes.read, (key_cache, value_cache)))
+    parts = zip(*(x.split(HEADS_TOGETHER, dim=1) for x in (*inputs, shared, shared_lse)), strict=True)
+    merged = [_attend_own(q, k, v, out, lse, bias, scale, softcap) for q, k, v, out, lse in parts]
+    return (merged[0] if len(merged) == 1 else torch.cat(merged, dim=1)).reshape(query.shape).to(query.dtype)
 
 
 class _Tokens(NamedTuple):
@@ -106,6 +110,13 @@ class _Tokens(NamedTuple):
     """[N, size] bool: unused places, if there are any."""
     dead: Tensor | None = None
     """The same as indices into [N · size]."""
+
+    def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """[N, 1, 1, size]: added to scores, so that unused places count nothing; None if there are none."""
+        if self.unused is None:
+            return None
+        bias = torch.zeros(self.unused.shape, dtype=dtype, device=device)
+        return bias.masked_fill_(self.unused, _NOTHING)[:, None, None]
 
     def read(self, cache: Tensor) -> Tensor:
         """[N, Hkv, size, D] of a cache [pages, page_size, Hkv, D]."""
@@ -177,10 +188,11 @@ def _tokens(tables: Tensor, lens: list[int], cache: torch.Size) -> _Tokens:
         dead = unused.flatten().nonzero().squeeze(1)
         used = tables.clamp(0, pages - 1).flatten()
         return _Tokens((count, heads, size, width), pages=used, unused=unused, dead=dead)
-    first, *others = tables[:, 0].tolist()
-    stride = others[0] - first if others else 0
-    rows, columns = (torch.arange(n, device=tables.device) for n in tables.shape)
-    if stride >= 0 and torch.equal(tables.long(), first + rows[:, None] * stride + columns):
+    listed = tables.tolist()
+    first = listed[0][0]
+    stride = listed[1][0] - first if count > 1 else 0
+    firsts = (first + row * stride for row in range(count))
+    if stride >= 0 and listed == [list(range(start, start + tables.shape[1])) for start in firsts]:
         page = page_size * heads * width
         return _Tokens((count, heads, size, width), (stride * page, width, heads * width, 1), first * page)
     return _Tokens((count, heads, size, width), pages=tables.flatten())
@@ -198,10 +210,8 @@ def _attend(
     keys, values = tokens.read(key_cache), tokens.read(value_cache)
     if queries.shape[0] != keys.shape[0]:
         keys, values = (x.expand(queries.shape[0], -1, -1, -1) for x in (keys, values))
-    dtype, bias = computing_dtype(queries), None
-    if tokens.unused is not None:
-        bias = torch.zeros(tokens.unused.shape, dtype=dtype, device=queries.device)
-        bias = bias.masked_fill_(tokens.unused, _NOTHING)[:, None, None]
+    dtype = computing_dtype(queries)
+    bias = tokens.bias(dtype, queries.device)
     if queries.device.type == "cpu" and softcap is None:
         # The CPU operator of scaled_dot_product_attention, with the log-sum-exp: half the time of the code below.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -213,3 +223,41 @@ def _attend(
     scores = scores if bias is None else scores + bias
     lse = scores.logsumexp(dim=-1)
     return (scores - lse[..., None]).exp().to(values.dtype) @ values, lse
+
+
+def _attend_own(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    shared: Tensor,
+    shared_lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of queries [B, H, R, D] to keys of their own [B, H, size, D] and, as one more column of the softmax, to
+    a prefix: its result `shared` [B, H, R, D], whose score is the log-sum-exp [B, H, R].
+
+    Each query is put in its KV head's place of a row of zeros [H · D]. So one product of a row reads its keys as they
+    lie, all heads of a token side by side: at 128 tokens, H = 2, D = 32 half the time of a product per head or of
+    `_scaled_dot_product_flash_attention_for_cpu`, whose strided reads miss the caches (AMD EPYC, 1 thread).
+    """
+    rows, heads, repeats, width = queries.shape
+    keys, values = (x.transpose(1, 2).flatten(2).to(shared_lse.dtype) for x in (keys, values))  # [B, size, H · D]
+    wide = queries.unsqueeze(3) * _places(heads, scale, shared_lse.dtype, queries.device)  # [B, H, R, H, D]
+    scores = torch.bmm(wide.reshape(rows, heads * repeats, heads * width), keys.transpose(1, 2))
+    scores = scores.view(rows, heads, repeats, -1)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores += bias
+    weights = torch.cat((scores, shared_lse.unsqueeze(3)), dim=3).softmax(dim=3)
+    own = torch.bmm(weights.view(rows, heads * repeats, -1)[..., :-1], values)
+    own = own.view(rows, heads, repeats, heads, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return torch.addcmul(own, weights[..., -1:], shared)
+
+
+@lru_cache(maxsize=8)
+def _places(heads: int, scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[H, 1, H, 1]: the identity, scaled."""
+    return (scale * torch.eye(heads, dtype=dtype, device=device)).view(heads, 1, heads, 1)

@@ -86,11 +86,11 @@ def uniforms(seeds: Tensor, counters: Tensor, vocabulary: int) -> Tensor:
     low, high = row_keys(seeds, counters)
     x = _token_hashes(vocabulary, seeds.device) ^ low[:, None]
     x *= _signed(MIX32_A, 32)
-    x ^= (x >> 15) & 0x1FFFF  # torch's shift copies the sign: masked, it is the logical one
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)  # torch's shift copies the sign: masked, it is the logical one
     x *= (high | 1)[:, None]
-    x ^= (x >> 16) & 0xFFFF
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= _signed(MIX32_B, 32)
-    return (x & 0x7FFFFFFF).float().add_(0.5).mul_(UNIT)
+    return x.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(UNIT)
 
 
 def row_keys(seeds: Tensor, counters: Tensor) -> tuple[Tensor, Tensor]:
