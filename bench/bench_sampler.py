@@ -1,17 +1,21 @@
-"""Rollouts: `SamplerEngine` against HF `generate`, the same model, prompts, dtype, threads and number of tokens.
+"""Rollouts: `SamplerEngine` against HF `generate` and, on a CPU, `generate_batch` (continuous batching).
+
+All have the same model, dtype, threads, lengths of prompts and number of tokens.
 
     python bench/bench_sampler.py --device cpu
 
 HF gets what a GRPO trainer gives it: a left-padded batch that holds every prompt G times, pictures included. Both
 sides draw at temperature 1 with image tokens suppressed and no end token, so exactly as many tokens as asked for. Only
 ours also returns log-probs. Decode alone is on HF's side the time of N tokens less that of one token, on ours that of
-its spans. On a GPU the model is of Qwen2-VL-2B's shape.
+its spans. `generate_batch` takes no pictures, so it reads as many words, without a vision tower. On a GPU the model is
+of Qwen2-VL-2B's shape.
 """
 
 import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,7 +23,7 @@ import torch
 from fastgrpo_profiling.roofline import measure_ceilings
 from fastgrpo_profiling.span import SpanRecorder, record
 from harness import Result, compute_dtype, parser, print_table
-from sides.rollout import build_engine, hf_rollout, our_rollout
+from sides.rollout import batching_rollout, build_engine, hf_rollout, our_rollout
 from timing import in_fresh_process, paired_ratio, paired_seconds, peak_bytes, spread
 from torch import Tensor
 from workloads import Workload, build_model, build_prompts, rollouts_of
@@ -31,6 +35,7 @@ from fastgrpo.sampler.engine import SamplerEngine
 CHECKED_TOKENS = 32
 ERROR_OVER_HF, TOLERANCE = 1.5, 1e-4
 """How many times the error of HF's own forward pass in the same dtype our log-probs may have, and beyond, in nats."""
+THEIRS = {"hf": hf_rollout, "batching": batching_rollout}
 COLUMNS = ("workload", "HF tokens/s", "ours tokens/s", "times faster", "HF ms/step", "ours", "floor")
 
 
@@ -52,21 +57,20 @@ class Timed:
             with record(recorders[-1]):
                 our_rollout(engine, workload, tokens)
 
-        calls = {
-            "hf": lambda: hf_rollout(model, workload, tokens),
-            "hf, one token": lambda: hf_rollout(model, workload, 1),
-            "ours": ours,
-        }
-        calls = {name: call for name, call in calls.items() if name.split(",")[0] in sides}
+        calls: dict[str, Any] = {"ours": ours} if "ours" in sides else {}
+        theirs = {side: draw for side, draw in THEIRS.items() if side in sides}
+        for side, draw in theirs.items():
+            calls[side] = partial(draw, model, workload, tokens)
+            calls[f"{side}, one token"] = partial(draw, model, workload, 1)
         if "ours" in sides:
             ours()
-        if "hf" in sides:
-            hf_rollout(model, workload, 2)
+        for draw in theirs.values():
+            draw(model, workload, 2)
         times = paired_seconds(calls, rounds=rounds, warmup=0, device=device)
         self.whole |= {side: times[side] for side in sides}
-        if "hf" in sides:
-            one = times["hf, one token"]
-            self.decode["hf"] = [whole - first for whole, first in zip(times["hf"], one, strict=True)]
+        for side in theirs:
+            one = times[f"{side}, one token"]
+            self.decode[side] = [whole - first for whole, first in zip(times[side], one, strict=True)]
         if "ours" in sides:
             spans = [recorder.totals for recorder in recorders[-rounds:]]
             self.decode["ours"] = [sum(t[f"rollout/{part}"].seconds for part in ("decode", "check")) for t in spans]
@@ -90,16 +94,18 @@ class Timed:
 
     def ratios(self, name: str, key: str = "") -> dict[str, float]:
         """Theirs over ours, once both are there."""
-        if len(self.whole) < 2:
-            return {}
-        rounds = slice(min(len(times) for times in self.whole.values()))
-        pairs = [(times["hf"][rounds], times["ours"][rounds]) for times in (self.whole, self.decode)]
-        whole, decode = (paired_ratio(*pair) for pair in pairs)
-        return {key or f"tokens_per_s_vs_hf, {name}": whole, f"decode_tokens_per_s_vs_hf, {name}": decode}
+        found = {}
+        for side in self.whole.keys() & THEIRS if "ours" in self.whole else ():
+            rounds = slice(min(len(times) for times in self.whole.values()))
+            pairs = [(times[side][rounds], times["ours"][rounds]) for times in (self.whole, self.decode)]
+            whole, decode = (paired_ratio(*pair) for pair in pairs)
+            name_of_whole = key if key and side == "hf" else f"tokens_per_s_vs_{side}, {name}"
+            found |= {name_of_whole: whole, f"decode_tokens_per_s_vs_{side}, {name}": decode}
+        return found
 
     def row(self, name: str, floor: float) -> list[Any]:
         """Of the table."""
-        found, (ratio, *_) = self.figures, self.ratios(name).values()
+        found, ratio = self.figures, self.ratios(name)[f"tokens_per_s_vs_hf, {name}"]
         speeds, steps = found["tokens_per_s"], found["decode_ms_per_step"]
         return [name, speeds["hf"], speeds["ours"], ratio, steps["hf"], steps["ours"], floor]
 
@@ -176,7 +182,8 @@ def main() -> int:
         engine, timed = build_engine(model), Timed(workload)
         errors, floor = logprob_errors(model, engine, workload), floor_ms(engine, workload, bandwidth)
         result.checks[f"{name}: log-probs are right"] = are_right(errors)
-        timed.take(["hf", "ours"], model, engine, rounds=workload.rounds)
+        sides = ["hf", *(["batching"] if device == "cpu" and workload.model == "4M" else []), "ours"]
+        timed.take(sides, model, engine, rounds=workload.rounds)
         result.ratios |= timed.ratios(name, "tokens_per_s_vs_hf" if name == "64 tokens" else "")
         parameters = sum(parameter.numel() for parameter in model.parameters())
         result.figures[name] = {"parameters": parameters, "logprob_errors": errors, "floor_ms_per_step": floor}
