@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrpo_kernels import reference
+from fastgrpo_kernels import cpu, reference
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.tl_utils import launch
@@ -30,7 +30,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Tenso
             "dtype."
         )
     if pick_backend(gate, backend) == "torch":
-        return reference.swiglu(gate, up)
+        return cpu.swiglu(gate, up)
     out: Tensor = _Swiglu.apply(gate, up)
     return out
 

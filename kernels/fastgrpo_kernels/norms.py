@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastgrpo_kernels import reference
+from fastgrpo_kernels import cpu, reference
 from fastgrpo_kernels.backend import Backend, pick_backend, register_operator
 from fastgrpo_kernels.checks import shape_of
 from fastgrpo_kernels.tl_utils import launch
@@ -39,7 +39,7 @@ def rms_norm(
     """
     _check(x, residual, weight)
     if pick_backend(x, backend) == "torch":
-        return reference.rms_norm(x, weight, eps, residual)
+        return cpu.rms_norm(x, weight, eps, residual)
     found: tuple[Tensor, Tensor] = _Norm.apply(x, residual, weight, None, eps)
     return found
 

@@ -5,7 +5,16 @@ functions, not here.
 """
 
 from fastgrpo_kernels.cpu.attention import paged_attention, rope_and_cache, write_cache
+from fastgrpo_kernels.cpu.layers import rms_norm, swiglu
 from fastgrpo_kernels.cpu.linear_logprob import linear_logprob
 from fastgrpo_kernels.cpu.sampling import sample
 
-__all__ = ["linear_logprob", "paged_attention", "rope_and_cache", "sample", "write_cache"]
+__all__ = [
+    "linear_logprob",
+    "paged_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+    "swiglu",
+    "write_cache",
+]
