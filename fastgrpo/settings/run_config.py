@@ -131,7 +131,7 @@ class RunConfig(TrainingArguments):
     speculate: str = option(
         "auto",
         "Most tokens guessed for a completion in a decode step, from what the run drew before, and checked: what "
-        "is drawn does not depend on it. `off` or `auto`: none, since no model was measured to gain by default.",
+        "is drawn does not depend on it. `off` and, until more than the demo was measured, `auto`: none.",
     )
 
     # Logging
