@@ -6,7 +6,7 @@ from typing import Any, Literal
 from transformers.utils import logging
 
 from fastgrpo.settings.batch_plan import BatchPlan, whole_steps
-from fastgrpo.settings.limits import option
+from fastgrpo.settings.limits import limits_of, option
 from fastgrpo.settings.objective_settings import LOSS_TYPES, ObjectiveSettings
 from fastgrpo.settings.run_config import RunConfig, parsed
 from fastgrpo.settings.trl_fields import TRLFields
@@ -116,7 +116,12 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
             raise ValueError(
                 f"generation_kwargs: the sampler has no {', '.join(sorted(unknown))}: use {', '.join(GENERATION_KEYS)}."
             )
-        return {name: settings[name] for name in GENERATION_KEYS if name in settings}
+        found = {name: settings[name] for name in GENERATION_KEYS if name in settings}
+        for name, value in found.items():
+            limits = limits_of(self, "max_completion_length" if name == "max_new_tokens" else name)
+            if limits and not limits.allow(value):
+                raise ValueError(f"generation_kwargs: {name}={value!r} is not valid: use {limits}.")
+        return found
 
     @property
     def batch_plan(self) -> BatchPlan:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,10 +12,12 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from fastgrpo.cli.launch import LAUNCH_FLAGS
+from fastgrpo.cli.options import with_fix
 from fastgrpo.cli.run_arguments import ScriptArguments, SFTArguments
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.config import GRPOConfig
 from fastgrpo.settings.batch_plan import PartialGroupsError
+from fastgrpo.settings.given import given
 from fastgrpo.settings.sft_config import SFTConfig
 
 logger = logging.get_logger(__name__)
@@ -23,15 +26,19 @@ logger = logging.get_logger(__name__)
 class _Parser(HfArgumentParser):
     """Tells a mistake in one line instead of printing 300 flags."""
 
+    def __init__(self, *records: Any, **settings: Any) -> None:
+        super().__init__(*records, **settings)
+        self._negative_number_matcher = re.compile(r"-\.?(\d|inf|nan)")  # argparse takes -1e-6 for a flag
+
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(with_fix(message))
 
 
 class _StrictLoader(yaml.SafeLoader):
     """Refuses a key that is given twice; YAML would keep the last one only."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
             raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -97,7 +104,9 @@ def _flags_of(parser: _Parser) -> list[str]:
 def _parsed(parser: _Parser, tokens: Sequence[str]) -> Any:
     *parsed, stray = parser.parse_args_into_dataclasses(list(tokens), return_remaining_strings=True)
     if stray:
-        raise ValueError(f"unknown argument {stray[0]}: settings are given as --name value")
+        before = tokens[: tokens.index(stray[0])]
+        flag = next((f" behind {token}" for token in reversed(before) if token.startswith("--")), "")
+        raise ValueError(f"unknown argument {stray[0]}{flag}: settings are given as --name value")
     return parsed
 
 
@@ -129,7 +138,7 @@ def _take_config(tokens: list[str]) -> tuple[list[Path], list[str]]:
     for token in iterator:
         if token == "--config":
             value = next(iterator, None)
-            if value is None:
+            if value is None or value.startswith("--"):
                 raise ValueError("--config needs a file: --config configs/demo.yaml")
             files.append(Path(value))
         else:
@@ -166,12 +175,23 @@ def _yaml_flags(file: Path, hint: Hint) -> list[str]:
         settings = read_settings(file)
     except ValueError as error:
         raise ValueError(f"--config {error}") from error
-    if isinstance(settings.get("env"), dict):
-        os.environ.update({key: str(text) for key, text in settings.pop("env").items()})
+    for key, text in _mapping_of(settings.pop("env", {}), f"--config {file}: env").items():
+        with given(f"--config {file}: env: {key!r}={text!r} is no variable", "Use NAME: value."):
+            os.environ[str(key)] = str(text)
     settings = {name: value for name, value in settings.items() if name not in LAUNCH_FLAGS}
-    if unknown := next((name for name in settings if f"--{name}" not in hint.known), None):
+    for unknown in (name for name in settings if f"--{name}" not in hint.known):
         raise ValueError(f"--config {file}: unknown setting {unknown}{hint(f'--{unknown}')}")
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            with given(f"--config {file}: {name}={value} cannot be JSON", "Use texts, numbers, lists and objects."):
+                json.dumps(value)
     return as_flags(settings)
+
+
+def _mapping_of(value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}: it should map names to values")
+    return value
 
 
 def _flag_values(value: Any) -> list[str]:

@@ -150,13 +150,16 @@ def load_held_out(script: RunArguments, seed: int) -> RowDataset | None:
     """The rows to score before and after training, if any are named."""
     if script.eval_dataset_name is None:
         return None
-    return load_rows(
-        script.eval_dataset_name,
-        split=script.eval_split,
-        max_samples=script.eval_max_samples,
-        seed=seed,
-        picture_folders=script.picture_folders or (),
-    )
+    try:
+        return load_rows(
+            script.eval_dataset_name,
+            split=script.eval_split,
+            max_samples=script.eval_max_samples,
+            seed=seed,
+            picture_folders=script.picture_folders or (),
+        )
+    except ValueError as error:
+        raise ValueError(f"eval_dataset_name: {error}") from error
 
 
 def load_test_split(script: RunArguments, seed: int) -> RowDataset:
@@ -171,7 +174,8 @@ def load_test_split(script: RunArguments, seed: int) -> RowDataset:
 
 
 def _require_modules(model: PreTrainedModel, script: RunArguments) -> None:
-    """Checks that the model has every module that is named: peft ignores unknown names as long as it finds one."""
+    """Checks that the model has every module and parameter that is named: peft ignores others as long as it finds
+    one module."""
     known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     for flag in ("lora_target_modules", "lora_modules_to_save"):
         for name in getattr(script, flag) or ():
@@ -180,6 +184,9 @@ def _require_modules(model: PreTrainedModel, script: RunArguments) -> None:
                     f"{flag}: {type(model).__name__} has no module {name!r}{did_you_mean(name, known)}; its linear "
                     f"layers are {', '.join(sorted(_linear_layers(model)))}"
                 )
+    for name in script.lora_target_parameters or ():
+        if not any(f".{one}".endswith(f".{name}") for one, _ in model.named_parameters()):
+            raise ValueError(f"lora_target_parameters: {type(model).__name__} has no parameter {name!r}: leave it out")
 
 
 def _linear_layers(model: PreTrainedModel) -> set[str]:

@@ -9,7 +9,7 @@ from fastgrpo.cli.options import Parser, at_least
 def run(argv: Sequence[str]) -> None:
     """Runs the demo as the flags say."""
     parser = Parser(prog="fastgrpo demo", description="Trains a tiny Qwen2-VL on spatial questions, on a CPU.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--steps", type=at_least(1), help="optimizer steps; 200 if unset")
     options = parser.parse_args(argv)

@@ -11,6 +11,7 @@ from fastgrpo.model.picture_styles import Tiles
 from fastgrpo.model.vision import vision_tower
 from fastgrpo.model.vision_cache import is_cacheable
 from fastgrpo.sampler.choice import is_packed, unsupported
+from fastgrpo.settings.given import given
 from fastgrpo.update.packed_forward import require_packed_support
 
 
@@ -33,7 +34,7 @@ def examine_model(name: str, trust_remote_code: bool = False) -> list[Row]:
     """
     config = load_config(name, trust_remote_code)
     kind = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device("meta"), given(f"{name!r}: no model can be made of its config.json"):
         model = kind.from_config(config, trust_remote_code=trust_remote_code)
     billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     return [

@@ -56,10 +56,12 @@ def read_flags(argv: Sequence[str]) -> tuple[Namespace, Target]:
         else:
             raise ValueError("asked about what? Name a benchmark (--benchmark cvbench), or a data set behind the model")
     _check_benchmark_flags(options, benchmark)
+    if options.pictures is not None and not options.pictures.is_dir():
+        raise ValueError(f"--pictures {options.pictures}: there is no such folder")
     if not models:
         raise ValueError("no model is named: fastgrpo eval --benchmark cvbench MODEL")
-    name = options.name or benchmark or "eval"
-    if Path(name).name != name:
+    name = (benchmark or "eval") if options.name is None else options.name
+    if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"--name {name} is no plain file name")
     if published:
         say(f"flags of the published evaluators: {'; '.join(published)}")
@@ -83,7 +85,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--shuffles", type=at_least(0), default=0, help="ask again about shuffled pictures, so many times"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--judge_base_url", help="OpenAI-compatible endpoint that judges refusals; else their words do")
     parser.add_argument("--judge_model", help="the model that it asks; the key is read from FASTGRPO_JUDGE_API_KEY")
     parser.add_argument("--model_path", action="append", default=[], help=SUPPRESS)

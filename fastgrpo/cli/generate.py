@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--temperature", type=between(0), default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top_p", type=between(0, 1), default=1.0)
     parser.add_argument("--top_k", type=at_least(0), default=0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     options = parser.parse_args(argv)
     if options.num_generations > 1 and options.temperature == 0:
         raise ValueError("--num_generations above 1 draws the same answer each time at --temperature 0: raise it to 1")

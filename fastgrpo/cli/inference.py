@@ -28,15 +28,16 @@ class Inference:
     """How it is asked: `prompt_mode` and `prompt_template`."""
 
 
+PROMPTS = {"prompt_mode": ("base", "instruct"), "prompt_template": ("paper", "answer", "direct")}
+"""How a model may be asked."""
 MODEL_HELP = "hub id or folder, of a model or of adapters"
 
 
 def add_model_options(parser: Parser) -> None:
     """Adds the options of a model, its prompts and its device."""
-    parser.add_argument("--prompt_mode", choices=("base", "instruct"), help="as in the model's training, else base")
-    parser.add_argument(
-        "--prompt_template", choices=("paper", "answer", "direct"), help="as in its training, else paper; direct: none"
-    )
+    helps = "as in the model's training, else base", "as in its training, else paper; direct: none"
+    for (name, known), text in zip(PROMPTS.items(), helps, strict=True):
+        parser.add_argument(f"--{name}", choices=known, help=text)
     parser.add_argument("--max_pixels", type=at_least(1), help="largest area of a picture, height × width")
     parser.add_argument("--min_pixels", type=at_least(1), help="least area of a picture, height × width")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16")
@@ -60,6 +61,8 @@ def load_inference(options: Namespace, max_rows: int) -> Inference:
     from fastgrpo.sampler.choice import unsupported
     from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 
+    if not options.model:
+        raise ValueError("the model's name is empty: name a folder or hub id")
     device = usable_device(options.device)
     processing = load_processing(options.model, options.min_pixels, options.max_pixels, options.trust_remote_code)
     model = load_merged(options.model, dtype=options.dtype, trust_remote_code=options.trust_remote_code).to(device)
@@ -115,7 +118,12 @@ def prompts_of(options: Namespace) -> dict[str, Any]:
             settings = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}. Mend it, or move it away.") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{file} holds no JSON object. Mend it, or move it away.")
         prompts |= {name: settings[name] for name in prompts if name in settings}
+        for name, known in PROMPTS.items():
+            if prompts[name] not in known:
+                raise ValueError(f"{file}: {name}={prompts[name]!r} is not valid: use one of {', '.join(known)}.")
     prompts |= {name: getattr(options, name) for name in prompts if getattr(options, name) is not None}
     is_told = prompts["prompt_mode"] == "base" or prompts["prompt_template"] == "direct"
     template = f", template {prompts['prompt_template']}" if is_told else ""

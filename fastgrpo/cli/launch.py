@@ -33,8 +33,8 @@ def launch(command: str, argv: Sequence[str]) -> bool:
         return False
     if "LOCAL_RANK" in os.environ:
         raise ValueError(f"--{next(iter(wanted))}: a launcher has started this process already; leave it out.")
-    if not wanted.get("num_processes", "1").isdecimal():
-        raise ValueError(f"--num_processes {wanted['num_processes']} is not a whole number")
+    if not wanted.get("num_processes", "1").isdecimal() or not int(wanted.get("num_processes", "1")):
+        raise ValueError(f"--num_processes {wanted['num_processes']} is not a whole number of 1 or more")
     file = wanted.pop("accelerate_config", None)
     if file is not None and not Path(file).is_file():
         raise ValueError(f"--accelerate_config {file}: there is no such file.")

@@ -9,6 +9,8 @@ from importlib import import_module
 from fastgrpo import __version__
 from fastgrpo.cli.suggestions import did_you_mean
 from fastgrpo.safe_text.last_line import last_line
+from fastgrpo.safe_text.redaction import redacted
+from fastgrpo.settings.given import is_out_of_memory
 
 COMMANDS = {
     "train": ("train a model with GRPO", "fastgrpo train --help lists the flags"),
@@ -51,16 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module(f"fastgrpo.cli.{name}").run(rest)
     except Exception as error:
         told = _in_one_line(error)
+        if told is None:
+            error.add_note(f"This is a fault of fastgrpo {__version__}, not of what it was given: please report it.")
         is_bug = told is None or bool(os.environ.get("FASTGRPO_TRACEBACK"))
         if not _is_a_rank():
             if is_bug:
                 raise
-            last_line(f"fastgrpo {name}: error: {told}")
+            last_line(_without_secrets(f"fastgrpo {name}: error: {told}"))
             return 2
         if is_bug:
             traceback.print_exc()
         cause = told or f"{type(error).__name__}: {error}"
-        last_line(f"fastgrpo {name}: error on rank {os.environ['RANK']}: {cause}")
+        last_line(_without_secrets(f"fastgrpo {name}: error on rank {os.environ['RANK']}: {cause}"))
         sys.stdout.flush()
         os._exit(1 if is_bug else 2)  # torch's own end waits for ranks that will not come
     except KeyboardInterrupt as interrupt:
@@ -76,6 +80,10 @@ def _is_a_rank() -> bool:
     return is_one_of_several and distributed is not None and bool(distributed.is_initialized())
 
 
+def _without_secrets(line: str) -> str:
+    return str(redacted({"line": line})["line"])
+
+
 def _in_one_line(error: Exception) -> str | None:
     """The message for a user's mistake or an exhausted machine; None for an error of this program."""
     line = " ".join(str(error).split())
@@ -87,9 +95,10 @@ def _in_one_line(error: Exception) -> str | None:
         return f"the network does not answer: {line}"
     if isinstance(error, MemoryError):
         return f"this machine's memory is full: lower dataloader_num_workers or per_device_train_batch_size. {line}"
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
+    if is_out_of_memory(error):
+        whose = "GPU" if type(error).__name__ == "OutOfMemoryError" else "machine"
         return (
-            "the GPU's memory is full: set gradient_checkpointing, or lower token_budget, max_completion_length, "
-            f"per_device_train_batch_size or sampler_max_cache_tokens. {line}"
+            f"the {whose}'s memory is full: set gradient_checkpointing, or lower token_budget, max_completion_length "
+            f"(max_new_tokens), per_device_train_batch_size or sampler_max_cache_tokens. {line}"
         )
     return None

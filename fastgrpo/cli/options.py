@@ -30,7 +30,13 @@ class Parser(ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+        raise ValueError(with_fix(message))
+
+
+def with_fix(message: str) -> str:
+    """argparse's message, which tells a Python type where it should tell what to write."""
+    wanted = {"invalid int value": "use a whole number", "invalid float value": "use a number"}
+    return message + next((f": {fix}" for said, fix in wanted.items() if said in message), "")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -63,7 +69,9 @@ def between(low: float, high: float = math.inf) -> Callable[[str], float]:
 def require_no_splits(dataset: str, given: Sequence[str]) -> None:
     """Raises ValueError where settings that only a data set on the hub has are given for a file."""
     if given and Path(dataset).is_file():
-        raise ValueError(f"{', '.join(given)}: {dataset} is a file, which has neither splits nor configurations")
+        raise ValueError(
+            f"{', '.join(given)}: {dataset} is a file, which has neither splits nor configurations: leave it out"
+        )
 
 
 def require_writable(folder: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastgrpo.cli.options import Parser
+from fastgrpo.safe_text.inert import inert
 
 
 def run(argv: Sequence[str]) -> None:
@@ -26,8 +27,9 @@ def run(argv: Sequence[str]) -> None:
         raise ValueError(f"{labs[0]} is a lab, which has a page of its own: name it alone")
     try:
         if labs:
-            print(write_lab_report(labs[0], options.out, options.export))
+            page = write_lab_report(labs[0], options.out, options.export)
         else:
-            print(write_report(options.runs, options.out, options.export))
+            page = write_report(options.runs, options.out, options.export)
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be written: {error.strerror}. Name a file with --out.") from error
+    print(inert(str(page)))

@@ -37,8 +37,8 @@ MAPPED = {
 TAKEN = "A TRL flag that is mapped, which a warning says."
 
 
-def _mapped(default: Any = None) -> Any:
-    return option(default, TAKEN)
+def _mapped(default: Any = None, at_least: float | None = None) -> Any:
+    return option(default, TAKEN, at_least=at_least)
 
 
 def _mapped_switch() -> Any:
@@ -149,7 +149,7 @@ class ScriptArguments(RunArguments):
 class SFTArguments(RunArguments):
     """Those, and flags of TRL's SFT that are taken over."""
 
-    max_seq_length: int | None = _mapped()
+    max_seq_length: int | None = _mapped(at_least=1)
     packing: bool | None = _mapped_switch()
     eval_packing: bool | None = _mapped_switch()
     packing_strategy: str | None = _mapped()

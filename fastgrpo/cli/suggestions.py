@@ -33,6 +33,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     Names may begin with dashes and join their words with dashes; so does the answer, where a known name does.
     """
     plain = _plain(name)
+    if not plain:
+        return None
     names = {option: _plain(option) for option in sorted(known)}
     meant = SAID_FOR.get(plain)
     # As dashes or underscores are used in what was typed.

@@ -134,7 +134,9 @@ def _parts_of(message: dict[str, Any], index: int) -> list[dict[str, Any]]:
     content = message.get("content")
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    parts = list(content or [])
+    parts = content or []
+    if not isinstance(parts, list):
+        raise RowError(f"message {index + 1} has the content {content!r}; wanted a text or a list of parts")
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from fastgrpo.data.mossbench import published_files, read_published
 from fastgrpo.data.row_dataset import BATCH_ROWS, RowDataset, as_rows, undecoded
+from fastgrpo.settings.given import given
 
 try:
     import datasets
@@ -63,6 +64,9 @@ def load_rows(
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples} must be at least 1, or None for all rows")
+    for folder in picture_folders:
+        if not Path(folder).expanduser().is_dir():
+            raise ValueError(f"picture_folders={folder!r}: there is no such folder.")
     records, files = _load_records(name_or_path, split, config_name, max_samples)
     if single_image_only:
         records = _drop_multi_image(records)
@@ -102,7 +106,9 @@ def _load_records(
     if datasets is None:
         return _read_without_datasets(name_or_path, path, max_samples), [name_or_path]
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _load_saved(path, split, max_samples)
+        with given(f"dataset_name={name_or_path!r} cannot be read", "Write it anew with `save_to_disk`."):
+            saved = datasets.load_from_disk(str(path))
+        return _of_saved(saved, name_or_path, split, max_samples)
     if split == "train" and name_or_path in ALIASES and not path.exists():
         split = ALIASES[name_or_path][1]
     arguments = _builder_arguments(name_or_path, path, split if isinstance(split, str) else split[0], config_name)
@@ -171,10 +177,11 @@ def _pick_split(name_or_path: str, wanted: str | Sequence[str], splits: Collecti
     return found
 
 
-def _load_saved(path: Path, split: str | Sequence[str], max_samples: int | None) -> tuple[datasets.Dataset, list[str]]:
-    saved = datasets.load_from_disk(str(path))
+def _of_saved(
+    saved: Any, name_or_path: str, split: str | Sequence[str], max_samples: int | None
+) -> tuple[datasets.Dataset, list[str]]:
     if isinstance(saved, dict):
-        saved = saved[_pick_split(str(path), split, saved)]
+        saved = saved[_pick_split(name_or_path, split, saved)]
     files = [entry["filename"] for entry in saved.cache_files]
     return saved if max_samples is None else saved.select(range(min(max_samples, len(saved)))), files
 

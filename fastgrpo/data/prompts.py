@@ -17,6 +17,8 @@ from fastgrpo.data.row_dataset import Rows
 from fastgrpo.data.rows import Row
 from fastgrpo.model.families import FAMILIES, QWEN2_VL, Family
 from fastgrpo.model.picture_styles import Grids
+from fastgrpo.safe_text.inert import inert
+from fastgrpo.settings.given import one_line
 from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
 
 _CONVERSATION = (
@@ -252,14 +254,18 @@ class PromptBuilder:
             )
         messages = self._in_parts(messages)
         prefilled = messages[-1]["role"] == "assistant" and not complete
-        text: str = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=not (prefilled or complete),
-            continue_final_message=prefilled,
-            **({"tools": tools} if tools else {}),
-            **self.chat_template_kwargs,
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not (prefilled or complete),
+                continue_final_message=prefilled,
+                **({"tools": tools} if tools else {}),
+                **self.chat_template_kwargs,
+            )
+        except Exception as error:  # a template is a program of its own: it may refuse what it was not made for
+            given = f", with chat_template_kwargs={self.chat_template_kwargs}," if self.chat_template_kwargs else ""
+            raise RowError(f"the model's chat template{given} fails: {one_line(error)}") from error
         return self._with_markers(text)
 
     def _with_markers(self, text: str) -> str:
@@ -295,8 +301,8 @@ class PromptBuilder:
         try:
             with span("data/images"):
                 return self.family.style.process(self.image_processor, row.images)
-        except ValueError as error:
-            raise RowError(f"image cannot be cut into patches: {error}") from error
+        except Exception as error:
+            raise RowError(f"image cannot be cut into patches: {one_line(error)}") from error
 
     def _tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: list[int]) -> Tensor:
         """[P] int64: the text's tokens with every image token repeated as often as its picture or tile asks.
@@ -341,7 +347,7 @@ def build_rows(
         try:
             built.append(build(dataset.convert(row_id, raw)))
         except RowError as error:
-            skipped.append(SkippedRow(row_id, str(error)))
+            skipped.append(SkippedRow(row_id, inert(str(error))))
     return built, skipped
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from fastgrpo.model.adapters import adapter_base, processing_source
 from fastgrpo.model.families import Family, family_of
 from fastgrpo.model.freezing import freeze
 from fastgrpo.model.picture_styles import Tiles
+from fastgrpo.safe_text.redaction import redacted
+from fastgrpo.settings.given import given
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +97,8 @@ def load_processing(
         raise ValueError(f"{name}={pixels[name]}, but {family.name} cuts pictures into tiles of one size: leave it out")
     name_or_path = processing_source(name_or_path)
     options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
-    try:
+    with given(f"model_name_or_path={name_or_path!r} has no usable tokenizer", "Save the model's own beside it."):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
-        message = f"model_name_or_path={name_or_path!r} has no usable tokenizer: {_one_line(error)}"
-        raise ValueError(message) from error
     source, image_processor = f"model_name_or_path={name_or_path!r}", None
     _require_vocabulary(tokenizer, source)
     if takes_images(config):
@@ -109,14 +109,12 @@ def load_processing(
 
 def _load_image_processor(name_or_path: str, family: Family, options: dict[str, Any]) -> Any:
     try:
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
-    except (ImportError, OSError, ValueError) as error:
+        with given(f"model_name_or_path={name_or_path!r} has no usable image processor (preprocessor_config.json)"):
+            image_processor = AutoImageProcessor.from_pretrained(name_or_path, backend="pil", **options)
+    except ValueError:
         if family.image_token is None:  # trains on text alone
             return None
-        raise ValueError(
-            f"model_name_or_path={name_or_path!r} has no usable image processor (preprocessor_config.json): "
-            f"{_one_line(error)}"
-        ) from error
+        raise
     if family.image_token is not None and not isinstance(family.style, Tiles):
         smallest, largest = image_processor.size["shortest_edge"], image_processor.size["longest_edge"]
         if smallest > largest:
@@ -228,25 +226,29 @@ def load_policy(
         raise ValueError(f"{flag}=True, but {name_or_path} holds adapters, whose base is frozen already: leave it off")
     config = load_config(name_or_path, trust_remote_code, arguments.get("revision"))
     auto_class = AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
-    try:
-        with whole_weights():
-            model = auto_class.from_pretrained(
-                base or name_or_path,
-                dtype=_resolve_dtype(dtype),
-                attn_implementation=_available_attention(attn_implementation),
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                **arguments,
-            )
-    except TypeError as error:
-        if not arguments:
-            raise
-        raise ValueError(f"model_init_kwargs={arguments}: {_one_line(error)}") from error
-    except OSError as error:
+    dtype = _resolve_dtype(dtype)
+    blamed = f", or model_init_kwargs={redacted(arguments)} do not fit" if arguments else ""
+    with (
+        whole_weights(),
+        given(
+            f"model_name_or_path={base or name_or_path!r} has no usable safetensors weights{blamed}",
+            "Other weight files are not read; convert them with `save_pretrained`.",
+        ),
+    ):
+        model, report = auto_class.from_pretrained(
+            base or name_or_path,
+            dtype=dtype,
+            attn_implementation=_available_attention(attn_implementation),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"model_name_or_path={name_or_path!r} has no usable safetensors weights: {_one_line(error)} "
-            "Other weight files are not read; convert them with `save_pretrained`."
-        ) from error
+            f"model_name_or_path={base or name_or_path!r} lacks {len(missing)} of the model's weights, such as "
+            f"{missing[0]}: they would be random. Save them all with `save_pretrained`."
+        )
     logger.info("attention backend: %s", model.config._attn_implementation)
     freeze(model, freeze_vision, freeze_llm)
     return model if base is None else _with_adapters(model, name_or_path)
@@ -264,10 +266,12 @@ def load_merged(name_or_path: str, *, dtype: torch.dtype | str = "auto", trust_r
 
 
 def _with_adapters(model: PreTrainedModel, name_or_path: str) -> PeftModel:
-    try:
+    with (
+        given(f"model_name_or_path={name_or_path!r}: its adapters do not fit", "Train and save them anew."),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would be random
         return PeftModel.from_pretrained(model, name_or_path, is_trainable=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model_name_or_path={name_or_path!r}: its adapters do not fit: {_one_line(error)}") from error
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
@@ -327,21 +331,14 @@ def load_config(name_or_path: str, trust_remote_code: bool = False, revision: st
         ValueError: no such checkpoint.
     """
     adapters, name_or_path = name_or_path, adapter_base(name_or_path) or name_or_path
-    try:
-        revision = (revision or "main") if name_or_path == adapters else "main"
+    problem = "is neither a folder nor a model reachable on the hub"
+    if Path(name_or_path).is_dir():
+        problem = "is a folder without a usable config.json"
+    if adapters != name_or_path:
+        problem += f" (the adapters in {adapters} belong to it: see their adapter_config.json)"
+    revision = (revision or "main") if name_or_path == adapters else "main"
+    with given(f"model_name_or_path={name_or_path!r} {problem}", "Name a model's folder, or its id on the hub."):
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError) as error:
-        if Path(name_or_path).is_dir():
-            problem = "is a folder without a usable config.json"
-        else:
-            problem = "is neither a folder nor a model reachable on the hub"
-        if adapters != name_or_path:
-            problem += f" (the adapters in {adapters} belong to it: see their adapter_config.json)"
-        raise ValueError(f"model_name_or_path={name_or_path!r} {problem}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def takes_images(config: PretrainedConfig) -> bool:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from fastgrpo.model.load import whole_weights
+from fastgrpo.settings.given import given
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +81,16 @@ def load_reward_model(
     Raises:
         ValueError: there is none.
     """
-    try:
-        with whole_weights():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, num_labels=1, **{"trust_remote_code": trust_remote_code, **arguments}
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"reward_funcs: {name_or_path!r} cannot be loaded as a reward model: {reason}") from error
+    with (
+        whole_weights(),
+        given(
+            f"reward_funcs: {name_or_path!r} (reward_model_name_or_path) cannot be loaded as a reward model",
+            "Name another.",
+        ),
+    ):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path, num_labels=1, **{"trust_remote_code": trust_remote_code, **arguments}
+        )
     return model, arguments.get("revision")
 
 
@@ -98,12 +101,8 @@ def load_reward_tokenizer(model: Any, revision: str | None = None, trust_remote_
         ValueError: there is none.
     """
     path = model.config._name_or_path
-    try:
+    with given(f"reward_processing_classes: the reward model {path!r} has no tokenizer beside it", "Pass it."):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"reward_processing_classes: the reward model {path!r} has no tokenizer beside it ({error}): pass it."
-        ) from error
 
 
 def model_name(model: Any) -> str:

@@ -121,8 +121,8 @@ def run_profile(options: ProfileOptions) -> ProfileReport:
 def training_flags(options: ProfileOptions) -> list[str]:
     """The flags that every side trains with. A config without a model and data gets the demo's."""
     try:
-        named = yaml.safe_load(options.config.read_text()) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        named = dict(yaml.safe_load(options.config.read_text()) or {})
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
         named = {}  # `parse` says what is wrong with the file
     given = {token.split("=", 1)[0] for token in options.flags} | {f"--{name}" for name in named}
     flags = ["--config", str(options.config)]

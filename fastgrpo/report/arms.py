@@ -7,6 +7,7 @@ from typing import Any
 
 from fastgrpo.evaluation.figures import mapping
 from fastgrpo.report.run import Run, read_run
+from fastgrpo.settings.given import one_line
 
 LAB_FILE = "lab.json"
 """In a lab's folder: its arms, seeds and claims."""
@@ -52,9 +53,9 @@ def read_lab_runs(path: Path) -> LabRuns:
     """
     try:
         content = mapping(json.loads((path / LAB_FILE).read_text(encoding="utf-8")))
-        arms, seeds = content["arms"], content["seeds"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path / LAB_FILE} cannot be read ({error}): start `fastgrpo lab` again") from error
+        arms, seeds = [{"name": str(arm["name"])} | arm for arm in content["arms"]], list(content["seeds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / LAB_FILE} cannot be read ({one_line(error)}): start `fastgrpo lab` again") from error
     missing: list[str] = []
     found = []
     for arm in arms:

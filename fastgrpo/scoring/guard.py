@@ -1,19 +1,96 @@
-"""Users' reward functions under guard: what they raise is told as theirs, and a hang is noticed."""
+"""Users' reward functions under guard: what they raise is told as theirs, a hang is noticed, and what they change of
+the process is put back."""
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 from typing import Any
+
+import torch
 
 logger = logging.getLogger(__name__)
 
 TELL_EVERY_S = 60.0
+
+
+def described(error: BaseException) -> str:
+    """An exception's kind and message, whatever its own `__str__` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _put_filters(filters: Any) -> None:
+    warnings.filters[:] = filters  # type: ignore[index]
+    warnings._filters_mutated()  # type: ignore[attr-defined]
+
+
+def _set_sigterm(handler: Any) -> None:
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+OF_PROCESS: Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the working directory": (os.getcwd, os.chdir),
+    "the handler of SIGTERM": (lambda: signal.getsignal(signal.SIGTERM), _set_sigterm),
+    "the recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+    "the filters of warnings": (lambda: tuple(warnings.filters), _put_filters),
+    "torch's grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+}
+"""What training depends on and a function may change: how it is read and put back. The environment is the user's."""
+
+
+@contextmanager
+def process_kept(name: str) -> Iterator[None]:
+    """Puts back what the functions called `name` change of `OF_PROCESS`, with a warning; a fork that comes back ends.
+
+    In another thread than the main one, where training goes on meanwhile, nothing is put back.
+
+    Raises:
+        ValueError: standard output or error is closed.
+    """
+    process = os.getpid()
+    kept = OF_PROCESS if threading.current_thread() is threading.main_thread() else {}
+    before = {what: read() for what, (read, _) in kept.items()}
+    streams = [name for name in ("stdout", "stderr") if _is_open(getattr(sys, name))]
+    try:
+        yield
+    finally:
+        if os.getpid() != process:
+            os._exit(1)  # two processes would train
+        for what, (read, put_back) in kept.items():
+            now = None
+            with suppress(OSError):  # a working directory that is gone
+                now = read()
+            if now != before[what]:
+                put_back(before[what])
+                _warn_once(f"reward function {name!r} changed {what}: it is put back.")
+    for stream in streams:
+        if not _is_open(getattr(sys, stream)):
+            own = getattr(sys, f"__{stream}__")
+            setattr(sys, stream, own if _is_open(own) else open(1 + (stream == "stderr"), "w", closefd=False))  # noqa: SIM115
+            raise ValueError(f"reward function {name!r} closed sys.{stream}, or took it away: leave it open.")
+
+
+def _is_open(stream: Any) -> bool:
+    return stream is not None and not getattr(stream, "closed", False)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 class Watch:
@@ -46,7 +123,8 @@ class Watch:
         """Calls what is in the block. In the main thread a hang is ended; elsewhere it is told, and given up if asked.
 
         Raises:
-            ValueError: it ended the process or was cancelled, closed standard error, or took longer than `timeout`.
+            ValueError: it ended the process or was cancelled, closed standard output or error, or took longer than
+                `timeout`.
         """
         done = threading.Event()
         in_main = threading.current_thread() is threading.main_thread()
@@ -57,19 +135,21 @@ class Watch:
             signal.signal(signal.SIGINT, self._on_interrupt)
         watcher.start()
         try:
-            yield
+            try:
+                with process_kept(self.name):
+                    yield
+            finally:
+                done.set()
+                watcher.join()
+            if self.too_late and in_main:  # the function went on in spite of it
+                raise KeyboardInterrupt
         except BaseException as error:
             if (said := self.said_of(error)) is None:
                 raise
             raise ValueError(said) from error
         finally:
-            done.set()
-            watcher.join()
             if takes_over:
                 signal.signal(signal.SIGINT, handler)
-        if sys.stderr is not None and getattr(sys.stderr, "closed", False):
-            sys.stderr = sys.__stderr__
-            raise ValueError(f"reward function {self.name!r} closed or replaced standard error: leave it open.")
 
     def said_of(self, error: BaseException) -> str | None:
         """What an exception that is no `Exception` of the function means; None where it is not the function's."""
@@ -81,6 +161,8 @@ class Watch:
             return f"reward function {self.name!r} was cancelled: it must finish what it starts."
         if isinstance(error, KeyboardInterrupt) and not self.interrupted:
             return f"reward function {self.name!r} raised KeyboardInterrupt, though nobody interrupted it."
+        if not isinstance(error, Exception | KeyboardInterrupt):
+            return f"reward function {self.name!r} raised {described(error)}: raise an Exception, or return None."
         return None
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
@@ -114,19 +196,41 @@ class Watch:
         return in_main or self.give_up is not None
 
 
-def awaited(result: Any, watch: Watch, tell: Callable[[Exception], Exception]) -> Any:
-    """A coroutine that gives what `result` gives; what it raises becomes a ValueError inside, so that the event loop
-    lives on."""
+async def awaited(result: Any, watch: Watch, tell: Callable[[Exception], Exception]) -> Any:
+    """What `result` gives; what it raises becomes a ValueError inside, so that the event loop lives on."""
+    limit = asyncio.timeout(watch.timeout)
+    try:
+        async with limit:
+            return await result
+    except Exception as error:
+        watch.too_late = limit.expired()
+        raise ValueError(watch.said_of(error)) if watch.too_late else tell(error) from error
+    except BaseException as error:
+        raise ValueError(watch.said_of(error) or f"{described(error)} in {watch.name!r}") from error
 
-    async def finish() -> Any:
-        limit = asyncio.timeout(watch.timeout)
+
+BLOCKED_S = 1.0
+"""How much later than `timeout` an event loop must have ended what takes too long; else something blocks it."""
+
+
+def waited(future: Any, names: str, timeout: float | None, tell_every: float = TELL_EVERY_S) -> Any:
+    """What a future of another thread's event loop gives; a hang is told.
+
+    Raises:
+        ValueError: a function among `names` blocks the event loop for longer than `timeout`.
+    """
+    start = time.monotonic()
+    while True:
+        seconds = time.monotonic() - start
+        left = tell_every if timeout is None else min(tell_every, timeout + BLOCKED_S - seconds)
+        if left <= 0:
+            raise ValueError(
+                f"reward function {names!r} took longer than reward_timeout={timeout:g} seconds, blocking."
+            )
         try:
-            async with limit:
-                return await result
-        except Exception as error:
-            watch.too_late = limit.expired()
-            raise ValueError(watch.said_of(error)) if watch.too_late else tell(error) from error
-        except BaseException as error:
-            raise ValueError(watch.said_of(error) or f"{type(error).__name__} in {watch.name!r}") from error
-
-    return finish()
+            return future.result(left)
+        except CancelledError as error:  # it cancelled its own task
+            raise ValueError(f"reward function {names!r} was cancelled: it must finish what it starts.") from error
+        except TimeoutError:  # nothing that a function raises is one here: see `awaited`
+            pass
+        logger.warning("reward function %r has been running for %.0f s", names, time.monotonic() - start)

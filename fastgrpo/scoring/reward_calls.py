@@ -1,6 +1,7 @@
 """Calls of reward functions, and those of `per_group` functions in threads of their own."""
 
 import asyncio
+import copy
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
-from fastgrpo.scoring.guard import Watch, awaited
+from fastgrpo.scoring.guard import Watch, awaited, described, process_kept, waited
 
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 
@@ -36,6 +37,7 @@ def call(
         ValueError: it raised, ended the process, or took longer than `timeout`.
     """
     own = {name: _copied(value) for name, value in arguments.items()}
+    own |= {name: copy.copy(value) for name, value in arguments.items() if name == "trainer_state"}
     with Watch(reward_name(function), timeout, give_up=give_up).calling():
         try:
             return function(**own)
@@ -44,8 +46,10 @@ def call(
 
 
 def _copied(value: Any) -> Any:
-    """Lists of its own for each function, whatever it does with them."""
-    return [list(one) if type(one) is list else one for one in value] if type(value) is list else value
+    """Lists and records of its own for each function, whatever it does with them."""
+    if type(value) is dict:
+        return {name: _copied(one) for name, one in value.items()}
+    return [_copied(one) if type(one) in (list, dict) else one for one in value] if type(value) is list else value
 
 
 def await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int, timeout: float | None) -> list[Any]:
@@ -59,7 +63,9 @@ def await_all(pending: Sequence[tuple[RewardFunction, Any]], count: int, timeout
             )
         )
 
-    return asyncio.run_coroutine_threadsafe(finish_all(), event_loop()).result()
+    names = ", ".join(reward_name(function) for function, _ in pending)
+    with process_kept(names):
+        return waited(asyncio.run_coroutine_threadsafe(finish_all(), event_loop()), names, timeout)
 
 
 @cache
@@ -67,14 +73,17 @@ def event_loop() -> asyncio.AbstractEventLoop:
     """One loop for the whole process, on its own thread: clients that functions keep stay usable between calls, and it
     works where a loop is running already, as in a notebook."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="reward-functions", daemon=True).start()
+
+    def serve() -> None:
+        while True:  # a function may stop it
+            loop.run_forever()
+
+    threading.Thread(target=serve, name="reward-functions", daemon=True).start()
     return loop
 
 
 def _failure(function: RewardFunction, error: Exception, count: int) -> ValueError:
-    return ValueError(
-        f"reward function {reward_name(function)!r} failed on {count} completions: {type(error).__name__}: {error}"
-    )
+    return ValueError(f"reward function {reward_name(function)!r} failed on {count} completions: {described(error)}")
 
 
 class GroupCall:

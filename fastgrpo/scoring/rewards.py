@@ -13,7 +13,7 @@ import importlib
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fastgrpo.rewards import (
     reasoning_accuracy_reward,
     think_format_reward,
 )
+from fastgrpo.scoring.guard import described
 from fastgrpo.scoring.reward_calls import GroupCall, RewardFunction, await_all, call, results_of, reward_name
 from fastgrpo.scoring.tagged import tagged_accuracy, tagged_format, token_length
 from fastgrpo.types import Completion, Prompt, Rollout
@@ -86,7 +87,7 @@ def _resolve(spec: str) -> RewardFunction:
         )
     try:
         function = getattr(importlib.import_module(module_name), attribute)
-    except Exception as error:  # whatever a user's module raises
+    except (Exception, SystemExit) as error:  # whatever a user's module raises
         raise ValueError(
             f"reward_funcs: {spec!r} cannot be imported: {type(error).__name__}: {error}. Is the module in this folder "
             "or on PYTHONPATH?"
@@ -261,12 +262,14 @@ def _ignore(*_: Any, **__: Any) -> None:
 def _validated(name: str, result: Any, places: Sequence[tuple[int, int]], nan_rewards: str) -> list[float]:
     """A function's rewards; `places` are the completions' rows and their indices within."""
     count = len(places)
-    if isinstance(result, Tensor):
-        result = result.tolist()
-    if not hasattr(result, "__len__") or isinstance(result, str | dict):
-        raise ValueError(
-            f"reward function {name!r} returned {type(result).__name__}: return a list of {count} numbers."
-        )
+    kind = type(result).__name__
+    result = result.tolist() if hasattr(result, "tolist") else result
+    if not hasattr(result, "__len__") or isinstance(result, str | bytes | bytearray | Mapping | Set):
+        raise ValueError(f"reward function {name!r} returned {kind}: return a list of {count} numbers.")
+    try:
+        result = list(result)
+    except Exception as error:
+        raise ValueError(f"reward function {name!r} returned {kind} that cannot be read: {described(error)}") from error
     if len(result) != count:
         raise ValueError(
             f"reward function {name!r} returned {len(result)} rewards for {count} completions: return one for each."
@@ -280,8 +283,10 @@ def _number(name: str, place: tuple[int, int], reward: Any, nan_rewards: str) ->
         return math.nan
     said = f"reward function {name!r} returned {reward!r} for completion {place[1]} of row {place[0]}"
     try:
+        if isinstance(reward, str | bytes):
+            raise TypeError("a text")
         value = float(reward)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"{said}: return a number, or None to abstain.") from error
     if abs(value) <= LARGEST:  # of NaN it is not
         return value

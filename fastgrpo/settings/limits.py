@@ -60,29 +60,45 @@ def option(
     return field(default=default, metadata={"help": text})
 
 
+def limits_of(settings: Any, name: str) -> Limits | None:
+    """A field's own limits, of a dataclass or an instance of it."""
+    found: Limits | None = getattr(settings.__dataclass_fields__[name].metadata.get("help"), "limits", None)
+    return found
+
+
+LARGEST = 2**63 - 1
+"""What a counter of 64 bits holds."""
+
+
 def check_limits(config: Any, inherited: Mapping[str, Limits]) -> None:
-    """Checks every field of a dataclass against its own limits, or against those of `inherited`; a number that is not
-    finite is allowed in none.
+    """Checks every field of a dataclass against its own limits, or against those of `inherited`. Numbers that are not
+    finite or need more than 64 bits, texts that are empty (but for a default) and NUL characters are allowed in none.
 
     Raises:
         ValueError: a value outside; the message names the field, the value and what may be used.
     """
     for one in fields(config):
-        limits = inherited.get(one.name) or getattr(one.metadata.get("help"), "limits", None)
+        limits = inherited.get(one.name) or limits_of(config, one.name)
         value = getattr(config, one.name)
         if limits is not None and not limits.allow(value):
             raise ValueError(f"{one.name}={value!r} is not valid: use {limits}.")
-        if not all(map(math.isfinite, _floats(value))):
-            raise ValueError(f"{one.name}={value!r} is not valid: use finite numbers.")
+        if value != one.default and (fix := next(filter(None, map(_fix, _leaves(value))), None)):
+            raise ValueError(f"{one.name}={value!r} is not valid: {fix}.")
 
 
-def _floats(value: Any) -> Iterator[float]:
-    """The floating-point numbers in a setting, however deep in lists and objects."""
-    if isinstance(value, float):
+def _fix(value: Any) -> str | None:
+    """What is to be done about a value that no setting may have."""
+    if isinstance(value, str):
+        return "give a value, or leave it out" if not value else "take the NUL character out" if "\0" in value else None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "use finite numbers"
+    return f"use a number of at most {LARGEST}" if isinstance(value, int) and abs(value) > LARGEST else None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The texts and numbers in a setting, however deep in lists and objects."""
+    if isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _leaves(one)
+    else:
         yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _floats(one)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _floats(one)

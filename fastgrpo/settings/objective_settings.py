@@ -40,10 +40,14 @@ class ObjectiveSettings:
     use_bias_correction_kl: bool = option(True, "Multiply the KL estimate by the probability ratio.")
     sapo_temperature_neg: float = option(1.05, "SAPO's temperature for negative advantages.", above=0)
     sapo_temperature_pos: float = option(1.0, "SAPO's temperature for positive advantages.", above=0)
-    vespo_k_pos: float = option(2.0, "VESPO's exponent for positive advantages: less weight to ratios below 1.")
-    vespo_lambda_pos: float = option(3.0, "VESPO's decay for positive advantages: less weight to ratios above 1.")
-    vespo_k_neg: float = option(3.0, "VESPO's exponent for negative advantages.")
-    vespo_lambda_neg: float = option(2.0, "VESPO's decay for negative advantages.")
+    vespo_k_pos: float = option(
+        2.0, "VESPO's exponent for positive advantages: less weight to ratios below 1.", at_least=0
+    )
+    vespo_lambda_pos: float = option(
+        3.0, "VESPO's decay for positive advantages: less weight to ratios above 1.", at_least=0
+    )
+    vespo_k_neg: float = option(3.0, "VESPO's exponent for negative advantages.", at_least=0)
+    vespo_lambda_neg: float = option(2.0, "VESPO's decay for negative advantages.", at_least=0)
     mask_truncated_completions: bool = option(False, "Leave completions cut at max_completion_length out of the loss.")
     off_policy_mask_threshold: float | None = option(
         None, "Drop bad completions that the policy has moved away from by more nats a token (DeepSeek-V3.2).", above=0
@@ -60,8 +64,8 @@ class ObjectiveSettings:
     )
     entropy_coef_min: float = option(0.0, "Its lower bound.")
     entropy_coef_max: float = option(1.0, "Its upper bound.")
-    entropy_coef_delta: float = option(0.005, "What it is moved by at each optimizer step.")
-    entropy_target: float = option(0.2, "Nats a token; at more the bonus is off.")
+    entropy_coef_delta: float = option(0.005, "What it is moved by at each optimizer step.", at_least=0)
+    entropy_target: float = option(0.2, "Nats a token; at more the bonus is off.", at_least=0)
     reward_weights: list[float] | None = option(None, "One weight per reward function; all 1 if unset.")
     nan_rewards: str = option(
         "raise", "A reward that is not finite ends the run, or is taken for None.", choices=("raise", "abstain")
@@ -88,9 +92,11 @@ class ObjectiveSettings:
         "With use_vllm: a ratio per token or sequence, outside its bounds truncated to them or masked out.",
         choices=CORRECTIONS,
     )
-    vllm_importance_sampling_clip_max: float | None = option(3.0, "With use_vllm: the ratio's upper bound.")
-    vllm_importance_sampling_clip_min: float | None = option(None, "With use_vllm: its lower bound.")
-    vllm_importance_sampling_cap: float | None = option(None, "Older name of vllm_importance_sampling_clip_max.")
+    vllm_importance_sampling_clip_max: float | None = option(3.0, "With use_vllm: the ratio's upper bound.", at_least=0)
+    vllm_importance_sampling_clip_min: float | None = option(None, "With use_vllm: its lower bound.", at_least=0)
+    vllm_importance_sampling_cap: float | None = option(
+        None, "Older name of vllm_importance_sampling_clip_max.", at_least=0
+    )
 
     @property
     def corrects_sampling(self) -> bool:

@@ -3,17 +3,23 @@
 import copy
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from huggingface_hub.utils import validate_repo_id
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
 from fastgrpo.safe_text.redaction import redacted
 from fastgrpo.settings.batch_plan import BatchPlan
+from fastgrpo.settings.given import given
 from fastgrpo.settings.limits import Limits, check_limits, option
 
 logger = logging.get_logger(__name__)
@@ -28,15 +34,25 @@ INHERITED = {
     ),
     **dict.fromkeys(("num_train_epochs", "eval_steps", "save_steps"), Limits(above=0)),
     **dict.fromkeys(
-        ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers", "seed", "data_seed"),
+        ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"),
         Limits(at_least=0),
     ),
+    **dict.fromkeys(("seed", "data_seed"), Limits(at_least=0, at_most=2**32 - 1)),  # numpy's
     **dict.fromkeys(
         ("adam_beta1", "adam_beta2", "label_smoothing_factor"),
         Limits(at_least=0, at_most=1),
     ),
     **dict.fromkeys(("adam_epsilon", "neftune_noise_alpha"), Limits(above=0)),
-    **dict.fromkeys(("ddp_timeout", "dataloader_prefetch_factor", "save_total_limit"), Limits(at_least=1)),
+    **dict.fromkeys(
+        (
+            "ddp_timeout",
+            "dataloader_prefetch_factor",
+            "save_total_limit",
+            "ddp_bucket_cap_mb",
+            "torch_empty_cache_steps",
+        ),
+        Limits(at_least=1),
+    ),
     "eval_delay": Limits(at_least=0),
     "max_steps": Limits(at_least=-1),
 }
@@ -142,6 +158,7 @@ class RunConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_objects()
+        check_limits(self, INHERITED)  # before transformers counts with them
         # Without a GPU transformers trains on the CPU anyway, but refuses bf16 unless that was asked for.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -256,6 +273,9 @@ class RunConfig(TrainingArguments):
     def _drop_missing_reporters(self) -> None:
         modules = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "trackio": "trackio"}
         reporters = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or [])
+        known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+        if unknown := next((name for name in reporters if name not in known), None):
+            raise ValueError(f"report_to={unknown!r} is not valid: use {', '.join(known)}.")
         missing = [name for name in reporters if name in modules and find_spec(modules[name]) is None]
         if missing:
             logger.warning(
@@ -269,16 +289,32 @@ class RunConfig(TrainingArguments):
         """What transformers would say of a slip in JSON names neither the setting nor the file."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
-            if not isinstance(value, str):
-                continue
-            is_file = name in FILES_OF_JSON and not value.startswith("{")
-            if is_file and value.endswith(".json") and not Path(value).is_file():
-                raise ValueError(f"{name}={value!r}: there is no such file.")
-            try:
-                if value.startswith("{") or (is_file and Path(value).is_file()):
-                    json.loads(Path(value).read_text() if is_file else value)
-            except ValueError as error:
-                raise ValueError(f"{name}={value!r} is not JSON: {error}.") from error
+            is_file = isinstance(value, str) and name in FILES_OF_JSON and not value.startswith("{")
+            if is_file and value and not Path(value).is_file():
+                raise ValueError(f"{name}={value!r}: there is no such file. Name one, or use a JSON object.")
+            if isinstance(value, str) and value:
+                try:
+                    value = json.loads(Path(value).read_text() if is_file else value)
+                except ValueError as error:
+                    raise ValueError(f"{name}={value!r} is not JSON: {error}. Use a JSON object.") from error
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name}={getattr(self, name)!r} is a {type(value).__name__}: use a JSON object.")
+            if name == "accelerator_config" and isinstance(value, dict):
+                known = ", ".join(one.name for one in fields(AcceleratorConfig))
+                with given(f"{name}={value}", f"Use {known}."):
+                    AcceleratorConfig(**value)
+            if name.endswith("checkpointing_kwargs") and isinstance(value, dict):
+                known = list(signature(checkpoint).parameters)[1:]
+                if unknown := next((one for one in value if one not in known), None):
+                    raise ValueError(
+                        f"{name}: {unknown} is not an option of torch's checkpoint: use {', '.join(known)}."
+                    )
+            if name == "deepspeed" and isinstance(value, dict):
+                zero = value.get("zero_optimization")
+                if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+                    raise ValueError(
+                        f"deepspeed: zero_optimization={zero} is not valid: use an object with a stage of 0 to 3."
+                    )
 
     def _validate(self) -> None:
         check_limits(self, INHERITED)
@@ -295,6 +331,10 @@ class RunConfig(TrainingArguments):
             self.template_kwargs,
             self.guesses,
         )  # they raise when they cannot be read
+        for name in ("hub_model_id", "log_completions_hub_repo"):
+            if repository := getattr(self, name, None):
+                with given(f"{name}={repository!r}", "Use NAME or OWNER/NAME."):
+                    validate_repo_id(repository)
         if self.on_nonfinite == "skip" and self.deepspeed:
             raise ValueError("on_nonfinite='skip': DeepSpeed steps by itself, so no step can be left out: use stop.")
         if self.torch_compile and self.engine == "fast":

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastgrpo.atomic_files import write_aside
+from fastgrpo.safe_text.inert import inert
 from fastgrpo.training.checkpoints import checkpoints_of
 from fastgrpo.training.completion_records import CompletionRecord
 from fastgrpo.training.run_lock import RunLock
@@ -155,8 +156,8 @@ def _column(values: list[Any]) -> pa.Array:
     """A column of values of one kind; as text where a reward function logged what has no common type."""
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        return pa.array([None if value is None else str(value) for value in values])
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return pa.array([None if value is None else inert(str(value)) for value in values])
 
 
 def _step_of(line: bytes) -> float:

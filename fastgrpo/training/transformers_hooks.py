@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from fastgrpo.atomic_files import publish, remove
 from fastgrpo.model.load import load_weights
+from fastgrpo.settings.given import given
 from fastgrpo.training.checkpoints import ASIDE, load_state, reading, rotate, save_state
 from fastgrpo.training.manifest import write_manifest
 
@@ -61,8 +62,21 @@ class TimedSteps(Trainer):
         block.close()
         return recorder.totals, time.perf_counter() - start
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        kind, arguments = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+        with given(
+            f"lr_scheduler_type={kind!r} takes no lr_scheduler_kwargs={arguments}", "Change them, or leave it out."
+        ):
+            return super().create_scheduler(*args, **kwargs)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        with given(f"metric_for_best_model={self.args.metric_for_best_model!r}", "Name one of these."):
+            return bool(super()._determine_best_metric(*args, **kwargs))
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **kwargs)
+        told = f"optim={self.args.optim.value!r}, optim_args={self.args.optim_args!r} make no optimizer"
+        with given(told, "Change them, or leave them out."):
+            optimizer = super().create_optimizer(*args, **kwargs)
         stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the one of an earlier `train`
         if isinstance(stepping, Optimizer) and stepping is not self._watched:
             watch_optimizer(stepping, "update/optimizer")

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen2Config
 
 from fastgrpo.cli.main import main
 
@@ -63,16 +64,37 @@ def test_a_model_folder_with_code_of_its_own(tiny_model_dir: Path, tmp_path: Pat
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir"])
-def test_yaml_tags(
-    tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str], tag: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["weights", "adapters", "reward model"])
+def test_pickled_weights(
+    tiny_model_dir: Path, sat_file: Path, tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    flags = {"model_name_or_path": folder, "dataset_name": sat_file, "output_dir": tmp_path / "o", "report_to": "none"}
+    if kind == "weights":
+        shutil.copytree(tiny_model_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    elif kind == "adapters":
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_model_dir), "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    else:
+        Qwen2Config(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=9).save_pretrained(folder)
+        flags |= {"model_name_or_path": tiny_model_dir, "reward_model_name_or_path": folder}
+    for name in ("pytorch_model.bin", "adapter_model.bin"):
+        torch.save({"weight": Payload(marker)}, folder / name)
+    words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+    assert main(["train", *words, "--use_cpu"]) == 2
+    assert f"{folder}" in capsys.readouterr().err.splitlines()[-1]
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir"])
+def test_yaml_tags(tmp_path: Path, marker: Path, capsys: pytest.CaptureFixture[str], tag: str) -> None:
     (tmp_path / "config.yaml").write_text(f"output_dir: {tag} [{marker}]\n")
     for command in ("train", "sft"):
         assert main([command, "--config", str(tmp_path / "config.yaml")]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
-    (tmp_path / "lab.yaml").write_text(f"output_dir: {tag} [{marker}]\n")
-    assert main(["lab", str(tmp_path / "lab.yaml")]) == 2
+    for command in ("lab", "profile"):
+        assert main([command, str(tmp_path / "config.yaml")]) == 2
     assert not marker.exists()
 
 

@@ -1,19 +1,33 @@
 """What a run writes holds no secret, and goes nowhere but into its own folder."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from fastgrpo.report.trainer import GRPOTrainer
 
 TOKEN = "hf_" + "abcDEF123456" * 3
+KEY = "0123456789abcdef0123"
 
 
-def test_tokens_are_in_no_file(build: Any, tmp_path: Path) -> None:
+def test_tokens_are_in_no_file_and_no_log(
+    build: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    (tmp_path / "temp").mkdir()
     trainer = build(
         max_steps=1,
         save_strategy="steps",
         save_steps=1,
         hub_token=TOKEN,
+        run_name=f"by {KEY}",
         report_to=["tensorboard"],
         chat_template_kwargs={"token": "my-own-token"},
         trainer_class=GRPOTrainer,
@@ -25,10 +39,12 @@ def test_tokens_are_in_no_file(build: Any, tmp_path: Path) -> None:
     assert {"settings.json", "report.html", "model.safetensors", "trainer_state.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert "training_args.bin" not in names
-    for path in files:
-        content = path.read_bytes()
-        assert TOKEN.encode() not in content, path
-        assert b"my-own-token" not in content, path
+    contents = {str(path): path.read_bytes() for path in files}
+    contents["output"] = "".join([*capfd.readouterr(), caplog.text]).encode()
+    for name, content in contents.items():
+        for secret in (TOKEN, KEY, "my-own-token"):
+            assert secret.encode() not in content, name
+    assert not any((tmp_path / "temp").iterdir()), "nothing is left where everybody can read"
 
 
 def test_a_link_in_the_place_of_saving_is_not_followed(build: Any, tmp_path: Path) -> None:
