@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ def _builder_arguments(name_or_path: str, path: Path, split: str, config_name: s
             raise ValueError(f"dataset_name={name_or_path!r} has no known file type: use {known}")
         if not path.stat().st_size:
             raise ValueError(f"dataset_name={name_or_path!r} has no rows: the file is empty")
-        return {"path": FILE_TYPES[path.suffix], "data_files": {split: str(path)}}
+        return {"path": FILE_TYPES[path.suffix], "data_files": {split: glob.escape(str(path))}}
     if path.is_dir():
         return {"path": str(path), "name": config_name}
     if path.suffix in FILE_TYPES or path.is_absolute() or name_or_path.startswith((".", "~")):

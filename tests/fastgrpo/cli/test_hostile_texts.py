@@ -50,9 +50,9 @@ def is_inert(page: str) -> bool:
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Text rows with all of it in every column, names of columns too; one of them is bad."""
-    everything = " ".join(INJECTIONS)
+    everything = " ".join(INJECTIONS).replace("\ud800", "")  # which Arrow refuses
     row = {"prompt": everything, "solution": "a", "task": everything}
-    row |= {text: everything for text in INJECTIONS if not text.isascii() or "<" in text}
+    row |= {text: everything for text in INJECTIONS if "\u202e" in text or "<" in text}
     file = tmp_path / "\x1b[2J[red]<evil>rows.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in [row, row, row, row | {"prompt": ""}]))
     return file
