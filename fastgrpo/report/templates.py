@@ -1,11 +1,14 @@
 """Templates of pages, apart from what draws plots, which takes half a second to import."""
 
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from fastgrpo.report import formats
 from fastgrpo.report.markup import completion_html, picture_uri, question_of
+from fastgrpo.safe_text.inert import inert
 from fastgrpo.scoring.reflection import count_reflections
 
 
@@ -14,6 +17,7 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_inert,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -29,3 +33,8 @@ def template(name: str) -> jinja2.Template:
         reflections=count_reflections,
     )
     return environment.get_template(name)
+
+
+def _inert(value: Any) -> Any:
+    """Texts of models, files and users without control characters; markup was made by this package, of such texts."""
+    return inert(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from fastgrpo_profiling import SpanTotal
 from transformers import TrainerState
 
+from fastgrpo.safe_text.inert import inert
 from fastgrpo.scoring.advantages import Advantages
 from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.completion_records import CompletionRecord, records_of
@@ -79,13 +80,14 @@ class StepLog:
 
     def log_extra(self, name: str, values: Any) -> None:
         """A column for the completions log, from a reward function: a list, or a tensor or array of rank 1."""
+        name = inert(name)
         if name in self._extra:
             self._warn_once(name, f"log_extra({name!r}, …) comes twice a step: the last column is kept.")
         self._extra[name] = values.tolist() if hasattr(values, "tolist") else list(values)
 
     def log_metric(self, name: str, value: Any) -> None:
         """A figure of the step, from a reward function; a number, or a tensor or array of one."""
-        self._of_rewards[name] = float(value)
+        self._of_rewards[inert(name)] = float(value)
 
     def skip(self, rows: Sequence[SkippedRow]) -> None:
         """Counts this rank's rows that were left out, and tells each once. All ranks call it together."""
