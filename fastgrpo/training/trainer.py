@@ -253,7 +253,7 @@ class GRPOTrainer(RewardEvaluation):
 
     def restore(self, checkpoint: Path | None) -> None:
         """What is left to train on of a checkpoint's rollout; a reference and an entropy coefficient that had moved."""
-        if has_own_generate(self.model):  # perhaps since the trainer was built
+        if self.config.engine == "fast" and has_own_generate(self.model):  # perhaps since the trainer was built
             self.engine = self.build_engine()
         self.updates = [] if checkpoint is None else self.load_updates(checkpoint)
         self.entropy.load(load_state(checkpoint).get("entropy", {}))

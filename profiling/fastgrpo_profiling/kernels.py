@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 _NAMES = {
     "attention": r"attention|attn|flash|fmha|sdpa|^(attend|merge)_kernel",
-    "sampling": r"::sample$|multinomial|argmax|^(chunk|hot|draw|scan|winner)_kernel",
+    "sampling": r"::sample$|multinomial|argmax|argmin|^(chunk|hot|draw|scan|winner)_kernel",
     "rope and cache": r"rope|rotary|kv_?cache|reshape_and_cache",
     "matrix products": r"gemm|gemv|nvjet|xmma|cutlass|cublas|split_?k|::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)$",
     "norms, elementwise and copies": (

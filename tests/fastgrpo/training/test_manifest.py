@@ -1,5 +1,6 @@
 """Damage of every kind, to every file of a checkpoint: found, named, and passed over by `last`."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ FILES = ("model.safetensors", "optimizer.pt", "trainer_state.json", "rollout/ran
 def make(folder: Path, run_id: str = "mine") -> Path:
     (folder / "rollout").mkdir(parents=True)
     for name in FILES:
-        (folder / name).write_bytes(name.encode() * 100)
+        (folder / name).write_text(json.dumps(name * 100))
     write_manifest(folder, run_id)
     return folder
 
