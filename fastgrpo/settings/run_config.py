@@ -304,10 +304,10 @@ class RunConfig(TrainingArguments):
                 with given(f"{name}={value}", f"Use {known}."):
                     AcceleratorConfig(**value)
             if name.endswith("checkpointing_kwargs") and isinstance(value, dict):
-                known = list(signature(checkpoint).parameters)[1:]
-                if unknown := next((one for one in value if one not in known), None):
+                options = list(signature(checkpoint).parameters)[1:]
+                if unknown := next((one for one in value if one not in options), None):
                     raise ValueError(
-                        f"{name}: {unknown} is not an option of torch's checkpoint: use {', '.join(known)}."
+                        f"{name}: {unknown} is not an option of torch's checkpoint: use {', '.join(options)}."
                     )
             if name == "deepspeed" and isinstance(value, dict):
                 zero = value.get("zero_optimization")

@@ -30,7 +30,7 @@ import pytest
         (["--optim_args", "foo"], "optim_args='foo' is not valid: use name=value"),
         (["--deepspeed", "nowhere.json"], "deepspeed='nowhere.json': there is no such file"),
         (["--model_init_kwargs", "{bad"], "model_init_kwargs='{bad' is not JSON: "),
-        (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs={'foo': 1}: "),
+        (["--model_init_kwargs", '{"foo": 1}'], "model_init_kwargs={'foo': 1} do not fit: "),
         (["--lr_scheduler_kwargs", "{"], "lr_scheduler_kwargs='{' is not JSON: "),
         (["--dataset_train_split", "tset"], "dataset_train_split: "),
         (["--dataset_config", "x"], "is a file, which has neither splits nor configurations"),
