@@ -1,5 +1,6 @@
 """Where a run continues from, and what it keeps beside transformers' own state."""
 
+import errno
 import json
 import re
 import shutil
@@ -115,6 +116,10 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
         raise ValueError(f"{checkpoint} is damaged: it is no JSON. Resume from another one.") from error
     except (OutOfMemoryError, ValueError):
         raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what torch says of an archive that is cut
+            raise
+        raise ValueError(f"{checkpoint} is damaged: a file of it ends too soon. Resume from another one.") from error
     except (UnpicklingError, EOFError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(

@@ -19,6 +19,7 @@ from fastgrpo.atomic_files import write_aside
 from fastgrpo.safe_text.inert import inert
 from fastgrpo.training.checkpoints import checkpoints_of
 from fastgrpo.training.completion_records import CompletionRecord
+from fastgrpo.training.manifest import run_of
 from fastgrpo.training.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -57,10 +58,11 @@ class RunLog:
         self._move_aside([*of_run, *checkpoints_of(self.folder).values()])
 
     def run_id(self) -> str:
-        """The random name of the run in this folder, given when it is first asked for."""
+        """The random name of the run in this folder: its file's, else its newest checkpoint's, else a new one."""
         if known := self.known_run_id():
             return known
-        made = secrets.token_hex(8)
+        saved = [run_of(path) for path in checkpoints_of(self.folder).values()]
+        made = next(filter(None, reversed(saved)), None) or secrets.token_hex(8)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_aside(self.folder / "run_id", lambda path: path.write_text(made + "\n"))
         return made

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -70,6 +71,8 @@ class Runs:
         except BaseException:
             traceback.print_exc()
         finally:
+            for worker in multiprocessing.active_children():  # a data loader's, which would keep the output open
+                worker.kill()
             sys.stderr.flush()
             os._exit(code)
 
