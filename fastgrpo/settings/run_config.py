@@ -157,6 +157,10 @@ class RunConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.deepspeed: Any = self.deepspeed or None  # "" takes back what a file says
+        if self.engine == "reference":
+            logger.warning("engine=reference is called plain now; plain is used.")
+            self.engine = "plain"
         self._check_objects()
         check_limits(self, INHERITED)  # before transformers counts with them
         # Without a GPU transformers trains on the CPU anyway, but refuses bf16 unless that was asked for.
@@ -172,9 +176,6 @@ class RunConfig(TrainingArguments):
         super().__post_init__()
         # A reward function that changes the working directory would split the run over two folders.
         self.output_dir: str = str(Path(self.output_dir).absolute())
-        if self.engine == "reference":
-            logger.warning("engine=reference is called plain now; plain is used.")
-            self.engine = "plain"
         self._validate()
         self._drop_missing_reporters()
         if self.use_liger_kernel and (lacking := lacking_for_liger(self.use_cpu)):
