@@ -16,7 +16,8 @@ from fastgrpo.model.freezing import freeze
 def test_logprobs_and_gradients(name: str) -> None:
     logprobs, gradients = update_errors(*family(name))
     assert logprobs < 1e-4
-    assert gradients < 2e-5  # rounding: Qwen3.5's are 0.9e-5 apart with AVX-512, 1.1e-5 with AVX2
+    # Rounding: Qwen3.5's are 0.9e-5 apart with AVX-512, 1.1e-5 with AVX2.
+    assert gradients < (2e-5 if name == "Qwen3.5" else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-VL", *PROCESSORS])
