@@ -58,6 +58,7 @@ class Runs:
             os.dup2(output, 1)
             os.dup2(output, 2)
             sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            logging.root.handlers.clear()  # pytest's: without any, warnings go to standard error, as in a program
             for handler in logging.getLogger("transformers").handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(sys.stderr)
