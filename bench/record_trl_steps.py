@@ -76,6 +76,14 @@ CASES: list[dict[str, Any]] = [
     {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, "loss_type": "bnpo", "beta": 0.04},
     {"per_device_train_batch_size": 2, "steps_per_generation": 4},
     {"cast_lm_head_to_fp32": True},
+    {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, "top_entropy_quantile": 0.4,
+     "entropy_coef": 0.1},
+    # generations and optimizer steps that do not fit each other: amid a step, several in a step
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4, "epsilon": 0.01},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4,
+     "loss_type": "bnpo", "beta": 0.04, "entropy_coef": 0.1},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "scale_rewards": "batch", "max_steps": 1},
+    {"gradient_accumulation_steps": 3, "steps_per_generation": 1, "loss_type": "grpo", "beta": 0.04, "max_steps": 1},
 ]  # fmt: skip
 
 
@@ -180,7 +188,7 @@ def record(case: dict[str, Any], folder: Path, tokenizer: Any, data: dict[str, A
     lines = [{name: value for name, value in line.items() if name not in OF_TIME} for line in steps]
     tensors = {
         "advantages": torch.cat(trainer.advantages),
-        "logprobs": torch.cat(trainer.logprobs[:2]) if len(trainer.logprobs) > STEPS else trainer.logprobs[0],
+        "logprobs": torch.cat(trainer.logprobs[: trainer.args.gradient_accumulation_steps]),
         "weights": flat_weights(trainer.model),
     }
     return tensors, lines

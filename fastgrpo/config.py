@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from fastgrpo.settings.batch_plan import BatchPlan, whole_steps
+from fastgrpo.settings.batch_plan import BatchPlan
 from fastgrpo.settings.limits import limits_of, option
 from fastgrpo.settings.objective_settings import LOSS_TYPES, ObjectiveSettings
 from fastgrpo.settings.run_config import RunConfig, parsed
@@ -52,9 +52,7 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
     )
     generation_batch_size: int | None = option(None, "Completions drawn at once over all ranks.", at_least=1)
     steps_per_generation: int | None = option(
-        None,
-        "Micro-batches per rollout; gradient_accumulation_steps if unset, else rounded up to a multiple.",
-        at_least=1,
+        None, "Micro-batches per rollout; gradient_accumulation_steps if unset.", at_least=1
     )
     num_iterations: int = option(1, "Times each rollout is trained on.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature.", above=0)
@@ -95,12 +93,6 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
             logger.warning(f"generation_kwargs: {', '.join(beams)}: no effect, since nothing is searched for.")
         if self.log_completions_hub_repo is not None and not self.log_completions:
             raise ValueError("log_completions_hub_repo is set, but log_completions is off: turn it on, or unset it.")
-        drawn = self.batch_plan.micro_batches_per_rollout
-        if self.steps_per_generation is not None and drawn != self.steps_per_generation:
-            logger.warning(
-                f"steps_per_generation={self.steps_per_generation} is not a multiple of gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}: {drawn} micro-batches are drawn at a time."
-            )
 
     # transformers reads these fields from JSON when they come from the command line.
     _VALID_DICT_FIELDS = (*RunConfig._VALID_DICT_FIELDS, "generation_kwargs")
@@ -137,12 +129,11 @@ class GRPOConfig(TRLFields, ObjectiveSettings, RunConfig):
             )
         else:
             micro_batches = self.generation_batch_size // per_micro_batch
-        sizes = self.gradient_accumulation_steps, completions, self.num_generations
         return BatchPlan(
             num_generations=self.num_generations,
             completions_per_micro_batch=completions,
             accumulation=self.gradient_accumulation_steps,
-            micro_batches_per_rollout=whole_steps(micro_batches, *sizes),
+            micro_batches_per_rollout=micro_batches,
             num_iterations=self.num_iterations,
         )
 

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader, Sampler
 
 
 class RolloutSampler(Sampler[list[int]]):
-    """Batches of row indices: a rank's share of a rollout for each optimizer step that trains on it.
+    """Batches of row indices: a rank's share of a rollout for each slice of it that is trained on.
 
-    Where transformers counts several micro-batches a step, its rows come in the first, and the others are empty.
+    Where transformers counts several micro-batches a slice, its rows come in the first, and the others are empty.
 
     The order is a function of (seed, epoch) alone, so any rank, and any resumed run, sees the same one. Rows left over
     at the end of an epoch wait for the next epoch's order.
@@ -17,8 +17,9 @@ class RolloutSampler(Sampler[list[int]]):
     Args:
         num_rows: rows in the data set.
         batch_size: prompts that one rank answers in one rollout.
-        repeats: optimizer steps per rollout.
-        turns: micro-batches per optimizer step.
+        repeats: slices to train on per rollout.
+        turns: micro-batches per slice.
+        round_size: an epoch has a multiple of so many rollouts, and so whole optimizer steps.
         shuffle: a new order each epoch; else the rows' own.
 
     Raises:
@@ -32,17 +33,21 @@ class RolloutSampler(Sampler[list[int]]):
         *,
         repeats: int,
         turns: int = 1,
+        round_size: int = 1,
         shuffle: bool,
         seed: int,
         rank: int,
         world_size: int,
     ) -> None:
-        if num_rows < batch_size * world_size:
+        least = batch_size * world_size * round_size
+        if num_rows < least:
+            taken = "one rollout takes" if round_size == 1 else f"{round_size} rollouts, which make whole steps, take"
             raise ValueError(
-                f"the data set has {num_rows} rows, but one rollout takes {batch_size * world_size} prompts. Lower "
+                f"the data set has {num_rows} rows, but {taken} {least} prompts. Lower "
                 "per_device_train_batch_size or gradient_accumulation_steps, or give more rows."
             )
         self.num_rows = num_rows
+        self.rollouts = num_rows // least * round_size
         self.batch_size = batch_size
         self.repeats = repeats
         self.turns = turns
@@ -56,15 +61,14 @@ class RolloutSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_rows // (self.batch_size * self.world_size) * self.repeats * self.turns
+        return self.rollouts * self.repeats * self.turns
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_rows, generator=generator) if self.shuffle else torch.arange(self.num_rows)
-        for batch in order.split(self.batch_size * self.world_size):
-            if len(batch) == self.batch_size * self.world_size:
-                mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
-                yield from [mine, *[[]] * (self.turns - 1)] * self.repeats
+        for batch in order.split(self.batch_size * self.world_size)[: self.rollouts]:
+            mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
+            yield from [mine, *[[]] * (self.turns - 1)] * self.repeats
 
 
 class RolloutLoader(DataLoader):

@@ -65,15 +65,14 @@ def read_whole(dataset: Any, seed: int = 0, *, name: str = "the data set") -> Ro
 
 
 class StreamBatches(IterableDataset[list[tuple[int, dict[str, Any]]]]):
-    """What `RolloutSampler` is for indexed rows: a rank's rows of a rollout for each optimizer step that trains on it.
+    """What `RolloutSampler` is for indexed rows: a rank's rows of a rollout for each slice of it.
 
     It goes on without end, from pass to pass; rows are numbered as they come. Every rank reads the whole stream and
     keeps its share.
 
     Args:
         batch_size: prompts that one rank answers in one rollout.
-        repeats: optimizer steps per rollout.
-        turns: micro-batches per optimizer step; its rows come in the first.
+        repeats, turns: as there.
         shuffle: through a buffer, where the stream can do so (a HF one); else the rows' own order.
     """
 

@@ -1,5 +1,6 @@
 """How completions become micro-batches, rollouts and optimizer steps: the arithmetic of a run's batch sizes."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -14,7 +15,8 @@ class PartialGroupsError(ValueError):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Counts of one rank. A rollout is cut into slices, each the batch of one optimizer step, and may be used again.
+    """Counts of one rank. A rollout is cut into slices, of which an optimizer step takes one or more; it may be used
+    again. Where rollouts and steps do not fit each other, a step takes slices of two rollouts.
 
     Raises:
         ValueError: sizes that do not divide; the message names the settings and the fix.
@@ -35,12 +37,11 @@ class BatchPlan:
         if drawn % self.num_generations:
             raise PartialGroupsError(
                 f"per_device_train_batch_size={self.completions_per_micro_batch} × {self.micro_batches_per_rollout} "
-                f"accumulated is {drawn} completions a rank, which num_generations={self.num_generations} does not "
+                f"micro-batches is {drawn} completions a rank, which num_generations={self.num_generations} does not "
                 "divide. Make it a multiple, or pass --batch_unit prompts to count prompts instead of completions.",
                 drawn,
                 self.num_generations,
             )
-        assert self.micro_batches_per_rollout % self.accumulation == 0, "see whole_steps"
 
     @property
     def prompts_per_rollout(self) -> int:
@@ -48,23 +49,35 @@ class BatchPlan:
         return self.completions_per_micro_batch * self.micro_batches_per_rollout // self.num_generations
 
     @property
-    def slices_per_rollout(self) -> int:
-        """Optimizer steps that one pass over a rollout takes."""
-        return self.micro_batches_per_rollout // self.accumulation
+    def micro_batches_per_slice(self) -> int:
+        return math.gcd(self.accumulation, self.micro_batches_per_rollout)
 
     @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps between two rollouts."""
+    def slices_per_rollout(self) -> int:
+        """Of one pass over it."""
+        return self.micro_batches_per_rollout // self.micro_batches_per_slice
+
+    @property
+    def slices_between_rollouts(self) -> int:
+        """Of all passes over one."""
         return self.slices_per_rollout * self.num_iterations
 
+    @property
+    def slices_per_step(self) -> int:
+        """Of an optimizer step."""
+        return self.accumulation // self.micro_batches_per_slice
 
-def whole_steps(micro_batches: int, accumulation: int, completions: int, num_generations: int) -> int:
-    """The least number of micro-batches from `micro_batches` on that makes whole optimizer steps and whole groups.
+    @property
+    def updates_per_rollout(self) -> float:
+        """Optimizer steps between two rollouts; below 1 where a step takes several."""
+        return self.slices_between_rollouts / self.slices_per_step
 
-    Where `micro_batches` of so many completions are no whole groups already, whole steps alone: `BatchPlan` says so.
-    """
-    steps = -(-micro_batches // accumulation)
-    if micro_batches * completions % num_generations == 0:
-        while steps * accumulation * completions % num_generations:
-            steps += 1
-    return steps * accumulation
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether all that a step trains on is drawn by the policy as it is then."""
+        return self.slices_per_step % self.slices_between_rollouts == 0
+
+    @property
+    def rollouts_per_round(self) -> int:
+        """The fewest after which an optimizer step ends too."""
+        return self.slices_per_step // math.gcd(self.slices_per_step, self.slices_between_rollouts)

@@ -39,11 +39,11 @@ debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint loc
 HONOURED: dict[str, str] = {
     **dict.fromkeys((OF_TRL + OF_TRANSFORMERS).split(), ""),
     **OTHER_DEFAULTS,
-    "steps_per_generation": "Where it is no multiple of gradient_accumulation_steps, the next one that is.",
+    "steps_per_generation": "Any number. An epoch has whole optimizer steps: rollouts left over wait for the next.",
     "generation_kwargs": "temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; beams have no effect, "
     "the rest is refused.",
     "cast_lm_head_to_fp32": "In the update and the reference; the sampler keeps its own precision.",
-    "top_entropy_quantile": "The threshold is that of an optimizer step's tokens, at the price of a forward pass.",
+    "top_entropy_quantile": "At the price of a forward pass.",
     "router_aux_loss_coef": "Over the tokens of a micro-batch of the update, where a prompt stands once for its group.",
     "entropy_coef": "",
     "use_adaptive_entropy": "",

@@ -18,32 +18,30 @@ from fastgrpo.types import Completion, Prompt, TrainingGroup
 FOLDER = "rollout"
 """In a checkpoint amid a rollout."""
 
-Updates = list[list[TrainingGroup]]
-"""The groups of each optimizer step; a step that comes again is the same list."""
+Slices = list[list[TrainingGroup]]
+"""The groups of each slice; one that comes again is the same list."""
 
 
-def save_updates(updates: Updates, folder: Path, rank: int, ranks: int) -> None:
-    """Writes a rank's updates that are still to take; nothing where there are none."""
-    if not updates:
+def save_slices(slices: Slices, folder: Path, rank: int, ranks: int) -> None:
+    """Writes what a rank has still to train on; nothing where there is none."""
+    if not slices:
         return
-    distinct = list({id(update): update for update in updates}.values())
-    order = [next(i for i, one in enumerate(distinct) if one is update) for update in updates]
+    distinct = list({id(one): one for one in slices}.values())
+    order = [next(i for i, other in enumerate(distinct) if other is one) for one in slices]
     tensors = {
-        f"{u}.{g}.{name}": tensor
-        for u, update in enumerate(distinct)
-        for g, group in enumerate(update)
+        f"{s}.{g}.{name}": tensor
+        for s, one in enumerate(distinct)
+        for g, group in enumerate(one)
         for name, tensor in _tensors_of(group).items()
     }
-    groups = [[_words_of(group) for group in update] for update in distinct]
+    groups = [[_words_of(group) for group in one] for one in distinct]
     file = _file(folder, rank, ranks)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, {"updates": json.dumps({"order": order, "groups": groups})})
 
 
-def load_updates(
-    checkpoint: Path, rank: int, ranks: int, prompts_of: Callable[[list[int]], Sequence[Prompt]]
-) -> Updates:
-    """What `save_updates` wrote on so many ranks; nothing where it wrote nothing.
+def load_slices(checkpoint: Path, rank: int, ranks: int, prompts_of: Callable[[list[int]], Sequence[Prompt]]) -> Slices:
+    """What `save_slices` wrote on so many ranks; nothing where it wrote nothing.
 
     Args:
         prompts_of: builds the prompts of rows, by their ids.
@@ -54,15 +52,15 @@ def load_updates(
     with safe_open(file, framework="pt") as saved:
         layout = json.loads(saved.metadata()["updates"])
         tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
-    rows = {words["row_id"] for update in layout["groups"] for words in update}
+    rows = {words["row_id"] for one in layout["groups"] for words in one}
     prompts = {prompt.row_id: prompt for prompt in prompts_of(sorted(rows))}
     distinct = [
         [
-            _group_of(prompts[words["row_id"]], words, _under(f"{u}.{g}.", tensors))
-            for g, words in enumerate(update)
+            _group_of(prompts[words["row_id"]], words, _under(f"{s}.{g}.", tensors))
+            for g, words in enumerate(one)
             if words["row_id"] in prompts
         ]
-        for u, update in enumerate(layout["groups"])
+        for s, one in enumerate(layout["groups"])
     ]
     return [distinct[i] for i in layout["order"]]
 

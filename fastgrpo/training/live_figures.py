@@ -40,8 +40,8 @@ class LiveFigures:
             self.ceiling = measure_flops(self.device, self.dtype, repeats=3)
 
     def drew(self, groups: Sequence[ScoredRollout]) -> None:
-        """The step under way began with this rollout."""
-        self._drawn = work_of(groups)
+        """The step under way drew this rollout."""
+        self._drawn += work_of(groups)
 
     def trains_on(self, work: StepWork) -> None:
         """The step under way updates the policy with so much."""
@@ -92,7 +92,7 @@ def update_of(model: nn.Module, config: RunConfig) -> Update:
     in_tower = [name for name in training if "visual." in name and "merger" not in name]
     return Update(
         reference_pass=config.needs_reference,
-        old_logprobs_pass=config.batch_plan.updates_per_rollout > 1 or config.needs_entropies,
+        old_logprobs_pass=not config.batch_plan.is_on_policy or config.needs_entropies,
         text_trains=any("visual." not in name for name in trained),
         vision_trains=any("lora_" not in name for name in in_tower),
         vision_adapts=any("lora_" in name for name in in_tower),

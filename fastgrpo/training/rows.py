@@ -105,8 +105,8 @@ def build_loader(
     """
     plan = config.batch_plan
     order: dict[str, Any] = {
-        "repeats": plan.updates_per_rollout,
-        "turns": plan.accumulation,
+        "repeats": plan.slices_between_rollouts,
+        "turns": plan.micro_batches_per_slice,
         "shuffle": config.shuffle_dataset,
         "seed": config.seed if config.data_seed is None else config.data_seed,
         "rank": rank,
@@ -122,7 +122,7 @@ def build_loader(
     if isinstance(rows, RowStream):
         return stream_loader(StreamBatches(rows, plan.prompts_per_rollout, **order), collate, **options)
     assert isinstance(rows, RowDataset)
-    sampler = RolloutSampler(len(rows), plan.prompts_per_rollout, **order)
+    sampler = RolloutSampler(len(rows), plan.prompts_per_rollout, round_size=plan.rollouts_per_round, **order)
     return RolloutLoader(rows, batch_sampler=sampler, collate_fn=collate, **options)
 
 

@@ -113,8 +113,9 @@ class SFTTrainer(RunTrainer):
         """Frees the sampler of the scores before the run: training needs its memory."""
         self.__dict__.pop("engine", None)
 
-    def take_step(self, model: nn.Module, batch: ExampleBatch) -> Tensor:
+    def take_step(self, model: nn.Module, batches: list[ExampleBatch]) -> Tensor:
         """One optimizer step up to its gradients: the mean cross-entropy of its targets, over all ranks."""
+        batch = batches[0]  # the others are empty
         self.updater.model = model
         targets = self._over_ranks(torch.tensor(sum(len(example.targets) for example in batch.examples)))
         sums = self._over_ranks(self.updater.accumulate(batch.examples, int(targets)))

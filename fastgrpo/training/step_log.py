@@ -63,7 +63,9 @@ class StepLog:
         self.eval_window: defaultdict[str, list[float]] = defaultdict(list)
         """What scripts add to the next evaluation's figures."""
         self.records: list[CompletionRecord] = []
-        """The last rollout's completions, of all ranks."""
+        """The completions of the last step that drew some, of all ranks."""
+        self._of_rollouts: defaultdict[str, list[float]] = defaultdict(list)
+        """Each metric of the step's rollouts; most steps have one at most."""
         self._drawn_tokens = 0
         self._named_rows: set[int] = set()
         self._clashes: set[str] = set()
@@ -72,6 +74,7 @@ class StepLog:
         """Begins a run, or goes on with one that left `state`."""
         self.skipped_rows = state.get("skipped_rows", 0)
         self.window = defaultdict(list, state.get("window", {}))
+        self._of_rollouts.clear()
         self._step, self._of_rewards, self._extra, self._drawn_tokens = {}, {}, {}, 0
 
     def state(self) -> dict[str, Any]:
@@ -109,21 +112,24 @@ class StepLog:
         mine = records_of(
             rollouts, self.reward_names, advantages, thumbnails=self.config.log_multimodal, extra=self._extra
         )
-        records = self.records = gather_object(mine)
+        records = gather_object(mine)
+        self.records = [*(self.records if self._of_rollouts else []), *records]
         self._extra = {}
         self.skip(batch.skipped)
         state.num_input_tokens_seen += sum(record.length + record.prompt_length for record in records)
-        self._step |= rollout_metrics(records)
+        for name, value in rollout_metrics(records).items():
+            self._of_rollouts[name].append(value)
+        self._step |= means_of(self._of_rollouts)
         if accepted_per_step is not None:
             self._step["sampling/accepted_per_step"] = accepted_per_step
-        self._drawn_tokens = sum(record.length for record in records)
+        self._drawn_tokens += sum(record.length for record in records)
         self.figures.drew(rollouts)
         if self.files is None:
             return
         self._warn_of_unscored(rollouts)
         self.display.print_completions(records)
         if self.config.log_completions:
-            self.files.completions(state.global_step + 1, records)
+            self.files.completions(state.global_step + 1, self.records)
 
     def update(
         self, groups: Sequence[TrainingGroup], result: UpdateResult, state: TrainerState, more: Mapping[str, float]
@@ -159,6 +165,7 @@ class StepLog:
             if name in metrics or name == "step":
                 self._warn_once(name, f"log_metric({name!r}, …): a metric of ours has that name; it is custom/{name}.")
             metrics[f"custom/{name}" if name in metrics or name == "step" else name] = value
+        self._of_rollouts.clear()
         self._step, self._of_rewards, self._drawn_tokens = {}, {}, 0
         for name, value in metrics.items():
             self.window[name].append(value)

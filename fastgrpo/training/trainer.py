@@ -25,7 +25,7 @@ from fastgrpo.training.checkpoints import load_state
 from fastgrpo.training.completion_records import distinct_names
 from fastgrpo.training.completions_upload import CompletionsUpload
 from fastgrpo.training.custom_rollout import CustomRollout
-from fastgrpo.training.half_rollout import load_updates, save_updates
+from fastgrpo.training.half_rollout import load_slices, save_slices
 from fastgrpo.training.live_figures import LiveFigures
 from fastgrpo.training.memory import memory_to_come
 from fastgrpo.training.reward_evaluation import RewardEvaluation
@@ -151,8 +151,10 @@ class GRPOTrainer(RewardEvaluation):
         figures = LiveFigures(self.model, self.config, self.accelerator.device.type)
         self.step_log = StepLog(self.config, self.reward_names, self.accelerator, figures, self.run_log, self.display)
         self.entropy = EntropyControl(self.config, self.accelerator)
-        self.updates: list[list[TrainingGroup]] = []
-        """The optimizer steps still to take on the last rollout."""
+        self.slices: list[list[TrainingGroup]] = []
+        """What is still to train on of the last rollout."""
+        self.slices_lost = 0
+        """Trained on before a resume, of a rollout that is drawn anew."""
 
     def build_engine(self, cache: VisionCache | None = None) -> Engine:
         """What draws completions from the model."""
@@ -174,15 +176,19 @@ class GRPOTrainer(RewardEvaluation):
 
     # The GRPO step
 
-    def take_step(self, model: nn.Module, batch: PromptBatch) -> Tensor:
+    def take_step(self, model: nn.Module, batches: list[PromptBatch]) -> Tensor:
         """One optimizer step up to its gradients; transformers then clips, steps and schedules."""
         self.updater.model = model
-        if not self.updates:
-            rollouts = self.score(self.generate(batch))
-            advantages = self.advantages(rollouts)
-            self.updates = self.plan_updates(rollouts, advantages)
-            self.note_rollout(batch, rollouts, advantages)
-        return self.update(self.updates.pop(0))
+        groups: list[TrainingGroup] = []
+        for batch in batches[:: self.config.batch_plan.micro_batches_per_slice]:
+            if not self.slices:
+                rollouts = self.score(self.generate(batch))
+                advantages = self.advantages(rollouts)
+                self.slices = self.plan_updates(rollouts, advantages)[self.slices_lost :]
+                self.slices_lost = 0
+                self.note_rollout(batch, rollouts, advantages)
+            groups += self.slices.pop(0)
+        return self.update(groups)
 
     def generate(self, batch: PromptBatch) -> list[Rollout]:
         """G completions for each prompt, in the batch's order."""
@@ -208,12 +214,12 @@ class GRPOTrainer(RewardEvaluation):
             return self.advantages_of(rewards, self.config.num_generations)
 
     def plan_updates(self, rollouts: Sequence[ScoredRollout], advantages: Advantages) -> list[list[TrainingGroup]]:
-        """The optimizer steps to take on a rollout."""
+        """The slices of a rollout to train on, of which an optimizer step takes one or more (`BatchPlan`)."""
         with span("update/plan"):
             masks = token_masks(rollouts, self.config)
             totals = torch.tensor([len(masks), sum(int(mask.sum()) for mask in masks)], device=self.accelerator.device)
             total_sequences, total_tokens = self.accelerator.reduce(totals, reduction="sum").tolist()
-            steps = plan_updates(
+            slices = plan_updates(
                 rollouts,
                 advantages.advantages,
                 masks,
@@ -223,14 +229,13 @@ class GRPOTrainer(RewardEvaluation):
                 world_size=self.accelerator.num_processes,
             )
         plan = self.config.batch_plan
-        if plan.updates_per_rollout > 1:
+        if not plan.is_on_policy:
             with span("update/old_logprobs"):
-                steps = [
-                    [replace(g, old_logprobs=old) for g, old in zip(step, self.updater.logprobs(step), strict=True)]
-                    for step in steps
+                slices = [
+                    [replace(g, old_logprobs=old) for g, old in zip(one, self.updater.logprobs(one), strict=True)]
+                    for one in slices
                 ]
-        # A rollout drawn amid its place, where a checkpoint's could not be taken over, gets the steps that are left.
-        return (steps * plan.num_iterations)[self.state.global_step % plan.updates_per_rollout :]
+        return slices * plan.num_iterations
 
     def update(self, groups: list[TrainingGroup]) -> Tensor:
         """Accumulates the gradients of one optimizer step; the loss."""
@@ -255,17 +260,20 @@ class GRPOTrainer(RewardEvaluation):
         """What is left to train on of a checkpoint's rollout; a reference and an entropy coefficient that had moved."""
         if self.config.engine == "fast" and has_own_generate(self.model):  # perhaps since the trainer was built
             self.engine = self.build_engine()
-        self.updates = [] if checkpoint is None else self.load_updates(checkpoint)
-        self.entropy.load(load_state(checkpoint).get("entropy", {}))
+        state, plan = load_state(checkpoint), self.config.batch_plan
+        self.slices = [] if checkpoint is None else self.load_slices(checkpoint)
+        taken = 0 if self.slices else state.get("step", 0) * plan.slices_per_step
+        self.slices_lost = taken % plan.slices_between_rollouts
+        self.entropy.load(state.get("entropy", {}))
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)
 
-    def load_updates(self, checkpoint: Path) -> list[list[TrainingGroup]]:
+    def load_slices(self, checkpoint: Path) -> list[list[TrainingGroup]]:
         """What is left to train on of a checkpoint's rollout."""
         if not isinstance(self.rows, RowDataset):  # a stream's rows cannot be looked up: the rollout is drawn anew
             return []
         rows, rank, ranks = self.rows, self.accelerator.process_index, self.accelerator.num_processes
-        return load_updates(checkpoint, rank, ranks, lambda ids: self.data_collator([rows[i] for i in ids]).prompts)
+        return load_slices(checkpoint, rank, ranks, lambda ids: self.data_collator([rows[i] for i in ids]).prompts)
 
     def state_to_save(self) -> dict[str, Any]:
         return super().state_to_save() | ({"entropy": self.entropy.state()} if self.entropy.has_bonus else {})
@@ -274,6 +282,6 @@ class GRPOTrainer(RewardEvaluation):
         """Beside `state_to_save`, a rollout that is half used, and a reference model that has moved."""
         if self.args.save_only_model:
             return
-        save_updates(self.updates, folder, self.accelerator.process_index, self.accelerator.num_processes)
+        save_slices(self.slices, folder, self.accelerator.process_index, self.accelerator.num_processes)
         if self.config.sync_ref_model and self.reference_model is not None and self.args.should_save:
             save_reference(self.reference_model, folder)

@@ -1,8 +1,8 @@
 """Where our step sits in transformers' Trainer: everything that overrides it, private methods included.
 
 transformers counts micro-batches: it fetches `gradient_accumulation_steps` of them, asks for a `training_step` of each,
-then clips, steps and schedules. Here the data loader hands out a step's prompts in one batch and empty ones for the
-other micro-batches, and the whole step is taken in the last one's turn. So the settings are those the user passed.
+then clips, steps and schedules. Here each is handed all of the step's batches, and the whole step is taken in the last
+one's turn. So the settings are those the user passed.
 """
 
 import time
@@ -103,7 +103,7 @@ class TransformersHooks(TimedSteps):
 
     # What a subclass brings
 
-    def take_step(self, model: nn.Module, batch: Any) -> Tensor:
+    def take_step(self, model: nn.Module, batches: list[Any]) -> Tensor:
         """A whole optimizer step up to its gradients; the loss, as the mean over ranks shows it."""
         raise NotImplementedError
 
@@ -125,9 +125,9 @@ class TransformersHooks(TimedSteps):
     # The step
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """A step's micro-batches, the one that holds its prompts last."""
+        """All of a step's batches for each of its micro-batches."""
         batches, items = super().get_batch_samples(*args, **kwargs)
-        return batches[::-1], items
+        return [batches] * len(batches), items
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Nothing but in the last micro-batch's turn, in which ranks exchange gradients."""

@@ -1,7 +1,7 @@
 """What a run does about its entropy: a bonus, a coefficient that follows a target, and training on high-entropy tokens.
 
-The filter (arXiv 2506.01939) needs every entropy of an optimizer step before any gradient, so with it the policy makes
-one more forward pass over the step. The coefficient's rule is Skywork-OR1's (arXiv 2505.22312).
+The filter (arXiv 2506.01939) needs every entropy of a micro-batch before its gradients, so with it the policy makes one
+more forward pass over the step. The coefficient's rule is Skywork-OR1's (arXiv 2505.22312).
 """
 
 import math
@@ -73,21 +73,24 @@ class EntropyControl:
         self.last_entropy = state.get("last_entropy", self.last_entropy)
 
     def _filtered(self, groups: list[TrainingGroup], updater: Updater) -> list[TrainingGroup]:
-        """Only the share of tokens with the highest entropies, over the step and all ranks, moves the policy."""
+        """Only the share of tokens with the highest entropies, of a micro-batch over all ranks, moves the policy."""
         own = [entropy for group in updater.entropies(groups) for entropy in group]
-        none = torch.zeros(0, device=self.accelerator.device)
-        entropies = torch.cat([none, *own])  # of every token, one completion after the other
-        masks = torch.cat([none.bool(), *(mask.to(none.device) for group in groups for mask in group.masks)])
-        mine = entropies[masks]
-        every = self.accelerator.gather(self.accelerator.pad_across_processes(mine, pad_index=NO_ENTROPY))
-        every = every[every != NO_ENTROPY]
-        if len(every) == 0:
-            return groups
-        threshold = torch.quantile(every, 1 - self.config.top_entropy_quantile)
-        kept = mine[mine >= threshold]
-        self._kept_entropy = torch.stack([kept.sum(), torch.ones_like(kept).sum()])
-        scales = iter((entropies >= threshold).float().cpu().split([len(entropy) for entropy in own]))
-        return [replace(group, policy_scale=tuple(next(scales) for _ in group.masks)) for group in groups]
+        masks = [mask for group in groups for mask in group.masks]
+        plan, device = self.config.batch_plan, self.accelerator.device
+        self._kept_entropy = torch.zeros(2, device=device)
+        scales: list[Tensor] = []
+        for first in range(0, plan.accumulation * plan.completions_per_micro_batch, plan.completions_per_micro_batch):
+            part = slice(first, first + plan.completions_per_micro_batch)
+            counted = [entropy[mask.to(device)] for entropy, mask in zip(own[part], masks[part], strict=True)]
+            mine = torch.cat([torch.zeros(0, device=device), *counted])
+            every = self.accelerator.gather(self.accelerator.pad_across_processes(mine, pad_index=NO_ENTROPY))
+            every = every[every != NO_ENTROPY]
+            threshold = torch.quantile(every, 1 - self.config.top_entropy_quantile) if len(every) else 0.0
+            kept = mine[mine >= threshold]
+            self._kept_entropy += torch.stack([kept.sum(), torch.ones_like(kept).sum()])
+            scales += [(entropy >= threshold).float().cpu() for entropy in own[part]]
+        pieces = iter(scales)
+        return [replace(group, policy_scale=tuple(next(pieces) for _ in group.masks)) for group in groups]
 
     def _with_bonus(self, groups: list[TrainingGroup]) -> list[TrainingGroup]:
         """The bonus is the mean over the tokens of a micro-batch, then over micro-batches, whatever the loss type."""

@@ -33,7 +33,7 @@ def plan_updates(
     total_tokens: float,
     world_size: int,
 ) -> list[list[TrainingGroup]]:
-    """One list of groups per optimizer step of one pass over the rollout (`BatchPlan.slices_per_rollout` of them).
+    """The groups of each slice of a rollout (`BatchPlan.slices_per_rollout` of them), weighted for their steps.
 
     Args:
         advantages: [groups × G] float32.
@@ -42,15 +42,16 @@ def plan_updates(
             is normalised by its share of them, as in TRL.
     """
     plan, size = config.batch_plan, config.num_generations
+    steps_per_rollout = plan.micro_batches_per_rollout / plan.accumulation
     places = [(g, i) for g in range(len(groups)) for i in range(size)]
-    # Whole groups where the sizes allow it: a prompt that two steps share is computed in both.
+    # Whole groups where the sizes allow it: a prompt that two slices share is computed in both.
     unit = size if plan.prompts_per_rollout % plan.slices_per_rollout == 0 else 1
-    per_step = max(1, -(-(len(places) // unit) // plan.slices_per_rollout)) * unit
-    steps = []
-    for start in range(0, plan.slices_per_rollout * per_step, per_step):
-        chosen = places[start : start + per_step]
+    per_slice = max(1, -(-(len(places) // unit) // plan.slices_per_rollout)) * unit
+    slices = []
+    for start in range(0, plan.slices_per_rollout * per_slice, per_slice):
+        chosen = places[start : start + per_slice]
         numbers = [g * size + i for g, i in chosen]
-        steps.append(
+        slices.append(
             weighted_groups(
                 [
                     Rollout(groups[g].prompt, tuple(groups[g].completions[i] for _, i in pairs))
@@ -59,13 +60,13 @@ def plan_updates(
                 advantages[numbers],
                 [masks[n] for n in numbers],
                 config,
-                total_sequences=total_sequences / plan.slices_per_rollout,
-                total_tokens=total_tokens / plan.slices_per_rollout,
+                total_sequences=total_sequences / steps_per_rollout,
+                total_tokens=total_tokens / steps_per_rollout,
                 micro_batch_size=plan.completions_per_micro_batch,
                 total_micro_batches=plan.accumulation * world_size,
             )
         )
-    return steps
+    return slices
 
 
 def weighted_groups(

@@ -191,6 +191,14 @@ class StepWork:
     completions: Sequence[Sequence[int]]
     """Tokens of each completion, by prompt."""
 
+    def __add__(self, other: "StepWork") -> "StepWork":
+        """The work of both."""
+        return StepWork(
+            [*self.prompts, *other.prompts],
+            [*self.pictures, *other.pictures],
+            [*self.completions, *other.completions],
+        )
+
     @property
     def completion_tokens(self) -> int:
         return sum(map(sum, self.completions))

@@ -232,26 +232,25 @@ def test_a_refused_setting_may_be_stated_off(make: Any, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize(
-    ("settings", "drawn", "steps"),
+    ("accumulation", "drawn", "iterations", "slices", "of_step", "in_round", "on_policy"),
     [
-        ({"gradient_accumulation_steps": 2, "steps_per_generation": 3}, 4, 2),
-        ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, 4, 1),
-        ({"gradient_accumulation_steps": 3, "steps_per_generation": 4, "num_iterations": 2}, 6, 4),
-        # 6 would be whole steps, but no whole groups of 8
-        (
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4},
-            12,
-            4,
-        ),
+        (4, 4, 1, 1, 1, 1, True),
+        (2, 3, 1, 3, 2, 2, False),
+        (4, 1, 1, 1, 4, 4, True),
+        (4, 1, 2, 1, 4, 2, True),
+        (4, 3, 4, 3, 4, 1, False),
+        (4, 6, 1, 3, 2, 2, False),
     ],
 )
-def test_a_rollout_is_drawn_for_whole_optimizer_steps(
-    make: Any, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], drawn: int, steps: int
-) -> None:
-    plan = make(**{"per_device_train_batch_size": 8, **settings}).batch_plan
-    assert (plan.micro_batches_per_rollout, plan.updates_per_rollout) == (drawn, steps)
-    [warning] = warnings_of(caplog)
-    assert warning.endswith(f"{drawn} micro-batches are drawn at a time.")
+def test_rollouts_and_steps_need_not_fit_each_other(
+    make: Any,
+    accumulation: int, drawn: int, iterations: int, slices: int, of_step: int, in_round: int, on_policy: bool,
+) -> None:  # fmt: skip
+    settings = {"gradient_accumulation_steps": accumulation, "steps_per_generation": drawn}
+    plan = make(per_device_train_batch_size=8, num_iterations=iterations, **settings).batch_plan
+    assert (plan.slices_per_rollout, plan.slices_per_step) == (slices, of_step)
+    assert (plan.rollouts_per_round, plan.is_on_policy) == (in_round, on_policy)
+    assert plan.rollouts_per_round * plan.updates_per_rollout % 1 == 0
 
 
 @pytest.mark.parametrize(

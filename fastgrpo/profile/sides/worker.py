@@ -34,7 +34,7 @@ class TurnTakingTrainer(GRPOTrainer):
 
     def note_rollout(self, batch: PromptBatch, groups: Sequence[ScoredRollout], advantages: Advantages) -> None:
         super().note_rollout(batch, groups, advantages)
-        work, trained = work_of(groups), trained_part(self.updates[0], self.config.beta)
+        work, trained = work_of(groups), trained_part(self.slices[0], self.config.beta)
         reward = advantages.rewards.nanmean().item()
         self.turns.note(tokens=work.completion_tokens, reward=reward, work=work, trained=trained)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgrpo.training.half_rollout import load_updates, save_updates
+from fastgrpo.training.half_rollout import load_slices, save_slices
 from fastgrpo.types import Completion, Prompt, TrainingGroup
 
 IDS = torch.arange(3)
@@ -56,8 +56,8 @@ def test_updates_come_back_with_every_tensor_and_in_their_order(tmp_path: Path, 
         asked.extend(rows)
         return [PROMPTS[row] for row in rows]
 
-    save_updates(updates, tmp_path, rank=1, ranks=2)
-    found = load_updates(tmp_path, 1, 2, prompts_of)
+    save_slices(updates, tmp_path, rank=1, ranks=2)
+    found = load_slices(tmp_path, 1, 2, prompts_of)
     assert asked == [4, 7]
     for ours, theirs in zip(found, updates, strict=True):
         for mine, expected in zip(ours, theirs, strict=True):
@@ -65,13 +65,13 @@ def test_updates_come_back_with_every_tensor_and_in_their_order(tmp_path: Path, 
 
 
 def test_nothing_is_taken_over_on_other_ranks(tmp_path: Path) -> None:
-    save_updates([[group(4, (2,), old=True)]], tmp_path, rank=0, ranks=2)
+    save_slices([[group(4, (2,), old=True)]], tmp_path, rank=0, ranks=2)
     for rank, ranks in ((1, 2), (0, 1), (0, 4)):
-        assert load_updates(tmp_path, rank, ranks, lambda rows: [PROMPTS[row] for row in rows]) == []
-    save_updates([], tmp_path / "between", rank=0, ranks=1)
+        assert load_slices(tmp_path, rank, ranks, lambda rows: [PROMPTS[row] for row in rows]) == []
+    save_slices([], tmp_path / "between", rank=0, ranks=1)
     assert not (tmp_path / "between").exists()
 
 
 def test_a_rank_without_rows_keeps_its_empty_steps(tmp_path: Path) -> None:
-    save_updates([[], []], tmp_path, rank=0, ranks=1)
-    assert load_updates(tmp_path, 0, 1, lambda rows: []) == [[], []]
+    save_slices([[], []], tmp_path, rank=0, ranks=1)
+    assert load_slices(tmp_path, 0, 1, lambda rows: []) == [[], []]

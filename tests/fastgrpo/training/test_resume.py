@@ -143,6 +143,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert_same_run(killed, whole, steps=8, last_checkpoint="checkpoint-8")
 
 
+def test_stopped_amid_a_rollout_that_ends_amid_a_step(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    more = ["--steps_per_generation", "3", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4"]
+    more += ["--lr_scheduler_type", "constant", "--save_steps", "1"]
+    run(flags(whole, *more, "--max_steps", "4"))
+    run(flags(stopped, *more, "--max_steps", "1"))
+    run(flags(stopped, *more, "--max_steps", "4", "--resume_from_checkpoint"))
+    assert_same_run(stopped, whole, steps=4, last_checkpoint="checkpoint-4")
+    shutil.rmtree(stopped / "checkpoint-1" / "rollout")
+    (stopped / "checkpoint-1" / "manifest.json").unlink()  # which would call it missing
+    run(flags(stopped, *more, "--max_steps", "2", "--resume_from_checkpoint", str(stopped / "checkpoint-1")))
+    rows = [[row["row_id"] for row in completions_of(out)["completions_00002.parquet"]] for out in (stopped, whole)]
+    assert rows[0] == [row["row_id"] for row in completions_of(whole)["completions_00001.parquet"]] + rows[1]
+
+
 def test_killed_amid_a_rollout_that_feeds_several_steps(
     flags: Callable[..., list[str]], kill_run: Callable[[Sequence[str], Path], None], tmp_path: Path
 ) -> None:

@@ -104,6 +104,32 @@ def test_a_rollout_feeds_several_updates(build: Any) -> None:
     assert steps[3]["clip_ratio/region_mean"] > 0.0
 
 
+@pytest.mark.parametrize(
+    ("drawn", "in_step", "steps"), [(3, 2, {1: 3, 2: 3}), (1, 2, {1: 2, 2: 2, 3: 2})], ids=("amid", "several")
+)
+def test_rollouts_and_optimizer_steps_need_not_fit(build: Any, drawn: int, in_step: int, steps: dict[int, int]) -> None:
+    """`drawn` micro-batches of one prompt a rollout: step → the prompts drawn in it, each trained on once."""
+    trainer = build(
+        steps_per_generation=drawn, gradient_accumulation_steps=in_step, per_device_train_batch_size=4,
+        max_steps=3, optim="sgd",
+    )  # fmt: skip
+    trained: list[list[int]] = []
+    accumulate = trainer.updater.accumulate
+
+    def spy(groups: Any) -> Any:
+        trained.append([group.prompt.row_id for group in groups])
+        assert all((group.old_logprobs is None) == (drawn == 1) for group in groups)
+        return accumulate(groups)
+
+    trainer.updater.accumulate = spy
+    trainer.train()
+    rows = {step: completions_of(trainer.args.output_dir, step) for step in steps}
+    assert {step: len(found) // 4 for step, found in rows.items()} == steps
+    assert [len(one) for one in trained] == [in_step] * 3
+    assert [row for one in trained for row in one] == [row["row_id"] for found in rows.values() for row in found[::4]]
+    assert ["reward" in step for step in metrics_of(trainer.args.output_dir)] == [step in steps for step in (1, 2, 3)]
+
+
 def test_accumulation_changes_nothing_but_memory(build: Any, tmp_path: Path) -> None:
     losses = []
     for size, accumulated in ((16, 1), (4, 4)):

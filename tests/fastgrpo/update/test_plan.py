@@ -106,6 +106,9 @@ BATCHES = [
     {"gradient_accumulation_steps": 1, "steps_per_generation": 4},
     # an optimizer step takes half a group
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "steps_per_generation": 8},
+    # an optimizer step takes slices of two rollouts, or whole ones
+    {"gradient_accumulation_steps": 3, "steps_per_generation": 4},
+    {"gradient_accumulation_steps": 8, "steps_per_generation": 4},
 ]
 
 
@@ -116,8 +119,8 @@ def test_weights_reproduce_each_aggregation(
     make_config: Any, loss_type: str, batch: dict[str, Any], mask_truncated: bool
 ) -> None:
     config = make_config(loss_type=loss_type, mask_truncated_completions=mask_truncated, **batch)
-    steps = plan(make_groups(), config)
-    assert len(steps) == config.batch_plan.slices_per_rollout
+    steps, sizes = plan(make_groups(), config), config.batch_plan
+    assert len(steps) == sizes.slices_per_rollout
     taken = [
         (group.prompt.row_id, completion.index) for step in steps for group in step for completion in group.completions
     ]
@@ -127,10 +130,10 @@ def test_weights_reproduce_each_aggregation(
         expected = aggregate(
             losses_of(step),
             loss_type,
-            micro_batch=config.batch_plan.completions_per_micro_batch,
+            micro_batch=sizes.completions_per_micro_batch,
             rollout_tokens_per_step=rollout_tokens / len(steps),
         )
-        assert weighted_sum(step) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert weighted_sum(step) * sizes.slices_per_step == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("loss_type", TYPES)
