@@ -82,7 +82,8 @@ CASES: list[dict[str, Any]] = [
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4, "epsilon": 0.01},
     {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4,
      "loss_type": "bnpo", "beta": 0.04, "entropy_coef": 0.1},
-    {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "scale_rewards": "batch", "max_steps": 1},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "scale_rewards": "batch", "max_steps": 2,
+     "entropy_coef": 0.1},
     {"gradient_accumulation_steps": 3, "steps_per_generation": 1, "loss_type": "grpo", "beta": 0.04, "max_steps": 1},
 ]  # fmt: skip
 

@@ -19,7 +19,6 @@ class RolloutSampler(Sampler[list[int]]):
         batch_size: prompts that one rank answers in one rollout.
         repeats: slices to train on per rollout.
         turns: micro-batches per slice.
-        round_size: an epoch has a multiple of so many rollouts, and so whole optimizer steps.
         shuffle: a new order each epoch; else the rows' own.
 
     Raises:
@@ -33,21 +32,17 @@ class RolloutSampler(Sampler[list[int]]):
         *,
         repeats: int,
         turns: int = 1,
-        round_size: int = 1,
         shuffle: bool,
         seed: int,
         rank: int,
         world_size: int,
     ) -> None:
-        least = batch_size * world_size * round_size
-        if num_rows < least:
-            taken = "one rollout takes" if round_size == 1 else f"{round_size} rollouts, which make whole steps, take"
+        if num_rows < batch_size * world_size:
             raise ValueError(
-                f"the data set has {num_rows} rows, but {taken} {least} prompts. Lower "
+                f"the data set has {num_rows} rows, but one rollout takes {batch_size * world_size} prompts. Lower "
                 "per_device_train_batch_size or gradient_accumulation_steps, or give more rows."
             )
         self.num_rows = num_rows
-        self.rollouts = num_rows // least * round_size
         self.batch_size = batch_size
         self.repeats = repeats
         self.turns = turns
@@ -61,14 +56,15 @@ class RolloutSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rollouts * self.repeats * self.turns
+        return self.num_rows // (self.batch_size * self.world_size) * self.repeats * self.turns
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_rows, generator=generator) if self.shuffle else torch.arange(self.num_rows)
-        for batch in order.split(self.batch_size * self.world_size)[: self.rollouts]:
-            mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
-            yield from [mine, *[[]] * (self.turns - 1)] * self.repeats
+        for batch in order.split(self.batch_size * self.world_size):
+            if len(batch) == self.batch_size * self.world_size:
+                mine = batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size].tolist()
+                yield from [mine, *[[]] * (self.turns - 1)] * self.repeats
 
 
 class RolloutLoader(DataLoader):

@@ -76,8 +76,3 @@ class BatchPlan:
     def is_on_policy(self) -> bool:
         """Whether all that a step trains on is drawn by the policy as it is then."""
         return self.slices_per_step % self.slices_between_rollouts == 0
-
-    @property
-    def rollouts_per_round(self) -> int:
-        """The fewest after which an optimizer step ends too."""
-        return self.slices_per_step // math.gcd(self.slices_per_step, self.slices_between_rollouts)

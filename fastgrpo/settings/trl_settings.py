@@ -20,6 +20,7 @@ num_iterations epsilon delta epsilon_high sapo_temperature_neg sapo_temperature_
 vespo_k_neg vespo_lambda_neg importance_sampling_level reward_weights multi_objective_aggregation scale_rewards
 loss_type mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps use_bias_correction_kl
 max_tool_calling_iterations log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+steps_per_generation
 """
 OF_TRANSFORMERS = """
 output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs
@@ -39,7 +40,6 @@ debug skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint loc
 HONOURED: dict[str, str] = {
     **dict.fromkeys((OF_TRL + OF_TRANSFORMERS).split(), ""),
     **OTHER_DEFAULTS,
-    "steps_per_generation": "Any number. An epoch has whole optimizer steps: rollouts left over wait for the next.",
     "generation_kwargs": "temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens; beams have no effect, "
     "the rest is refused.",
     "cast_lm_head_to_fp32": "In the update and the reference; the sampler keeps its own precision.",

@@ -122,7 +122,7 @@ def build_loader(
     if isinstance(rows, RowStream):
         return stream_loader(StreamBatches(rows, plan.prompts_per_rollout, **order), collate, **options)
     assert isinstance(rows, RowDataset)
-    sampler = RolloutSampler(len(rows), plan.prompts_per_rollout, round_size=plan.rollouts_per_round, **order)
+    sampler = RolloutSampler(len(rows), plan.prompts_per_rollout, **order)
     return RolloutLoader(rows, batch_sampler=sampler, collate_fn=collate, **options)
 
 

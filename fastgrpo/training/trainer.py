@@ -4,6 +4,7 @@ Everything around the step (optimizer, schedule, clipping, logging, checkpoints,
 accelerate's. What is GRPO stands in `GRPOTrainer.take_step`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ from fastgrpo.training.trl_surface import require_called_overrides
 from fastgrpo.types import Engine, PromptBatch, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.entropy import EntropyControl
 from fastgrpo.update.kl_reference import ReferenceSync, copy_reference, load_reference, place_reference, save_reference
-from fastgrpo.update.plan import plan_updates, token_masks
+from fastgrpo.update.plan import plan_updates, reweighted, token_masks
 
 
 class GRPOTrainer(RewardEvaluation):
@@ -188,7 +189,7 @@ class GRPOTrainer(RewardEvaluation):
                 self.slices_lost = 0
                 self.note_rollout(batch, rollouts, advantages)
             groups += self.slices.pop(0)
-        return self.update(groups)
+        return self.update(reweighted(groups, self.config.batch_plan.accumulation / len(batches)))
 
     def generate(self, batch: PromptBatch) -> list[Rollout]:
         """G completions for each prompt, in the batch's order."""
@@ -240,7 +241,7 @@ class GRPOTrainer(RewardEvaluation):
     def update(self, groups: list[TrainingGroup]) -> Tensor:
         """Accumulates the gradients of one optimizer step; the loss."""
         with span("update/entropy"):
-            groups = self.entropy.prepare(groups, self.updater)
+            groups = self.entropy.prepare(groups, self.updater, self.current_gradient_accumulation_steps)
         result = self.updater.accumulate(groups)
         with span("update/metrics"):
             self.has_gradients = self.step_log.update(groups, result, self.state, self.entropy.finish(result))
@@ -262,8 +263,10 @@ class GRPOTrainer(RewardEvaluation):
             self.engine = self.build_engine()
         state, plan = load_state(checkpoint), self.config.batch_plan
         self.slices = [] if checkpoint is None else self.load_slices(checkpoint)
-        taken = 0 if self.slices else state.get("step", 0) * plan.slices_per_step
-        self.slices_lost = taken % plan.slices_between_rollouts
+        step = 0 if self.slices else state.get("step", 0)
+        if isinstance(self.rows, RowDataset):  # every epoch begins with a rollout
+            step %= math.ceil(len(self.get_train_dataloader()) / plan.accumulation)
+        self.slices_lost = step * plan.slices_per_step % plan.slices_between_rollouts
         self.entropy.load(state.get("entropy", {}))
         if self.reference_model is not None and checkpoint is not None:
             load_reference(self.reference_model, checkpoint)

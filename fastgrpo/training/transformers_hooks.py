@@ -97,6 +97,8 @@ class TransformersHooks(TimedSteps):
 
     has_gradients = True
     """Whether the step under way left any; a subclass's `take_step` says so."""
+    current_gradient_accumulation_steps = 1
+    """Micro-batches of the step under way; transformers sets it."""
     _saving_aside = False
     run_id = ""
     """The run that checkpoints say they belong to."""

@@ -37,12 +37,16 @@ class EntropyControl:
         """Whether the loss has an entropy term, though its coefficient may be 0 at the moment."""
         return self.config.entropy_coef != 0 or self.config.use_adaptive_entropy
 
-    def prepare(self, groups: Sequence[TrainingGroup], updater: Updater) -> list[TrainingGroup]:
-        """The groups with what the entropy terms need. Every rank must call it, with groups or without."""
+    def prepare(self, groups: Sequence[TrainingGroup], updater: Updater, micro_batches: int = 1) -> list[TrainingGroup]:
+        """The groups with what the entropy terms need. Every rank must call it, with groups or without.
+
+        Args:
+            micro_batches: of the optimizer step on one rank.
+        """
         groups = list(groups)
         if self.config.top_entropy_quantile < 1:
-            groups = self._filtered(groups, updater)
-        return self._with_bonus(groups) if self.has_bonus else groups
+            groups = self._filtered(groups, updater, micro_batches)
+        return self._with_bonus(groups, micro_batches) if self.has_bonus else groups
 
     def finish(self, result: UpdateResult) -> dict[str, float]:
         """Moves the coefficient, and gives the metrics of it. Every rank must call it."""
@@ -72,15 +76,15 @@ class EntropyControl:
         self.coefficient = state.get("coefficient", self.coefficient)
         self.last_entropy = state.get("last_entropy", self.last_entropy)
 
-    def _filtered(self, groups: list[TrainingGroup], updater: Updater) -> list[TrainingGroup]:
+    def _filtered(self, groups: list[TrainingGroup], updater: Updater, micro_batches: int) -> list[TrainingGroup]:
         """Only the share of tokens with the highest entropies, of a micro-batch over all ranks, moves the policy."""
         own = [entropy for group in updater.entropies(groups) for entropy in group]
         masks = [mask for group in groups for mask in group.masks]
-        plan, device = self.config.batch_plan, self.accelerator.device
+        size, device = self.config.batch_plan.completions_per_micro_batch, self.accelerator.device
         self._kept_entropy = torch.zeros(2, device=device)
         scales: list[Tensor] = []
-        for first in range(0, plan.accumulation * plan.completions_per_micro_batch, plan.completions_per_micro_batch):
-            part = slice(first, first + plan.completions_per_micro_batch)
+        for first in range(0, micro_batches * size, size):
+            part = slice(first, first + size)
             counted = [entropy[mask.to(device)] for entropy, mask in zip(own[part], masks[part], strict=True)]
             mine = torch.cat([torch.zeros(0, device=device), *counted])
             every = self.accelerator.gather(self.accelerator.pad_across_processes(mine, pad_index=NO_ENTROPY))
@@ -92,9 +96,8 @@ class EntropyControl:
         pieces = iter(scales)
         return [replace(group, policy_scale=tuple(next(pieces) for _ in group.masks)) for group in groups]
 
-    def _with_bonus(self, groups: list[TrainingGroup]) -> list[TrainingGroup]:
+    def _with_bonus(self, groups: list[TrainingGroup], micro_batches: int) -> list[TrainingGroup]:
         """The bonus is the mean over the tokens of a micro-batch, then over micro-batches, whatever the loss type."""
-        plan = self.config.batch_plan
         applies = not self.config.use_adaptive_entropy or self.last_entropy <= self.config.entropy_target
         kept = [
             mask & (scale != 0)
@@ -107,8 +110,8 @@ class EntropyControl:
             max_completion_length=self.config.max_completion_length,
             total_sequences=0,
             total_tokens=0,
-            micro_batch_size=plan.completions_per_micro_batch,
-            total_micro_batches=plan.accumulation * self.accelerator.num_processes,
+            micro_batch_size=self.config.batch_plan.completions_per_micro_batch,
+            total_micro_batches=micro_batches * self.accelerator.num_processes,
         )
         weights = weights * (self.coefficient if applies else 0.0)
         per_token = iter([mask.float() * weight for mask, weight in zip(kept, weights, strict=True)])

@@ -1,6 +1,7 @@
 """From a scored rollout to optimizer steps: which groups each step trains on, and what each token weighs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 
@@ -105,3 +106,10 @@ def weighted_groups(
         )
         first = own.stop
     return weighted
+
+
+def reweighted(groups: list[TrainingGroup], factor: float) -> list[TrainingGroup]:
+    """The groups of an epoch's last step, which may have fewer micro-batches: each of these then weighs more."""
+    if factor == 1:
+        return groups
+    return [replace(one, token_weights=tuple(factor * weights for weights in one.token_weights)) for one in groups]

@@ -75,15 +75,6 @@ def test_data_set_smaller_than_a_rollout() -> None:
     assert len(sampler(num_rows=8, world_size=2)) == 1
 
 
-def test_an_epoch_has_whole_optimizer_steps() -> None:
-    """Where these take parts of three rollouts, 20 rows by 4 are three rollouts, not five."""
-    whole = sampler(round_size=3, repeats=2)
-    assert list(whole) == list(sampler(repeats=2))[:6]
-    assert len(whole) == 6
-    with pytest.raises(ValueError, match="has 20 rows, but 6 rollouts, which make whole steps, take 24 prompts"):
-        sampler(round_size=6)
-
-
 def test_the_loader_passes_the_epoch_on() -> None:
     loader = RolloutLoader(range(20), batch_sampler=sampler(), collate_fn=list)  # type: ignore[arg-type]
     loader.set_epoch(4)

@@ -144,18 +144,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_stopped_amid_a_rollout_that_ends_amid_a_step(flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Nine micro-batches an epoch, three a rollout, two a step: one is left for an epoch's fifth."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     more = ["--steps_per_generation", "3", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4"]
-    more += ["--lr_scheduler_type", "constant", "--save_steps", "1"]
-    run(flags(whole, *more, "--max_steps", "4"))
-    run(flags(stopped, *more, "--max_steps", "1"))
-    run(flags(stopped, *more, "--max_steps", "4", "--resume_from_checkpoint"))
-    assert_same_run(stopped, whole, steps=4, last_checkpoint="checkpoint-4")
-    shutil.rmtree(stopped / "checkpoint-1" / "rollout")
-    (stopped / "checkpoint-1" / "manifest.json").unlink()  # which would call it missing
-    run(flags(stopped, *more, "--max_steps", "2", "--resume_from_checkpoint", str(stopped / "checkpoint-1")))
-    rows = [[row["row_id"] for row in completions_of(out)["completions_00002.parquet"]] for out in (stopped, whole)]
-    assert rows[0] == [row["row_id"] for row in completions_of(whole)["completions_00001.parquet"]] + rows[1]
+    more += ["--lr_scheduler_type", "constant", "--save_steps", "6", "--max_samples", "9"]
+    run(flags(whole, *more, "--max_steps", "7"))
+    assert sorted(completions_of(whole)) == [f"completions_{step:05d}.parquet" for step in (1, 2, 4, 6, 7)]
+    run(flags(stopped, *more, "--max_steps", "6"))
+    again = [*more, "--max_steps", "7", "--resume_from_checkpoint", str(stopped / "checkpoint-6")]
+    run(flags(stopped, *again))
+    assert_same_run(stopped, whole, steps=7, last_checkpoint="checkpoint-7")
+    shutil.rmtree(stopped / "checkpoint-6" / "rollout")
+    (stopped / "checkpoint-6" / "manifest.json").unlink()  # which would call it missing
+    run(flags(stopped, *again))
+    rows = {
+        (out.name, step): [row["row_id"] for row in completions_of(out)[f"completions_{step:05d}.parquet"]]
+        for out, step in ((whole, 6), (whole, 7), (stopped, 7))
+    }
+    assert rows["stopped", 7] == rows["whole", 6] + rows["whole", 7], "the sixth step's rollout is drawn anew"
 
 
 def test_killed_amid_a_rollout_that_feeds_several_steps(

@@ -93,7 +93,7 @@ def test_without_settings_nothing_is_touched(make: Any) -> None:
 
 def test_the_bonus_is_the_mean_over_each_micro_batch(make: Any) -> None:
     control = make(entropy_coef=0.5, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    weights = flat([group.entropy_weights for group in control.prepare(groups(), UPDATER)])
+    weights = flat([group.entropy_weights for group in control.prepare(groups(), UPDATER, 2)])
     # two micro-batches of 4 and 3 counted tokens
     assert weights == pytest.approx([0.5 / 8] * 4 + [0.5 / 6, 0, 0.5 / 6, 0.5 / 6])
     assert control.finish(result(1.0, 3.0, 7.0, bonus=0.25)) == {"policy_loss": 1.25, "entropy_coef": 0.5}
