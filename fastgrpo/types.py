@@ -132,6 +132,9 @@ class Completion:
     """The turns it consists of, where tools answer; None: one turn of the assistant's."""
     tool_calls: tuple[int, int] | None = None
     """How many tools it called, and how many of these calls failed; None where there are no tools."""
+    whole: Prompt | None = None
+    """Where tools answered with pictures: the prompt and all tokens but the last, which predicts nothing, with every
+    picture."""
 
 
 class Rollout(NamedTuple):

@@ -170,12 +170,20 @@ class PromptBuilder:
             ValueError: the model cannot take such rows at all: it has no chat template, or no image
                 processor.
         """
-        if row.images:
-            self._require_pictures(row)
+        if row.images and (reason := self.lacking_for_pictures()):
+            raise ValueError(
+                f"row {row.row_id} has images, but {reason}, or leave the image columns out of the data set"
+            )
         messages, text = self._render(row)
-        pixel_values, image_grid_thw = self._process_images(row)
+        pixel_values, image_grid_thw = self.pictures(row.images)
         # A chat template writes the tokens that open a text itself.
-        input_ids = self._tokenize(text, image_grid_thw, self._first_tokens if messages is None else [])
+        input_ids = self.tokenize(text, image_grid_thw, self._first_tokens if messages is None else [])
+        if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:
+            # Cutting it would cut image tokens, which then no longer fit their pixels.
+            raise RowError(
+                f"prompt of {len(input_ids)} tokens ({sum(self.places(image_grid_thw))} of them image tokens) is "
+                f"longer than max_prompt_length={self.max_prompt_length}"
+            )
         return Prompt(
             row_id=row.row_id,
             input_ids=input_ids,
@@ -199,17 +207,15 @@ class PromptBuilder:
         """How often each placeholder of a prompt's text is repeated: those of a picture, or of a tile."""
         return [] if image_grid_thw is None else self.family.style.places(image_grid_thw, self.merge_size)
 
-    def _require_pictures(self, row: Row) -> None:
-        """Raises a ValueError that says what keeps this model from taking pictures."""
+    def lacking_for_pictures(self) -> str | None:
+        """What keeps this model from taking pictures, and what to train instead; None where it takes them."""
         if self.image_processor is None or self._absent_tokens:
             lacking = "image processor" if self.image_processor is None else f"{self._absent_tokens[0]} token"
-            reason = f"this model has no {lacking}: train a vision-language model"
-        elif self.family.image_token is None:
+            return f"this model has no {lacking}: train a vision-language model"
+        if self.family.image_token is None:
             known = ", ".join(family.name for family in FAMILIES if family.image_token is not None)
-            reason = f"how {self.family.name} models take pictures is not known to fastgrpo: train one of {known}"
-        else:
-            return
-        raise ValueError(f"row {row.row_id} has images, but {reason}, or leave the image columns out of the data set")
+            return f"how {self.family.name} models take pictures is not known to fastgrpo: train one of {known}"
+        return None
 
     def _render(self, row: Row) -> tuple[list[dict[str, Any]] | None, str]:
         """The conversation (None for plain text) and the prompt's text, one image token per image."""
@@ -292,21 +298,28 @@ class PromptBuilder:
         except Exception:  # a template is a program of its own: `render` says what it raises
             return False
 
-    def _process_images(self, row: Row) -> tuple[Tensor | None, Tensor | None]:
-        """`Prompt.pixel_values` and `Prompt.image_grid_thw`, or None twice."""
-        if not row.images:
+    def pictures(self, images: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+        """`Prompt.pixel_values` and `Prompt.image_grid_thw`, or None twice.
+
+        Raises:
+            RowError: a picture is too narrow.
+        """
+        if not images:
             return None, None
         assert self.image_processor is not None
         try:
             with span("data/images"):
-                return self.family.style.process(self.image_processor, row.images)
+                return self.family.style.process(self.image_processor, images)
         except Exception as error:
             raise RowError(f"image cannot be cut into patches: {one_line(error)}") from error
 
-    def _tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: list[int]) -> Tensor:
+    def tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: Sequence[int] = ()) -> Tensor:
         """[P] int64: the text's tokens with every image token repeated as often as its picture or tile asks.
 
         `first_tokens` go in front, unless the text has them already.
+
+        Raises:
+            RowError: no token, or image places and pictures differ in number.
         """
         lengths = self.places(image_grid_thw)
         if image_grid_thw is not None and self.family.image_token is not None:
@@ -314,21 +327,14 @@ class PromptBuilder:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise RowError("the prompt is empty")
-        ids = ids if ids[: len(first_tokens)] == first_tokens else [*first_tokens, *ids]
+        ids = ids if ids[: len(first_tokens)] == list(first_tokens) else [*first_tokens, *ids]
         input_ids = torch.tensor(ids, dtype=torch.int64)
         is_image = input_ids == (-1 if self.image_token_id is None else self.image_token_id)
         if int(is_image.sum()) != len(lengths):
             raise RowError(f"the prompt has {int(is_image.sum())} image places for {len(lengths)} images")
         repeats = torch.ones_like(input_ids)
         repeats[is_image] = torch.tensor(lengths, dtype=torch.int64)
-        input_ids = input_ids.repeat_interleave(repeats)
-        if self.max_prompt_length is not None and len(input_ids) > self.max_prompt_length:
-            # Cutting it would cut image tokens, which then no longer fit their pixels.
-            raise RowError(
-                f"prompt of {len(input_ids)} tokens ({sum(lengths)} of them image tokens) is longer than "
-                f"max_prompt_length={self.max_prompt_length}"
-            )
-        return input_ids
+        return input_ids.repeat_interleave(repeats)
 
 
 def _added_in_front(tokenizer: Any) -> list[int]:

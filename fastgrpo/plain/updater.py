@@ -122,13 +122,15 @@ class PlainUpdater:
         """Log-probs and entropies [T] of the batch's completion tokens, one completion after the other."""
         device = next(model.parameters()).device
         first = min((len(prompt.input_ids) for prompt, _ in batch), default=1) - 1  # no completion is read before it
-        if not batch or (self._dummy_image is not None and all(prompt.pixel_values is None for prompt, _ in batch)):
+        seen = [completion.whole or prompt for prompt, completion in batch]
+        if not batch or (self._dummy_image is not None and all(one.pixel_values is None for one in seen)):
             batch = [*batch, (self._dummy_image or ONE_TOKEN, NO_COMPLETION)]
+            seen.append(batch[-1][0])
         ids = [torch.cat([prompt.input_ids, completion.token_ids]) for prompt, completion in batch]
         input_ids = pad_sequence(ids, batch_first=True).to(device)  # [B, L], right-padded
         lengths = torch.tensor([len(row) for row in ids], device=device)
         attention_mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
-        positions = [sequence_positions(prompt, len(completion.token_ids)) for prompt, completion in batch]
+        positions = [sequence_positions(one, len(row) - len(one.input_ids)) for one, row in zip(seen, ids, strict=True)]
         position_ids = torch.nn.utils.rnn.pad_sequence([p.T for p in positions], batch_first=True)  # [B, L, 3]
         position_ids = position_ids.permute(2, 0, 1).to(device)  # [3, B, L]
         kept = input_ids.shape[1] - first
@@ -137,7 +139,7 @@ class PlainUpdater:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids if mrope_sections(model) else position_ids[0],
-                **vision_inputs(model, [prompt for prompt, _ in batch], input_ids),
+                **vision_inputs(model, seen, input_ids),
                 use_cache=False,
                 logits_to_keep=kept,
             ).logits  # [B, kept, V]

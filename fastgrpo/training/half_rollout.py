@@ -1,10 +1,11 @@
 """A rollout that feeds several optimizer steps, half used: what a checkpoint keeps of it, a file a rank.
 
-Kept are the completions with everything the loss needs; prompts are built anew from their rows.
+Kept are the completions with everything the loss needs; prompts, with their pictures, are built anew from their rows.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from fastgrpo.types import Completion, Prompt, TrainingGroup
 
 FOLDER = "rollout"
 """In a checkpoint amid a rollout."""
+OF_PROMPT = ("input_ids", "position_ids")
+OF_WHOLE = (*OF_PROMPT, "pixel_values", "image_grid_thw")
+"""Tensors of a prompt, and of a completion's `whole`, that are kept."""
+PER_TOKEN = ("token_ids", "logprobs", "sampling_logprobs", "token_weights", "masks", "old_logprobs")
 
 Slices = list[list[TrainingGroup]]
 """The groups of each slice; one that comes again is the same list."""
@@ -81,9 +86,15 @@ def _tensors_of(group: TrainingGroup) -> dict[str, Tensor]:
     }
     if group.old_logprobs is not None:
         fields["old_logprobs"] = group.old_logprobs
-    return {"advantages": group.advantages.cpu().clone()} | {
-        name: torch.cat([piece.cpu() for piece in pieces]) for name, pieces in fields.items()
+    prompts = {"prompt.": group.prompt} | {f"whole.{i}.": one.whole for i, one in enumerate(completions) if one.whole}
+    kept = {
+        prefix + name: tensor.cpu().contiguous().clone()
+        for prefix, prompt in prompts.items()
+        for name in (OF_PROMPT if prefix == "prompt." else OF_WHOLE)
+        if (tensor := getattr(prompt, name)) is not None
     }
+    flat = {name: torch.cat([piece.cpu() for piece in pieces]) for name, pieces in fields.items()}
+    return {"advantages": group.advantages.cpu().clone(), **kept, **flat}
 
 
 def _words_of(group: TrainingGroup) -> dict[str, Any]:
@@ -92,6 +103,10 @@ def _words_of(group: TrainingGroup) -> dict[str, Any]:
         "lengths": [len(completion.token_ids) for completion in group.completions],
         "texts": [completion.text for completion in group.completions],
         "finish_reasons": [completion.finish_reason for completion in group.completions],
+        "digests": [
+            [digest.hex() for digest in completion.whole.image_digests] if completion.whole else None
+            for completion in group.completions
+        ],
     }
 
 
@@ -100,10 +115,22 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _group_of(prompt: Prompt, words: dict[str, Any], tensors: dict[str, Tensor]) -> TrainingGroup:
-    pieces = {name: flat.split(words["lengths"]) for name, flat in tensors.items() if name != "advantages"}
+    pieces = {name: flat.split(words["lengths"]) for name, flat in tensors.items() if name in PER_TOKEN}
+    # An environment, or a rollout function, may have made another prompt of the row.
+    read: dict[str, Any] = _under("prompt.", tensors)
+    if read and not torch.equal(read["input_ids"], prompt.input_ids):
+        prompt = replace(prompt, **read)
+
+    def whole(i: int) -> Prompt | None:
+        digests = words["digests"][i] if "digests" in words else None  # which older checkpoints lack
+        if digests is None:
+            return None
+        seen: dict[str, Any] = _under(f"whole.{i}.", tensors)
+        return replace(prompt, **seen, image_digests=tuple(map(bytes.fromhex, digests)))
+
     told = zip(words["texts"], words["finish_reasons"], strict=True)
     completions = tuple(
-        Completion(prompt.row_id, i, pieces["token_ids"][i], text, reason, logprobs, sampling_logprobs)
+        Completion(prompt.row_id, i, pieces["token_ids"][i], text, reason, logprobs, sampling_logprobs, whole=whole(i))
         for i, ((text, reason), logprobs, sampling_logprobs) in enumerate(
             zip(told, pieces["logprobs"], pieces["sampling_logprobs"], strict=True)
         )

@@ -5,13 +5,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fastgrpo.data.prompts import PromptBuilder
+from fastgrpo.data.chat import message_text
+from fastgrpo.data.images import decode_image
+from fastgrpo.data.prompts import PromptBuilder, image_digests
 from fastgrpo.data.rows import Row
 from fastgrpo.scoring.rewards import shown_prompt
 from fastgrpo.training.tools import EMPTY_PROMPT, ToolBox, call_tools, read_turn
 from fastgrpo.types import Completion, Engine, FinishReason, Prompt, Rollout, RowError, SamplingParams
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of a conversation, as a `Prompt` holds them."""
+
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    image_digests: tuple[bytes, ...] = ()
+
+    @staticmethod
+    def joined(parts: "Sequence[Pictures | Prompt]") -> "Pictures":
+        """Those of all parts, in order."""
+        pixels = [part.pixel_values for part in parts if part.pixel_values is not None]
+        grids = [part.image_grid_thw for part in parts if part.image_grid_thw is not None]
+        digests = tuple(digest for part in parts for digest in part.image_digests)
+        return Pictures(torch.cat(pixels), torch.cat(grids), digests) if pixels else NO_PICTURES
+
+
+NO_PICTURES = Pictures()
 
 
 @dataclass
@@ -27,6 +50,8 @@ class Talk:
     sampling_logprobs: Tensor
     reason: FinishReason
     messages: list[dict[str, Any]]
+    pictures: Pictures = NO_PICTURES
+    """What tools showed."""
     calls: int = 0
     failures: int = 0
     is_full: bool = False
@@ -154,34 +179,50 @@ class ToolRollout:
         pairs = [(talk, call) for talk in talks for call in talk.pending]
         tools = {id(talk): self.box.tools_of(talk.environment) for talk in talks}
         results = call_tools([(tools[id(talk)], call) for talk, call in pairs])
-        answers: dict[int, list[dict[str, Any]]] = {id(talk): [] for talk in talks}
+        answers: dict[int, list[tuple[dict[str, Any], Pictures]]] = {id(talk): [] for talk in talks}
         for (talk, call), (result, failed) in zip(pairs, results, strict=True):
             name = call["function"]["name"]
-            text = _as_text(name, result)
+            content = _content(result)
             try:
-                self.builder.check_text(text)
+                pictures = self._pictures(name, content)
             except RowError as error:
-                text, failed = str({"error": str(error)}), True
-            answers[id(talk)].append({"role": "tool", "name": name, "content": text})
+                content, pictures, failed = str({"error": str(error)}), NO_PICTURES, True
+            answers[id(talk)].append(({"role": "tool", "name": name, "content": content}, pictures))
             talk.calls += 1
             talk.failures += failed
         fitting = []
         for talk in talks:
-            ids = self._answer_ids(answers[id(talk)])
+            messages = [message for message, _ in answers[id(talk)]]
+            shown = Pictures.joined([pictures for _, pictures in answers[id(talk)]])
+            ids = self._answer_ids(messages, shown)
             if len(talk.ids) + len(ids) < most:
-                talk.messages += answers[id(talk)]
+                talk.messages += messages
+                talk.pictures = Pictures.joined([talk.pictures, shown])
                 talk.append(ids)
                 fitting.append(talk)
             else:
                 talk.is_full = True
         return fitting
 
+    def _pictures(self, name: str, content: str | list[dict[str, Any]]) -> Pictures:
+        """Those of a tool's answer.
+
+        Raises:
+            RowError: its text holds a special token, or a picture is too narrow.
+            ValueError: the model takes no pictures.
+        """
+        self.builder.check_text(message_text({"content": content}))
+        parts = [] if isinstance(content, str) else content
+        images = [decode_image(part["image"]) for part in parts if part["type"] == "image"]
+        if images and (reason := self.builder.lacking_for_pictures()):
+            raise ValueError(f"tools: {name} returned a picture, but {reason}, or answer with texts.")
+        pixel_values, grid = self.builder.pictures(images)
+        return Pictures(pixel_values, grid, image_digests(pixel_values, grid, self.builder.family.style))
+
     def _go_on(self, talks: Sequence[Talk], params: SamplingParams, step: int, turn: int) -> None:
         """Draws the next turn of each."""
         room = [params.max_new_tokens - len(talk.ids) for talk in talks]
-        prompts = [
-            self._continued(talk.prompt, talk.ids, _number(talk.prompt.row_id, talk.index, turn)) for talk in talks
-        ]
+        prompts = [replace(_whole(self.builder, talk), row_id=_number(talk, turn)) for talk in talks]
         drawn = {
             one.prompt.row_id: one.completions[0]
             for one in self.sampler.generate(prompts, 1, replace(params, max_new_tokens=max(room)), step)
@@ -189,17 +230,7 @@ class ToolRollout:
         for talk, prompt, most in zip(talks, prompts, room, strict=True):
             self._add_turn(talk, _cut(drawn[prompt.row_id], most))
 
-    def _continued(self, prompt: Prompt, ids: Tensor, row_id: int) -> Prompt:
-        """The prompt with what was said since."""
-        whole = torch.cat([prompt.input_ids, ids])
-        return replace(
-            prompt,
-            row_id=row_id,
-            input_ids=whole,
-            position_ids=self.builder.positions(whole, prompt.image_grid_thw),
-        )
-
-    def _answer_ids(self, answers: list[dict[str, Any]]) -> Tensor:
+    def _answer_ids(self, answers: list[dict[str, Any]], pictures: Pictures = NO_PICTURES) -> Tensor:
         """[N] int64: what follows an assistant's turn that ended: tools' answers, up to where its next turn begins."""
         calls = [{"type": "function", "function": {"name": one["name"], "arguments": {}}} for one in answers]
         turn: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": calls}
@@ -208,10 +239,14 @@ class ToolRollout:
         end = next((end for end in self.ends if end in before), None)
         # Templates write less of a turn that is not the last: the ends of turns are counted.
         pieces = [] if end is None else whole.split(end)[before.count(end) :]
-        ids = self.builder.tokenizer((end or "").join(pieces), add_special_tokens=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+        text = (end or "").join(pieces)
+        return self.builder.tokenize(text, pictures.image_grid_thw) if text else torch.zeros(0, dtype=torch.int64)
 
     def _completion(self, talk: Talk) -> Completion:
+        whole = None
+        if talk.pictures.pixel_values is not None:
+            whole = _whole(self.builder, talk)
+            whole = replace(whole, input_ids=whole.input_ids[:-1], position_ids=whole.position_ids[:, :-1])
         return Completion(
             talk.prompt.row_id,
             talk.index,
@@ -224,19 +259,34 @@ class ToolRollout:
             {} if talk.environment is None else {"environments": talk.environment},
             talk.messages,
             (talk.calls, talk.failures),
+            whole,
         )
 
 
-def _number(row_id: int, index: int, turn: int) -> int:
+def _whole(builder: PromptBuilder, talk: Talk) -> Prompt:
+    """The prompt with all that was said since."""
+    ids = torch.cat([talk.prompt.input_ids, talk.ids])
+    pictures = Pictures.joined([talk.prompt, talk.pictures])
+    return replace(
+        talk.prompt,
+        input_ids=ids,
+        position_ids=builder.positions(ids, pictures.image_grid_thw),
+        **vars(pictures),
+    )
+
+
+def _number(talk: Talk, turn: int) -> int:
     """The row that a later turn counts as, for its seed: one that is in no data set."""
-    return -1 - ((row_id << 24) | (index << 12) | turn)
+    return -1 - ((talk.prompt.row_id << 24) | (talk.index << 12) | turn)
 
 
-def _as_text(name: str, result: Any) -> str:
-    parts = result if isinstance(result, list) else []
-    if any(isinstance(part, dict) and part.get("type") == "image" for part in parts):
-        raise ValueError(f"tools: {name} returned a picture, but only texts can be answered here: describe it.")
-    return str(result)
+def _content(result: Any) -> str | list[dict[str, Any]]:
+    """A message's content: a text, or parts with a picture among them."""
+    parts = [{"type": "image", "image": result}] if isinstance(result, Image.Image) else result
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts] if isinstance(parts, list) else []
+    if not kinds or set(kinds) - {"image", "text"}:
+        return str(result)
+    return parts if "image" in kinds else "".join(str(part["text"]) for part in parts)
 
 
 def _cut(completion: Completion, most: int) -> Completion:

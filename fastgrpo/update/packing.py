@@ -240,6 +240,9 @@ def _pieces(group: TrainingGroup, g: int, kept: Sequence[int], token_budget: int
     chosen: list[int] = []
     tokens = prompt
     for i in kept:
+        if (whole := group.completions[i].whole) is not None:
+            pieces.append(_Piece(g, (i,), len(whole.input_ids)))
+            continue
         inputs = len(group.completions[i].token_ids) - 1
         if chosen and tokens + inputs > token_budget:
             pieces.append(_Piece(g, tuple(chosen), tokens))
@@ -249,8 +252,14 @@ def _pieces(group: TrainingGroup, g: int, kept: Sequence[int], token_budget: int
     return [*pieces, _Piece(g, tuple(chosen), tokens)] if chosen else pieces
 
 
+def _prompt_of(group: TrainingGroup, completions: Sequence[int]) -> Prompt:
+    """What a piece begins with; a completion with pictures is a piece of its own, and all of it."""
+    whole = group.completions[completions[0]].whole if completions else None
+    return group.prompt if whole is None else whole
+
+
 def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_image: Prompt | None) -> PackedBatch:
-    prompts = [groups[piece.group].prompt for piece in pieces]
+    prompts = [_prompt_of(groups[piece.group], piece.completions) for piece in pieces]
     if dummy_image is not None and all(prompt.pixel_values is None for prompt in prompts):
         prompts.append(dummy_image)
     owners = tuple((piece.group, i) for piece in pieces for i in piece.completions)
@@ -265,6 +274,9 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         restart = int(prompts[p].position_ids.max()) + 1
         for i in piece.completions:
             token_ids = groups[piece.group].completions[i].token_ids
+            if groups[piece.group].completions[i].whole is not None:
+                rows.append(torch.arange(prompt_ends[p] - len(token_ids), prompt_ends[p]))
+                continue
             length = len(token_ids) - 1
             ids.append(token_ids[:-1])
             positions.append(torch.arange(restart, restart + length).expand(3, -1))

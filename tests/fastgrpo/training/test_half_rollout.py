@@ -1,5 +1,6 @@
 """What a checkpoint keeps of a half-used rollout comes back as it was."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,24 @@ def test_updates_come_back_with_every_tensor_and_in_their_order(tmp_path: Path, 
     for ours, theirs in zip(found, updates, strict=True):
         for mine, expected in zip(ours, theirs, strict=True):
             assert_equal(mine, expected)
+
+
+def test_prompts_of_an_environment_and_pictures_of_tools_come_back(tmp_path: Path) -> None:
+    ids = torch.arange(5)
+    opened = replace(PROMPTS[4], input_ids=ids, position_ids=ids.expand(3, -1))
+    shown = replace(opened, pixel_values=torch.rand(4, 6), image_grid_thw=torch.tensor([[1, 2, 2]]))
+    saved = replace(group(4, (2, 3), old=False), prompt=opened)
+    with_picture = replace(saved.completions[1], whole=replace(shown, image_digests=(b"ab",)))
+    save_slices([[replace(saved, completions=(saved.completions[0], with_picture))]], tmp_path, rank=0, ranks=1)
+    [[found]] = load_slices(tmp_path, 0, 1, lambda rows: [PROMPTS[4]])
+    whole = found.completions[1].whole
+    assert found.completions[0].whole is None
+    assert whole is not None
+    for prompt in (found.prompt, whole):
+        assert prompt.input_ids.tolist() == prompt.position_ids[2].tolist() == ids.tolist()
+    assert found.prompt.pixel_values is None
+    assert whole.image_digests == (b"ab",)
+    torch.testing.assert_close(whole.pixel_values, shown.pixel_values)
 
 
 def test_nothing_is_taken_over_on_other_ranks(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from PIL import Image
 from run_files import changed, parameters
-from transformers import GenerationConfig, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2ForCausalLM, Qwen2VLForConditionalGeneration
 
 from fastgrpo.demo.base_model import load_tokenizer
+from fastgrpo.model.load import load_processing
 from fastgrpo.training.tools import ToolBox, read_turn
 
 END = "<|endoftext|>"
@@ -221,13 +223,22 @@ def test_an_answer_that_pretends_to_be_structure_is_a_failure(run: Run) -> None:
     assert line["tools/failure_frequency"] == 1
 
 
-def test_pictures_as_answers_are_refused(run: Run) -> None:
-    def screenshot() -> list[dict[str, Any]]:
+def test_a_text_model_takes_no_picture_as_an_answer(run: Run) -> None:
+    def screenshot() -> Any:
         """Takes one."""
-        return [{"type": "image", "image": None}]
+        return Image.new("RGB", (56, 56))
 
-    with pytest.raises(ValueError, match="screenshot returned a picture"):
+    with pytest.raises(ValueError, match=r"screenshot returned a picture, but this model has no image processor"):
         run([[call("screenshot"), "No."]], tools=[screenshot])
+
+
+def test_parts_of_text_are_a_text(run: Run) -> None:
+    def parts() -> Any:
+        """Says it in parts."""
+        return [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+
+    _, _, seen = run([[call("parts"), "No."], ["Oh."]], tools=[parts])
+    assert seen["completions"][0][1]["content"] == "one two"
 
 
 XML = (
@@ -302,6 +313,68 @@ def test_turns_drawn_by_the_sampler_have_the_updates_log_probs(build: Any, text_
     for line in trainer.state.log_history[:2]:
         assert line["tools/call_frequency"] > 1
         assert line["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("engine", ["fast", "plain"])
+@pytest.mark.parametrize("in_prompt", [True, False])
+def test_pictures_that_tools_answer_are_seen_and_not_trained_on(
+    build: Any, tiny_model_dir: Path, in_prompt: bool, engine: str
+) -> None:
+    """The update's log-probs against transformers' own forward pass over conversations with all their pictures."""
+    processing = load_processing(str(tiny_model_dir))
+    model = Qwen2VLForConditionalGeneration.from_pretrained(tiny_model_dir).float()
+    ends = [processing.tokenizer.eos_token_id, *range(200, 390)]
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=processing.tokenizer.pad_token_id)
+    processing.tokenizer.response_template = "calls look, whatever it says"
+    shown = [Image.new("RGB", (56 + 28 * i, 56), color) for i, color in enumerate(("red", "blue", "green", "white"))]
+    pictures = iter([*shown, *shown] * 9)
+
+    def look() -> Any:
+        """Looks."""
+        return [{"type": "text", "text": "See:"}, {"type": "image", "image": next(pictures)}]
+
+    processing.tokenizer.parse_response = lambda ids, prefix, tools: {"tool_calls": [asking(look)]}
+    row = {"prompt": [{"role": "user", "content": "?"}], **({"image": shown[0]} if in_prompt else {})}
+    seen: dict[str, Any] = {}
+
+    def reward(completions: Any, **_: Any) -> list[float]:
+        seen["completions"] = completions
+        return [float(i) for i in range(len(completions))]
+
+    trainer = build(
+        reward, [row] * 2, model=model, processing_class=processing, tools=[look], engine=engine,
+        max_completion_length=160, num_generations=2, per_device_train_batch_size=4, max_tool_calling_iterations=2,
+        temperature=1.0,
+    )  # fmt: skip
+    checked: list[int] = []
+    accumulate = trainer.updater.accumulate
+
+    def check(groups: Any) -> Any:
+        turns = iter(seen["completions"])
+        for group, ours in zip(groups, trainer.updater.logprobs(groups), strict=True):
+            for completion, found, mask in zip(group.completions, ours, group.masks, strict=True):
+                parts = [part for turn in next(turns) if turn["role"] == "tool" for part in turn["content"]]
+                images = [*([shown[0]] if in_prompt else []), *(p["image"] for p in parts if p["type"] == "image")]
+                checked.append(len(images) - in_prompt)
+                given = processing.image_processor(images=images, return_tensors="pt") if images else {}
+                ids = torch.cat([group.prompt.input_ids, completion.token_ids])[None]
+                is_picture = (ids == model.config.image_token_id).int()
+                with torch.no_grad():
+                    logits = model.eval()(input_ids=ids, mm_token_type_ids=is_picture, **given).logits[0]
+                expected = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[-len(found) :, 0]
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(completion.logprobs[mask], expected[mask], rtol=1e-4, atol=1e-4)
+                assert not mask[completion.token_ids == model.config.image_token_id].any()
+        return accumulate(groups)
+
+    trainer.updater.accumulate = check
+    before = parameters(trainer)
+    trainer.train()
+    assert max(checked) == 2, "two answers with a picture each"
+    assert any(".visual." in name for name in changed(before, trainer))
 
 
 # Environments
