@@ -36,6 +36,8 @@ MODULES = tuple(
         "activations",
         "rotary",
         "merge_attention",
+        "add_norm",
+        "thin_linear_kernels",
     )
 )
 """Each defines `aot_cases()`: labels, and calls of its launchers on meta tensors at the shipped shapes and configs."""

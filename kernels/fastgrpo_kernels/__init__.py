@@ -1,6 +1,7 @@
 """GRPO's operations over flat (packed) tokens. Usable alone: imports torch and triton and nothing of fastgrpo."""
 
 from fastgrpo_kernels.activations import quick_gelu, swiglu
+from fastgrpo_kernels.add_norm import add_norm
 from fastgrpo_kernels.decode_attention import decode_attention
 from fastgrpo_kernels.grpo_loss import grpo_loss
 from fastgrpo_kernels.kv_cache import rope_and_cache
@@ -18,6 +19,7 @@ from fastgrpo_kernels.reference import (
 )
 from fastgrpo_kernels.rotary import apply_rotary
 from fastgrpo_kernels.sampling import sample
+from fastgrpo_kernels.thin_linear import is_thin, thin_gated_linear, thin_linear, thin_linear_parts
 from fastgrpo_kernels.types import (
     LogprobOutput,
     LossMetrics,
@@ -40,10 +42,12 @@ __all__ = [
     "SampleParams",
     "Surrogate",
     "VespoParams",
+    "add_norm",
     "apply_rotary",
     "decode_attention",
     "grpo_loss",
     "importance_ratio",
+    "is_thin",
     "layer_norm",
     "linear_logprob",
     "logprob_from_logits",
@@ -55,5 +59,8 @@ __all__ = [
     "rope_and_cache",
     "sample",
     "swiglu",
+    "thin_gated_linear",
+    "thin_linear",
+    "thin_linear_parts",
     "vespo_weights",
 ]

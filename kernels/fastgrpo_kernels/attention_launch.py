@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgrpo_kernels import reference
 from fastgrpo_kernels.autopick import pick
+from fastgrpo_kernels.early_launch import early
 from fastgrpo_kernels.paged_attention_kernels import attend_kernel, merge_kernel
 from fastgrpo_kernels.tl_utils import launch, target_arch
 from fastgrpo_kernels.types import PagedLayout
@@ -190,6 +191,7 @@ def _launch(
         num_stages=tiling.stages if half else 1,
         num_warps=tiling.warps,
         maxnreg=registers,
+        **early(query),
     )
     launch(
         merge_kernel,
@@ -205,6 +207,7 @@ def _launch(
         BLOCK_S=triton.next_power_of_2(splits),
         BLOCK_D=triton.next_power_of_2(width),
         num_warps=2,
+        **early(query),
     )
     return mixed
 

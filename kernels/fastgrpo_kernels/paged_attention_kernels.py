@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from fastgrpo_kernels.early_launch import wait_for_inputs
+
 
 @triton.jit(do_not_specialize=["rows", "prefixes", "tiles", "prefix_splits", "row_splits", "window"])
 def attend_kernel(
@@ -53,6 +55,7 @@ def attend_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One split of the keys of a prefix, for a tile of rows that share it (GROUPED), or of one row's own keys.
 
@@ -61,6 +64,7 @@ def attend_kernel(
     yet: its first split writes and includes them. WINDOWED: a row reads its last `window` tokens only.
     CAPPED: scores s, in units of log2, become cap · tanh(s); `scale` then gives s / cap.
     """
+    wait_for_inputs(EARLY)
     TILE_ROWS: tl.constexpr = PREFIX_M // GROUP
     splits = prefix_splits + row_splits
     program = tl.program_id(0)
@@ -341,12 +345,14 @@ def merge_kernel(
     D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One row and head: its splits' values, weighted by the exp of their log-sum-exps."""
     row = tl.program_id(0).to(tl.int64)
     at = row * HEADS + tl.program_id(1)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
+    wait_for_inputs(EARLY)
     # No tile holds a row without a prefix.
     first = tl.where(tl.load(prefix_ids + row) >= 0, 0, prefix_splits)
     written = (s >= first) & (s < splits)

@@ -17,7 +17,9 @@ _NAMES = {
     "attention": r"attention|attn|flash|fmha|sdpa|^(attend|merge)_kernel",
     "sampling": r"::sample$|multinomial|argmax|argmin|^(chunk|hot|draw|scan|winner)_kernel",
     "rope and cache": r"rope|rotary|kv_?cache|reshape_and_cache",
-    "matrix products": r"gemm|gemv|nvjet|xmma|cutlass|cublas|split_?k|::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)$",
+    "matrix products": (
+        r"gemm|gemv|nvjet|xmma|cutlass|cublas|split_?k|thin_linear|::(mm|addmm|bmm|baddbmm|linear|matmul|einsum)$"
+    ),
     "norms, elementwise and copies": (
         r"norm|elementwise|vectorized|reduce_kernel|silu|swiglu|gather|scatter|index|copy|mem(cpy|set)|cat_?array|^aten::"
     ),

@@ -22,6 +22,8 @@ DEVICE_KERNELS = {
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7": "attention",
     "attend_kernel": "attention",
     "merge_kernel": "attention",
+    "thin_linear_kernel": "matrix products",
+    "add_norm_kernel": "norms, elementwise and copies",
     "_rope_and_cache_kernel": "rope and cache",
     "scan_kernel": "sampling",
     "winner_kernel": "sampling",

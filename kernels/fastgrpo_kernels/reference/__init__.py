@@ -7,12 +7,16 @@ public functions, not here.
 
 from fastgrpo_kernels.reference.attention import decode_attention, paged_attention, rope_and_cache
 from fastgrpo_kernels.reference.layers import (
+    add_norm,
     apply_rotary,
     layer_norm,
     merge_attention,
     quick_gelu,
     rms_norm,
     swiglu,
+    thin_gated_linear,
+    thin_linear,
+    thin_linear_parts,
 )
 from fastgrpo_kernels.reference.logprob import linear_logprob, logprob_from_logits
 from fastgrpo_kernels.reference.loss import grpo_loss
@@ -28,6 +32,7 @@ from fastgrpo_kernels.reference.sampling import sample
 __all__ = [
     "ImportanceCorrection",
     "VespoParams",
+    "add_norm",
     "apply_rotary",
     "decode_attention",
     "grpo_loss",
@@ -43,5 +48,8 @@ __all__ = [
     "rope_and_cache",
     "sample",
     "swiglu",
+    "thin_gated_linear",
+    "thin_linear",
+    "thin_linear_parts",
     "vespo_weights",
 ]

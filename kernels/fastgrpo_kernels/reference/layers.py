@@ -1,6 +1,7 @@
 """The elementwise parts of a transformer layer: norms, activations, rotary embedding, merge of attentions."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgrpo_kernels.checks import computing_dtype
@@ -11,6 +12,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     total = x if residual is None else x + residual
     dtype = computing_dtype(x)
     return torch.rms_norm(total.to(dtype), x.shape[-1:], weight.to(dtype), eps).to(x.dtype), total
+
+
+def add_norm(hidden: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """hidden [T, H] += Σ parts [S, T, H], in place; then its RMSNorm, in its dtype."""
+    if parts is not None:
+        hidden.copy_(hidden.to(computing_dtype(hidden)) + parts.sum(0))
+    return rms_norm(hidden, weight, eps)[0]
+
+
+def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias, in x's dtype."""
+    dtype = computing_dtype(x)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def thin_linear_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """x weightᵀ as one part: [1, T, N] float32."""
+    return F.linear(x.float(), weight.float())[None]
+
+
+def thin_gated_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """silu(x gateᵀ) · (x upᵀ) for weight [gate; up], in x's dtype."""
+    dtype = computing_dtype(x)
+    gate, up = F.linear(x.to(dtype), weight.to(dtype)).chunk(2, dim=-1)
+    return swiglu(gate, up).to(x.dtype)
 
 
 def layer_norm(
@@ -25,7 +51,7 @@ def layer_norm(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, of one shape, in their dtype (arXiv 2002.05202)."""
-    return (torch.nn.functional.silu(gate.to(computing_dtype(gate))) * up).to(gate.dtype)
+    return (F.silu(gate.to(computing_dtype(gate))) * up).to(gate.dtype)
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -86,6 +86,35 @@ def test_prefill_in_chunks_and_decode_equal_transformers(changes: dict[str, Any]
         torch.testing.assert_close(logits[row], theirs, atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_few_rows_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ops that sum a product's parts in the norm behind: as near to float32 as layer by layer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(num_hidden_layers=2).to(device)
+    rows, generator = 3, torch.Generator().manual_seed(0)
+    states = torch.randn(2, 2, 9, PAGE, 2, 8, generator=generator)
+    tables = torch.arange(3 * rows, dtype=torch.int32).view(rows, 3)
+    lengths = torch.tensor([1, 4, 9], dtype=torch.int32)
+    no_prefix = torch.empty(0, 0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    ids, starts = torch.full((rows,), -1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    layout = PagedLayout(*(x.to(device) for x in (tables, lengths, *no_prefix, ids, starts)))
+    at = lengths.long() - 1
+    slots = (tables.long().gather(1, at[:, None] // PAGE)[:, 0] * PAGE + at % PAGE).to(device)
+    tokens = torch.randint(0, 97, (rows,), generator=generator).to(device)
+    logits = []
+    for dtype, backend in ((torch.float32, "torch"), (torch.float16, "torch"), (torch.float16, "triton")):
+        monkeypatch.setenv("FASTGRPO_KERNELS", backend)
+        decoder = PackedDecoder(DecoderShape.of(model), dtype, device)
+        sync_weights(decoder, model)
+        cache = KVCache.empty(decoder.shape, 9, PAGE, dtype, device)
+        for layers, values in zip((cache.keys, cache.values), states, strict=True):
+            for layer, value in zip(layers, values, strict=True):
+                layer.copy_(value)
+        logits.append(decoder.decode(tokens, at.to(device), slots, layout, cache).float())
+    apart = [(found - logits[0]).norm() / logits[0].norm() for found in logits[1:]]
+    assert 0 < apart[1] <= 1.2 * apart[0] < 1e-2
+
+
 def test_what_it_cannot_compute_it_says() -> None:
     sizes = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
     assert not_packed(make_model()) is None
