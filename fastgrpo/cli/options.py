@@ -67,11 +67,17 @@ def between(low: float, high: float = math.inf) -> Callable[[str], float]:
 
 
 def require_no_splits(dataset: str, given: Sequence[str]) -> None:
-    """Raises ValueError where settings that only a data set on the hub has are given for a file."""
-    if given and Path(dataset).is_file():
-        raise ValueError(
-            f"{', '.join(given)}: {dataset} is a file, which has neither splits nor configurations: leave it out"
-        )
+    """Raises ValueError where settings that only a data set on the hub has are given for a file, or for a folder of
+    `save_to_disk`."""
+    path = Path(dataset).expanduser()
+    if (path / "dataset_dict.json").is_file():
+        given, kind = [name for name in given if not name.endswith("split")], "of saved splits, without configurations"
+    elif (path / "state.json").is_file():
+        kind = "one saved split: it has no others, and no configurations"
+    else:
+        given, kind = given if path.is_file() else [], "a file, which has neither splits nor configurations"
+    if given:
+        raise ValueError(f"{', '.join(given)}: {dataset} is {kind}: leave it out")
 
 
 def require_writable(folder: Path) -> None:

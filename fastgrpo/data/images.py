@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastgrpo.settings.given import is_out_of_memory
 from fastgrpo.types import RowError
 
 THUMBNAIL_SIZE = (896, 224)
@@ -68,6 +69,8 @@ def decode_image(value: Any, folders: Folders = None) -> Image.Image:
             raise RowError(f"image {_short(value)} is neither a file nor a picture in base64") from error
         raise RowError("image cannot be decoded: its format is unknown, or none of " + ", ".join(FORMATS)) from error
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error, …
+        if is_out_of_memory(error):
+            raise
         raise RowError(f"image cannot be decoded: {type(error).__name__}: {error}") from error
 
 

@@ -17,7 +17,7 @@ from fastgrpo.data.rows import Row
 from fastgrpo.model.families import FAMILIES, QWEN2_VL, Family
 from fastgrpo.model.picture_styles import Grids
 from fastgrpo.safe_text.inert import inert
-from fastgrpo.settings.given import one_line
+from fastgrpo.settings.given import is_out_of_memory, one_line
 from fastgrpo.types import Prompt, PromptBatch, RowError, SkippedRow
 
 _CONVERSATION = (
@@ -269,6 +269,8 @@ class PromptBuilder:
                 **self.chat_template_kwargs,
             )
         except Exception as error:  # a template is a program of its own: it may refuse what it was not made for
+            if is_out_of_memory(error):
+                raise
             given = f", with chat_template_kwargs={self.chat_template_kwargs}," if self.chat_template_kwargs else ""
             raise RowError(f"the model's chat template{given} fails: {one_line(error)}") from error
         return self._with_markers(text)
@@ -310,7 +312,9 @@ class PromptBuilder:
         try:
             with span("data/images"):
                 return self.family.style.process(self.image_processor, images)
-        except Exception as error:
+        except (ValueError, ZeroDivisionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "sizes should be greater than 0" not in str(error):  # of torch
+                raise  # not of the picture's sides, so not the row's fault
             raise RowError(f"image cannot be cut into patches: {one_line(error)}") from error
 
     def tokenize(self, text: str, image_grid_thw: Tensor | None, first_tokens: Sequence[int] = ()) -> Tensor:

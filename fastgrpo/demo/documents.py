@@ -13,6 +13,7 @@ from fastgrpo.data.cvbench import convert_cvbench
 from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.rows import Row
 from fastgrpo.data.sat import convert_sat
+from fastgrpo.data.worker_end import end_with_parent
 from fastgrpo.demo.corpus import DEMO_MIX, Mix, completion, description
 from fastgrpo.demo.scenes import Kind, SceneQuestion, cvbench_row, render, sat_row, scene_question
 
@@ -63,7 +64,8 @@ class Examples(Dataset[Example]):
 def load_pool(seed: int, count: int, builder: PromptBuilder) -> list[Example]:
     """Renders all pictures ahead, in two worker processes."""
     torch.multiprocessing.set_sharing_strategy("file_system")
-    loader = DataLoader(Examples(seed, count, builder), batch_size=64, num_workers=2, collate_fn=list)
+    examples_of = Examples(seed, count, builder)
+    loader = DataLoader(examples_of, batch_size=64, num_workers=2, collate_fn=list, worker_init_fn=end_with_parent)
     pool = []
     for examples in loader:  # cloned, since shared memory holds one file open per tensor
         pool += [

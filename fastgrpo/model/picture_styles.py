@@ -16,6 +16,16 @@ from transformers.image_processing_utils import select_best_resolution
 from fastgrpo.types import RowError
 
 
+def _processed(processor: Any, images: Sequence[Any], *names: str, **options: Any) -> list[Any]:
+    """`pixel_values` and other features of pictures."""
+    features = processor(images=images, return_tensors="pt", **options)
+    if lacking := [name for name in names if name not in features]:
+        raise ValueError(
+            f"the image processor, a {type(processor).__name__}, gives no {lacking[0]}: use the model's own"
+        )
+    return [features["pixel_values"], *(features[name] for name in names)]
+
+
 @dataclass(frozen=True)
 class Grids:
     """A picture is a grid of patches, whose squares are merged into a placeholder each (Qwen2-VL). Its row: (frames,
@@ -29,8 +39,8 @@ class Grids:
 
     def process(self, processor: Any, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """`pixel_values` and rows of the pictures of a prompt, by a transformers image processor."""
-        features = processor(images=list(images), return_tensors="pt")
-        return features["pixel_values"], features["image_grid_thw"]
+        pixels, grids = _processed(processor, list(images), "image_grid_thw")
+        return pixels, grids
 
     def sizes(self, grids: Tensor) -> list[int]:
         """How many entries of `pixel_values` each picture has."""
@@ -115,9 +125,9 @@ class SplitTiles(Tiles):
         return int((vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2)
 
     def process(self, processor: Any, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        features = processor(images=list(images), return_tensors="pt", return_row_col_info=True)
-        rows, columns = (torch.tensor(features[name][0]) for name in ("rows", "cols"))
-        return features["pixel_values"][0], torch.stack([rows * columns + 1, rows, columns], dim=1)
+        pixels, *sides = _processed(processor, list(images), "rows", "cols", return_row_col_info=True)
+        rows, columns = (torch.tensor(side[0]) for side in sides)
+        return pixels[0], torch.stack([rows * columns + 1, rows, columns], dim=1)
 
     def places(self, grids: Tensor, merge_size: int) -> list[int]:
         return [self.per_tile] * sum(self.sizes(grids))
@@ -160,11 +170,11 @@ class BestResolution(Tiles):
         return self._side**2
 
     def process(self, processor: Any, images: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        features = processor(images=[list(images)], return_tensors="pt")
-        sizes = torch.as_tensor(features["image_sizes"])  # [images, 2]
+        found, sizes = _processed(processor, [list(images)], "image_sizes")
+        sizes = torch.as_tensor(sizes)  # [images, 2]
         whole = self.whole_among_others and len(images) > 1
         counts = [1 if whole else math.prod(self._cells(*size)) + 1 for size in sizes.tolist()]
-        pixels = torch.cat([tiles[:count] for tiles, count in zip(features["pixel_values"], counts, strict=True)])
+        pixels = torch.cat([tiles[:count] for tiles, count in zip(found, counts, strict=True)])
         return pixels, torch.cat([torch.tensor(counts)[:, None], sizes], dim=1)
 
     def _cells(self, height: int, width: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from fastgrpo.data.prompts import PromptBuilder, PromptCollator
 from fastgrpo.data.row_dataset import RowDataset, Rows, as_rows, warn_of_shared_rows
 from fastgrpo.data.row_order import RolloutLoader, RolloutSampler
 from fastgrpo.data.row_stream import RowStream, StreamBatches, as_stream, is_stream, read_whole, stream_loader
+from fastgrpo.data.worker_end import end_with_parent
 from fastgrpo.model.load import Processing
 from fastgrpo.scoring.rewards import RewardFunction, reads_golds
 from fastgrpo.settings.run_config import RunConfig
@@ -118,6 +119,7 @@ def build_loader(
         "persistent_workers": config.dataloader_persistent_workers,
         "multiprocessing_context": config.dataloader_multiprocessing_context,
         "in_order": config.dataloader_in_order,
+        "worker_init_fn": end_with_parent,
     }
     if isinstance(rows, RowStream):
         return stream_loader(StreamBatches(rows, plan.prompts_per_rollout, **order), collate, **options)

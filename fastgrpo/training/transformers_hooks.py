@@ -8,6 +8,7 @@ one's turn. So the settings are those the user passed.
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,27 @@ class TimedSteps(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         told = f"optim={self.args.optim.value!r}, optim_args={self.args.optim_args!r} make no optimizer"
         with given(told, "Change them, or leave them out."):
+            self._require_read_optim_args()
             optimizer = super().create_optimizer(*args, **kwargs)
         stepping = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps the one of an earlier `train`
         if isinstance(stepping, Optimizer) and stepping is not self._watched:
             watch_optimizer(stepping, "update/optimizer")
             self._watched = stepping
         return optimizer
+
+    def _require_read_optim_args(self) -> None:
+        """Raises ValueError for a name in `optim_args` that makes no difference, whatever its value."""
+        plain = copy(self.args)
+        plain.optim_args = None
+        for name in (part.split("=")[0].strip() for part in (self.args.optim_args or "").split(",") if part):
+            named = copy(self.args)
+            named.optim_args = f"{name}=?"
+            try:
+                is_read = self.get_optimizer_cls_and_kwargs(named) != self.get_optimizer_cls_and_kwargs(plain)
+            except Exception:  # so the value is looked at, or this optimizer needs the model
+                continue
+            if not is_read:
+                raise ValueError(f"this optimizer reads no {name!r}.")
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with span("update/clip"):

@@ -261,6 +261,15 @@ def test_an_image_too_narrow_for_patches(builder: PromptBuilder) -> None:
         builder.build(Row(0, images=[picture(900, 2)], question="?"))
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error"), KeyError("size"), TypeError()], ids=repr)
+def test_an_image_processor_that_fails_is_no_fault_of_a_row(tokenizer: Any, error: Exception) -> None:
+    def fails(**_: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        PromptBuilder(tokenizer, fails).build(Row(0, images=[picture(56, 56)], question="?"))
+
+
 def test_models_that_cannot_take_the_rows(tokenizer: Any, image_processor: Any) -> None:
     def refuse(builder: PromptBuilder, row: Row, reason: str) -> None:
         with pytest.raises(ValueError, match=reason) as info:

@@ -1,12 +1,18 @@
 """Rows on their way through the trainer: which are skipped, and what is said of them."""
 
 import json
+import os
+import select
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastgrpo.config import GRPOConfig
+from fastgrpo.data.row_dataset import as_rows
+from fastgrpo.training.rows import build_loader
 from fastgrpo.training.trainer import GRPOTrainer
 
 
@@ -64,3 +70,32 @@ def test_scoring_on_the_rows_trained_on_is_noticed(
     build(tiny_model_dir, tmp_path, "accuracy", ROWS, eval_dataset=ROWS if shared else ROWS[2:])
     lines = [record.getMessage() for record in caplog.records if "come from the same file" in record.getMessage()]
     assert len(lines) == shared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another kernel does not tell a process that its parent is gone")
+def test_a_killed_run_leaves_no_worker(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+
+    def stuck(rows: Any) -> None:
+        os.write(writing, str(os.getpid()).encode())
+        signal.pause()
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, num_generations=2, max_steps=1,
+        dataloader_num_workers=1,
+    )  # fmt: skip
+    rows = as_rows(ROWS)
+    run = os.fork()
+    if run == 0:
+        try:
+            next(iter(build_loader(rows, stuck, config, 0, 1)))  # type: ignore[arg-type]
+        finally:
+            os._exit(1)
+    os.close(writing)
+    worker = int(os.read(reading, 99))
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    ended, _, _ = select.select([reading], [], [], 30)  # once the worker no longer holds the other end
+    if not ended:
+        os.kill(worker, signal.SIGKILL)
+    assert ended, "the worker still runs"
