@@ -2,20 +2,22 @@
 
 torch tells none of this: a collective waits for a rank that will not come, and its time limit names no rank. So every
 rank says once a second, in the store through which the ranks have met, how many collectives it has begun, and what it
-is at. One that has begun fewer than those who wait is the one they wait for.
+is at. One that has begun fewer than those who wait is the one they wait for; one whose process is gone from this
+machine, without having said that it ends, has died.
 """
 
 import itertools
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,15 @@ TERMINATED = 143
 LOST = re.compile(r"gloo|NCCL|pair closure|[Cc]onnection (closed|reset|refused)|Broken pipe")
 """In what torch raises where another rank has ended."""
 FAILED = "failed"
+GONE = {"gone", "Z", "X"}
+ENDED = dict.fromkeys(GONE, "has ended") | {"T": "is stopped"}
+"""What a state of a process is called."""
 _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 _OURS = str(Path(__file__).parents[1])
 _numbers = itertools.count()
+_NAMES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+_MACHINE = f"{_NAMES[0].read_text().strip()} {os.readlink(_NAMES[1])}" if _NAMES[1].exists() else ""
+"""Where process ids mean what they mean here; empty where there is no /proc."""
 _watching = False
 
 
@@ -96,6 +104,8 @@ class RankWatch:
     def stop(self) -> None:
         self._ended.set()
         self._thread.join()
+        with suppress(RuntimeError):  # the store's
+            self._say(-1, ends=True)
 
     def failed(self, error: BaseException) -> None:
         """Tells the other ranks that this one has failed.
@@ -131,6 +141,7 @@ class RankWatch:
                 self._say(beat)
                 if self._store.check([FAILED]) and (self._lost.is_set() or not self._ended.wait(GRACE_S)):
                     os._exit(1)
+                self._end_after_the_dead()
                 if time.monotonic() - self._since >= SILENT_S:
                     self._look()
                     self._wait_no_longer_than_allowed()
@@ -139,11 +150,12 @@ class RankWatch:
                     last_line(f"fastgrpo: error on rank {self.rank}: the launcher, or rank 0, is gone.")
                     os._exit(1)
 
-    def _say(self, beat: int) -> None:
+    def _say(self, beat: int, *, ends: bool = False) -> None:
         begun = dist.group.WORLD._get_sequence_number_for_group()  # type: ignore[union-attr]
         if begun != self._begun:
             self._begun, self._since, self._told = begun, time.monotonic(), 0.0
-        said = {"begun": begun, "beat": beat, "at": _at(self._main), "pid": os.getpid(), "host": socket.gethostname()}
+        process = {"pid": os.getpid(), "host": socket.gethostname(), "machine": _MACHINE}
+        said = process | {"begun": begun, "beat": beat, "at": _at(self._main), "ends": ends}
         self._store.set(str(self.rank), json.dumps(said))
 
     def _look(self) -> None:
@@ -155,6 +167,20 @@ class RankWatch:
     def _behind(self) -> list[str]:
         return [rank for rank, (said, _) in self._seen.items() if json.loads(said)["begun"] < self._begun]
 
+    def _end_after_the_dead(self) -> None:
+        if not self._seen:
+            self._look()
+        gone = [rank for rank, (said, _) in self._seen.items() if _state(json.loads(said)) in GONE]
+        if gone:
+            self._look()
+        dead = next((rank for rank in gone if not json.loads(self._seen[rank][0])["ends"]), None)
+        # The main thread tells it itself where a collective fails.
+        if dead is None or self._lost.is_set() or self._ended.wait(GRACE_S) or self._lost.is_set():
+            return
+        if self._claim():
+            last_line(f"fastgrpo: error: {self._about(dead)}.")
+        os._exit(1)
+
     def _wait_no_longer_than_allowed(self) -> None:
         waited, behind = time.monotonic() - self._since, self._behind()
         if not behind:
@@ -163,16 +189,28 @@ class RankWatch:
         if waited >= self.timeout:
             if self._claim():
                 last_line(f"fastgrpo: error: {told}, ddp_timeout={self.timeout:g}.")
+                self._kill_the_silent(behind)
             os._exit(1)
         is_first = str(self.rank) == min(set(self._seen) - set(behind))
         if is_first and waited >= self._told + TELL_EVERY_S:
             self._told = waited
             logger.warning(told)
 
+    def _kill_the_silent(self, ranks: list[str]) -> None:
+        """Those of this machine that will not end by themselves: a launcher waits half a minute for them."""
+        silent = [rank for rank in ranks if time.monotonic() - self._seen[rank][1] >= GRACE_S]
+        time.sleep(GRACE_S)  # so that launchers take this rank's end for the first
+        for said in (json.loads(self._seen[rank][0]) for rank in silent):
+            if _state(said) not in {"", *GONE}:
+                with suppress(ProcessLookupError):
+                    os.kill(said["pid"], signal.SIGKILL)
+
     def _about(self, rank: str) -> str:
         content, since = self._seen[rank]
         said: dict[str, Any] = json.loads(content)
         named, silent = f"rank {rank} (process {said['pid']} on {said['host']})", time.monotonic() - since
+        if (state := _state(said)) in ENDED:
+            return f"{named} {ENDED[state]}"
         if silent < min(SILENT_S, GRACE_S):
             return f"{named} is in {said['at']}"
         return f"{named} has ended, is stopped or keeps Python's lock: no sign of life for {silent:.0f} s"
@@ -184,6 +222,16 @@ class RankWatch:
             return bool(self._store.compare_set(FAILED, "", mine) == mine.encode())
         except RuntimeError:
             return True
+
+
+def _state(said: dict[str, Any]) -> str:
+    """A rank's process as Linux sees it: a letter of proc(5), "gone", or nothing for one of another machine."""
+    if not _MACHINE or said["machine"] != _MACHINE:
+        return ""
+    try:
+        return Path(f"/proc/{said['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"
 
 
 def _at(thread: int) -> str:

@@ -127,18 +127,29 @@ def last_lines(said: str) -> list[str]:
     return [line for line in said.splitlines() if ": error" in line]
 
 
-def report(capsys: pytest.CaptureFixture[str], campaign: str, rows: Mapping[str, Any], **totals: Any) -> None:
-    """Prints a campaign's table and its JSON line, and adds both to the file of results."""
+def report(
+    capsys: pytest.CaptureFixture[str],
+    campaign: str,
+    rows: Mapping[str, Any],
+    total: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda rows: {},
+    **totals: Any,
+) -> None:
+    """Prints a campaign's table and its JSON line, and adds both to the file of results.
+
+    Args:
+        total: what all rows of the file come to, those of other tests included.
+    """
     with capsys.disabled():
         width = max(map(len, rows))
         print("", *(f"{name:<{width}}  {row}" for name, row in rows.items()), sep="\n")
-        print(json.dumps({"campaign": campaign, **totals}))
+        print(json.dumps({"campaign": campaign, **totals, **total(rows)}))
     if RESULTS is None:
         return
     file = Path(RESULTS)
     about = {"bench": "campaign", "device": device_name("cpu"), "date": now(), "commit": commit()}
     known = json.loads(file.read_text()) if file.exists() else {"figures": {}}
     figures = known["figures"]
-    figures[campaign] = {**totals, "rows": {**figures.get(campaign, {}).get("rows", {}), **rows}}
+    rows = {**figures.get(campaign, {}).get("rows", {}), **rows}
+    figures[campaign] = {**totals, **total(rows), "rows": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**about, "versions": versions(), "figures": figures}, indent=1) + "\n")
