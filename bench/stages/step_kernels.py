@@ -1,6 +1,7 @@
-"""Which kernels a step runs, how often and how long: one update, and 16 decode steps in the midst of a rollout."""
+"""Which kernels a step runs, how often and how long: prefill, 16 decode steps in the midst of a rollout, an update."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -88,9 +89,10 @@ def kernel_table(events: Sequence[Any], device: str) -> list[dict[str, Any]]:
 
 
 def run(task: Task) -> Iterator[Result]:
-    """Profiles both parts of one step, which so is not timed."""
+    """Profiles these parts of one step, which so is not timed."""
     result, size = Result("step_kernels", task.device), SIZES[task.scale]
     parts = {
+        "prefill": PartProfiler("rollout/prefill", "rollout/arrange", 1, task.device),
         "decode, 16 steps": PartProfiler(
             "rollout/decode", "rollout/check", min(DECODES_BEFORE, size.tokens // 2), task.device
         ),
@@ -99,7 +101,9 @@ def run(task: Task) -> Iterator[Result]:
     with prepared(size, task.device) as folder, costs_only(result, "step"):
         flags = [*training_flags(folder, STEPS), "--output_dir", str(folder / "out")]
         trainer = build_trainer(OURS, *parse(flags))
-        with listen(parts["decode, 16 steps"]), listen(parts["update"]):
+        with ExitStack() as stack:
+            for part in parts.values():
+                stack.enter_context(listen(part))
             trainer.train()
     for name, part in parts.items():
         result.checks[f"{name}: profiled"] = not part.fault

@@ -114,6 +114,8 @@ class PackedBatch:
     """[N] float32, or None."""
     owners: tuple[tuple[int, int], ...]
     """Per completion: the index of its group among the packed ones, and its index in the group."""
+    ref_logprobs: Tensor | None = None
+    """[N] float32, or None."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """A copy whose tensors, but for the grids, are on `device`."""

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from fastgrpo.update.accumulation import frozen_reference
 from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result, with_router_loss
 from fastgrpo.update.packed_passes import PackedPasses
 from fastgrpo.update.packing import PackedBatch, pack
+
+NO_GRAD_BATCHES = 4
+"""How many micro-batches' tokens go through a model at once where no gradients are wanted."""
 
 
 class PackedUpdater(PackedPasses):
@@ -83,29 +87,24 @@ class PackedUpdater(PackedPasses):
     @torch.no_grad()
     def _without_gradient(self, groups: Sequence[TrainingGroup], *, entropy: bool) -> list[tuple[Tensor, ...]]:
         """Per group, G tensors [C] float32: log-probs, or entropies."""
-        batches = self._micro_batches(groups, skip_beta=None)
-        found: list[dict[int, Tensor]] = [{} for _ in groups]
         with self.fast_layers(self.reference_model):
-            for batch in batches:
-                # Not through DDP, whose forward broadcasts buffers.
-                output = self.forward(unwrap(self.model), batch.to(self.device), entropy=entropy)
-                flat = output.logprobs if output.entropy is None else output.entropy
-                for (group, index), piece in zip(batch.owners, batch.split(flat), strict=False):
-                    found[group][index] = piece
-        return [tuple(pieces[i] for i in range(len(pieces))) for pieces in found]
+            # Not through DDP, whose forward broadcasts buffers.
+            pieces = self._pieces(unwrap(self.model), groups, skip_beta=None, entropy=entropy)
+        return [tuple(pieces[g, i] for i in range(len(group.completions))) for g, group in enumerate(groups)]
 
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without."""
-        batches = self._micro_batches(groups, skip_beta=None if self.router_coefficient else self.loss_params.beta)
+        skip_beta = None if self.router_coefficient else self.loss_params.beta
         with self.fast_layers(self.reference_model):
+            batches = self._with_reference(groups, self._micro_batches(groups, skip_beta), skip_beta)
             outputs = self.each(batches, self._micro_step)
         return update_result(outputs, self.device)
 
     @torch.no_grad()
     def measure(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.measure`. No completion is left out."""
-        batches = self._micro_batches(groups, skip_beta=None)
         with self.fast_layers(self.reference_model):
+            batches = self._with_reference(groups, self._micro_batches(groups, skip_beta=None), skip_beta=None)
             outputs = [self._losses(unwrap(self.model), batch.to(self.device)) for batch in batches]
         return update_result(outputs, self.device)
 
@@ -116,13 +115,11 @@ class PackedUpdater(PackedPasses):
         return result
 
     def _losses(self, model: Any, batch: PackedBatch) -> MicroBatchResult:
-        with span("update/reference_model"):
-            ref_logprobs = self._reference_logprobs(batch)
         with span("update/forward"):
             with caught_router_losses(model, bool(self.router_coefficient and batch.owners)) as caught:
                 logprobs, entropy = self.forward(model, batch, entropy=True)
             assert entropy is not None
-            result = micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, ref_logprobs)
+            result = micro_loss(logprobs, entropy, batch, self.loss_params, self.scaling, batch.ref_logprobs)
             share = len(batch.input_ids) / max(self._tokens, 1) / self.accumulation.ranks
             return with_router_loss(result, caught, self.router_coefficient, share)
 
@@ -133,9 +130,32 @@ class PackedUpdater(PackedPasses):
             return self.even(batches)
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: PackedBatch) -> Tensor | None:
+    def _with_reference(
+        self, groups: Sequence[TrainingGroup], batches: Sequence[PackedBatch], skip_beta: float | None
+    ) -> list[PackedBatch]:
+        """The micro-batches with the reference's log-probs of their tokens."""
         if self.loss_params.beta == 0.0:
-            return None
-        with frozen_reference(self.model, self.reference_model) as model:
-            own = batch.to(next(model.parameters()).device)  # it may stay on the host
-            return self.forward(model, own, entropy=False).logprobs.to(self.device)
+            return list(batches)
+        with span("update/reference_model"), frozen_reference(self.model, self.reference_model) as model:
+            pieces = self._pieces(model, groups, skip_beta, entropy=False)
+            nothing = torch.zeros(1)  # of a batch that only keeps a rank busy
+            of_batches = [torch.cat([pieces[owner] for owner in b.owners] or [nothing]) for b in batches]
+        return [
+            replace(batch, ref_logprobs=found.to(self.device)) for batch, found in zip(batches, of_batches, strict=True)
+        ]
+
+    def _pieces(
+        self, model: Any, groups: Sequence[TrainingGroup], skip_beta: float | None, *, entropy: bool
+    ) -> dict[tuple[int, int], Tensor]:
+        """[C] float32 of each completion, by its group and its index there: log-probs, or entropies.
+
+        A pass without gradients keeps one layer's activations at a time, so its batches hold more tokens.
+        """
+        budget = NO_GRAD_BATCHES * self.token_budget
+        found: dict[tuple[int, int], Tensor] = {}
+        for batch in self.even(pack(groups, budget, skip_beta=skip_beta, dummy_image=self.dummy_image)):
+            own = batch.to(next(model.parameters()).device)  # the reference may stay on the host
+            output = self.forward(model, own, entropy=entropy)
+            flat = output.logprobs if output.entropy is None else output.entropy
+            found.update(zip(batch.owners, batch.split(flat), strict=False))
+        return found

@@ -46,6 +46,7 @@ def pick(
     *,
     default: str,
     agrees: Callable[[Any], bool],
+    in_graph: bool = False,
 ) -> str:
     """The name of the candidate to use.
 
@@ -60,6 +61,8 @@ def pick(
             excluded.
         default: the candidate to use unmeasured.
         agrees: whether a candidate's result is right. If none is, the default is used and a warning logged.
+        in_graph: whether candidates are timed in CUDA graphs: for kernels that overlap, many in a call, whose launches
+            take the host longer than they run.
     """
     if not tensor.is_cuda or isinstance(tensor, FakeTensor) or os.environ.get(VARIABLE) == "0":
         return default
@@ -87,8 +90,9 @@ class Choices:
         agrees: Callable[[Any], bool],
         device: torch.device,
         may_measure: bool = True,
+        prepared: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
     ) -> str:
-        """`pick`, for a key that holds all that the choice depends on."""
+        """`pick`, for a key that holds all that the choice depends on; `prepared`: what is timed of a candidate."""
         if self._known is None:
             self._known = self._read()
         known = self._known.get(key)
@@ -98,7 +102,8 @@ class Choices:
             return default
         right = {name: call for name, call in candidates.items() if _is_right(name, key, call, agrees)}
         if right:
-            times = self.timer(right, device) if len(right) > 1 else {}
+            timed = {name: prepared(call) for name, call in right.items()} if prepared else right
+            times = self.timer(timed, device) if len(right) > 1 else {}
             choice = min(times, key=times.__getitem__) if times else next(iter(right))
             shown = ", ".join(f"{name} {1e6 * seconds:.1f} us" for name, seconds in times.items())
             _log.info("%s: %s (%s)", key, choice, shown or "the only one that is right")
@@ -136,6 +141,14 @@ def cache_file() -> Path:
     """The file that keeps choices between runs."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fastgrpo" / "choices.json"
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call's kernels in a CUDA graph; its replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
 
 
 def device_times(candidates: Candidates, device: torch.device) -> dict[str, float]:

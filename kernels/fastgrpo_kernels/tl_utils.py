@@ -90,7 +90,9 @@ def bytes_of(*args: Any) -> int:
 def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
     """Makes the tensors' device current, since Triton launches on the current device."""
     device = next((a.device for a in args if isinstance(a, Tensor)), None)
-    return nullcontext() if device is None or device.type != "cuda" else torch.cuda.device(device)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ comparison calls. Declaring their schemas is enough.
 
 import torch
 
-LIBRARY = torch.library.Library("torchvision", "DEF")
-LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+if torch.version.cuda is None:  # a CUDA build's torchvision declares its own
+    LIBRARY = torch.library.Library("torchvision", "DEF")
+    LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

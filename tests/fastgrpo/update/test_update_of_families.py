@@ -6,10 +6,19 @@ import pytest
 import torch
 from family_parity import steps_error, update_errors
 from family_ranks import ranks_errors
+from fastgrpo_kernels import LossParams
 from peft import LoraConfig, get_peft_model
 from tiny_families import FAMILIES, PROCESSORS, family
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fastgrpo.model.freezing import freeze
+from fastgrpo.update.packing import pack
+from fastgrpo.update.updater import PackedUpdater
+
+TEXT = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,3 +52,14 @@ def test_rollout_and_update_on_ranks(tmp_path: Path, families: tuple[str, ...]) 
     pytest.importorskip("deepspeed")
     errors = ranks_errors([f"{stage}:{name}" for name in families for stage in (2, 3)], tmp_path)
     assert max(errors.values()) < 1e-4, errors
+
+
+def test_families_that_cannot_be_packed_are_refused() -> None:
+    sinks = GptOssForCausalLM(GptOssConfig(**TEXT, num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(ValueError, match="attention sinks"):
+        PackedUpdater(sinks, LossParams(), token_budget=9)
+    dropping = LlamaForCausalLM(LlamaConfig(**TEXT, attention_dropout=0.1))
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1: set it to 0"):
+        PackedUpdater(dropping, LossParams(), token_budget=9)
+    with pytest.raises(ValueError, match="token_budget=0 is not valid"):
+        pack([], 0)
