@@ -54,7 +54,8 @@ def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | N
     seen = [p for p in prompts if p.pixel_values is not None]
     if not seen:
         return [None] * len(prompts)
-    pixels = torch.cat([p.pixel_values for p in seen if p.pixel_values is not None])
+    # Joined on the device: on the host that is one copy more of all pixels.
+    pixels = torch.cat([p.pixel_values.to(tower.device) for p in seen if p.pixel_values is not None])
     grids = [p.image_grid_thw for p in seen if p.image_grid_thw is not None]
     digests = [digest for p in seen for digest in p.image_digests]
     was_training = tower.training
@@ -63,7 +64,7 @@ def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | N
         grid = torch.cat(grids) if takes_host_grids(tower) else torch.cat(grids).to(tower.device)
         kept = nullcontext() if cache is None else cache.serving(tower, digests)
         with fused_vision(tower), patches_by_matmul(tower), kept:
-            features = tower(pixels.to(tower.device, tower.dtype), grid_thw=grid)
+            features = tower(pixels.to(tower.dtype), grid_thw=grid)
     finally:
         tower.train(was_training)
     merged = tower.spatial_merge_size**2
