@@ -112,7 +112,7 @@ def test_few_rows_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
                 layer.copy_(value)
         logits.append(decoder.decode(tokens, at.to(device), slots, layout, cache).float())
     apart = [(found - logits[0]).norm() / logits[0].norm() for found in logits[1:]]
-    assert 0 < apart[1] <= 1.2 * apart[0] < 1e-2
+    assert 0 < apart[1] <= 2 * apart[0] < 1e-2  # both are rounding
 
 
 def test_what_it_cannot_compute_it_says() -> None:
