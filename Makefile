@@ -40,9 +40,9 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Kills, damaged files, full disks, dying ranks, schedules, a soak: half an hour; CAMPAIGN_KILLS=40 makes it shorter.
+# Kills, damaged files, full disks, dying ranks, schedules, a soak: an hour; CAMPAIGN_KILLS=48 makes it shorter.
 CAMPAIGN ?= runs/campaign.json
-CAMPAIGN_KILLS ?= 144
+CAMPAIGN_KILLS ?= 168
 campaign: install
 	rm -f $(CAMPAIGN)
 	CAMPAIGN=$(CAMPAIGN) CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) \

@@ -149,7 +149,9 @@ def report(
     about = {"bench": "campaign", "device": device_name("cpu"), "date": now(), "commit": commit()}
     known = json.loads(file.read_text()) if file.exists() else {"figures": {}}
     figures = known["figures"]
-    rows = {**figures.get(campaign, {}).get("rows", {}), **rows}
-    figures[campaign] = {**totals, **total(rows), "rows": rows}
+    before = figures.get(campaign, {"commits": [], "rows": {}})
+    rows = {**before["rows"], **rows}
+    commits = sorted({*before["commits"], commit()})
+    figures[campaign] = {"commits": commits, **totals, **total(rows), "rows": rows}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**about, "versions": versions(), "figures": figures}, indent=1) + "\n")
