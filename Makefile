@@ -40,7 +40,7 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest $(PARALLEL)
 
-# Kills, damaged files, full disks, dying ranks, schedules, a soak: an hour; CAMPAIGN_KILLS=48 makes it shorter.
+# Kills, damaged files, full disks, dying ranks, schedules, a soak: some 40 minutes; CAMPAIGN_KILLS=48 makes it shorter.
 CAMPAIGN ?= runs/campaign.json
 CAMPAIGN_KILLS ?= 168
 campaign: install
