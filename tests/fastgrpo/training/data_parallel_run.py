@@ -26,6 +26,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "checkpointed": {"loss_type": "dapo", "gradient_checkpointing": True, "max_steps": 3},
     "plain": {"loss_type": "grpo", "beta": 0.04, "engine": "plain", "max_steps": 3},
     "reuse": {"loss_type": "grpo", "num_iterations": 2, "max_steps": 6, "mask_truncated_completions": True},
+    # two rollouts a step
+    "several": {"steps_per_generation": 1, "top_entropy_quantile": 0.5, "max_steps": 3},
 }
 
 
