@@ -52,7 +52,7 @@ def main() -> int:
     if arguments.triton:
         return _under_other_triton(arguments.triton)
     modules, arches = arguments.module or MODULES, arguments.arch or ARCHES
-    launches = list(compile_all(modules, arches, arguments.kernel, arguments.quick))
+    launches = list(compile_all(modules, arches, arguments.kernel, arguments.only, arguments.quick))
     _print_launches(launches)
     return _result(launches).finish(arguments.out)
 
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     arguments = parser("Compiles every kernel at every shipped launch and reads the machine code; --device is unused.")
     arguments.add_argument("--arch", type=int, action="append", choices=ARCHES, help="sm_ARCH alone; may be repeated")
     arguments.add_argument("--kernel", metavar="NAME", help="kernels whose name contains this")
+    arguments.add_argument("--only", metavar="CASE", help="cases whose label contains this")
     arguments.add_argument("--module", action="append", metavar="NAME", help="instead of the shipped ones; repeatable")
     arguments.add_argument("--quick", action="store_true", help="the first and the last case of each module")
     arguments.add_argument("--triton", metavar="DIR", help="use the triton installed in DIR")

@@ -70,9 +70,16 @@ class Launch:
         return [name for name, found in named.items() if found]
 
 
-def compile_all(modules: Iterable[str], arches: Iterable[int], kernel: str | None, quick: bool) -> Iterator[Launch]:
+def compile_all(
+    modules: Iterable[str], arches: Iterable[int], kernel: str | None, case: str | None, quick: bool
+) -> Iterator[Launch]:
     """Every distinct launch of the modules' cases, the architectures in order."""
-    cases = [(module, index) for module in modules for index in _case_numbers(module, quick)]
+    cases = [
+        (module, index)
+        for module in modules
+        for index in _case_numbers(module, quick)
+        if case is None or case in _cases(module)[index][0]
+    ]
     jobs = [(module, index, arch) for arch in arches for module, index in cases]
     seen = set()
     with ProcessPoolExecutor(JOBS) as pool:

@@ -1,6 +1,6 @@
 """Families without packed weights: rollouts against HF `generate` and the packed decoder, and a hybrid's update.
 
-    python bench/bench_family_speed.py
+    python bench/bench_family_speed.py --out bench/results/families-cpu.json && python bench/tables.py
 
 On one CPU thread, by the processor's time. Models have the sizes of `workloads.MODELS["4M"]`, prompts some 214 tokens,
 groups 8 completions of 64 tokens; rollouts have four prompts. A hybrid has three layers of linear attention in four.
@@ -115,7 +115,11 @@ def main() -> int:
         arguments.error("--device cuda: measured on a CPU alone; leave it out.")
     torch.set_num_threads(1)
     result = Result("bench_family_speed", "cpu")
-    print_table("Families without packed weights", COLUMNS, measure(result, options.rounds))
+    rows = measure(result, options.rounds)
+    result.figures["comparisons"] = [
+        dict(zip(("what", "against", "theirs_s", "ours_s", "ratio"), row, strict=True)) for row in rows
+    ]
+    print_table("Families without packed weights", COLUMNS, rows)
     return result.finish(options.out)
 
 

@@ -256,9 +256,24 @@ def scaling(results: Results) -> str:
     return f"{told_so}\n![seconds by phase, log-log](results/{plot})\n\n[Record](results/{found.name})\n"
 
 
+def families(results: Results) -> str:
+    """What `bench_family_speed.py` compared."""
+    command = "python bench/bench_family_speed.py --out bench/results/families-cpu.json"
+    found = results.newest("bench_family_speed")
+    if found is None:
+        return f"{NOT_YET.capitalize()}: `{command}`.\n"
+    rows = [
+        [row["what"], row["against"], f"{row['theirs_s']:.2f} s", f"{row['ours_s']:.2f} s", f"**{row['ratio']:.2f}**"]
+        for row in found.record["figures"]["comparisons"]
+    ]
+    table = markdown(["what", "against", "theirs", "ours", "times faster"], rows)
+    return f"{table}\n[Record](../bench/results/{found.name}): `{command}`.\n"
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "demo": demo,
     "cpu": cpu,
+    "families": families,
     "gpu-state": gpu_tables.state,
     "gpu": gpu_tables.speed,
     "kernels": kernels,

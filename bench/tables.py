@@ -1,4 +1,4 @@
-"""Writes the newest results of `bench/results` into the tables of the READMEs, between their markers.
+"""Writes the newest results of `bench/results` into the tables of READMEs and docs, between their markers.
 
 python bench/tables.py             # rewrites what lies between <!-- bench:NAME --> and <!-- /bench -->
 python bench/tables.py --check     # exits 1 where a table and the files disagree
@@ -13,7 +13,7 @@ from result_files import Results
 from table_blocks import BLOCKS
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "kernels/README.md", "bench/README.md")
+PAGES = ("README.md", "kernels/README.md", "bench/README.md", "docs/families.md")
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 
 

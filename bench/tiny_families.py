@@ -76,6 +76,11 @@ VISION_FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
         TOWER | {"image_size": 28, "patch_size": 14},
     ),
+    "GLM-4.6V": (
+        "Glm46V",
+        {"rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0}},
+        TOWER | {"image_size": 28, "patch_size": 14},
+    ),
     "LLaVA": ("Llava", {"model_type": "llama"}, CLIP | {"model_type": "clip_vision_model"}),
     "LLaVA-NeXT": ("LlavaNext", {"model_type": "llama"}, CLIP | {"model_type": "clip_vision_model"}),
     "LLaVA-OneVision": ("LlavaOnevision", {"model_type": "qwen2"}, SIGLIP),

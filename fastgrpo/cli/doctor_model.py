@@ -8,8 +8,6 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from fastgrpo.model.families import family_of, is_multimodal, mrope_sections
 from fastgrpo.model.load import load_config, load_processing, takes_images
 from fastgrpo.model.picture_styles import Tiles
-from fastgrpo.model.vision import vision_tower
-from fastgrpo.model.vision_cache import is_cacheable
 from fastgrpo.sampler.choice import is_packed, unsupported
 from fastgrpo.settings.given import given
 from fastgrpo.update.packed_forward import require_packed_support
@@ -70,14 +68,13 @@ def _pictures(model: Any) -> Row:
         return Row("pictures", "none", "a text model")
     if family.image_token is None:
         return Row("pictures", "none", f"how {family.name} models take them is not known: text rows only")
-    tower, place, notes = vision_tower(model), family.image_place.strip(), []
+    place, notes = family.image_place.strip(), []
     if isinstance(style := family.style, Tiles):
         place = style.written_out(place, family.image_token, style.smallest())
         notes = [f"{style.per_tile} placeholders a tile"]
     if family.whole_pictures:
         notes.append("a picture's tokens see all of it")
-    kept = tower is not None and is_cacheable(tower)
-    return Row("pictures", place, "; ".join([*notes, f"a frozen tower is {'' if kept else 'not '}cached"]))
+    return Row("pictures", place, "; ".join([*notes, "what a frozen tower sees is cached"]))
 
 
 def _prompts(name: str, trust_remote_code: bool) -> list[Row]:

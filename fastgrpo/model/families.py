@@ -27,9 +27,6 @@ class Family:
     """transformers' default if `rope_parameters` has no `mrope_section`; None for 1-D positions."""
     has_packed_decoder: bool = False
     """Whether the sampler's own decoder supports its text layers."""
-    cached_tower: str | None = None
-    """`vision_config.model_type` of a tower whose only output is its merger's, one row per image token, so that the
-    merger's input can be cached."""
 
     @property
     def image_place(self) -> str:
@@ -51,22 +48,20 @@ QWEN2_VL = Family(
     image_markers=("<|vision_start|>", "<|vision_end|>"),
     mrope_sections=(16, 24, 24),
     has_packed_decoder=True,
-    cached_tower="qwen2_vl_vision",
 )
-QWEN2_5_VL = replace(QWEN2_VL, name="Qwen2.5-VL", model_types=("qwen2_5_vl",), cached_tower="qwen2_5_vl_vision")
+QWEN2_5_VL = replace(QWEN2_VL, name="Qwen2.5-VL", model_types=("qwen2_5_vl",))
 QWEN3_VL = replace(
     QWEN2_VL,
     name="Qwen3-VL",
     model_types=("qwen3_vl", "qwen3_vl_moe"),
     mrope_sections=(24, 20, 20),
     has_packed_decoder=False,
-    cached_tower=None,
 )
 QWEN3_5 = replace(QWEN3_VL, name="Qwen3.5", model_types=("qwen3_5", "qwen3_5_moe"), mrope_sections=(11, 11, 10))
 GLM_4V = replace(
     QWEN3_VL,
     name="GLM-4V",
-    model_types=("glm4v", "glm4v_moe"),
+    model_types=("glm4v", "glm4v_moe", "glm46v"),
     image_token="<|image|>",
     image_markers=("<|begin_of_image|>", "<|end_of_image|>"),
     mrope_sections=(8, 12, 12),

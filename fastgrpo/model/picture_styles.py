@@ -82,6 +82,12 @@ class Tiles(Grids):
         return places
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Hidden states of the tower that the model takes; −1, its last, where it does not say."""
+        chosen = getattr(self.config, "vision_feature_layer", -1)
+        return (chosen,) if isinstance(chosen, int) else tuple(chosen)
+
+    @property
     def tile_size(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         vision = self.config.vision_config

@@ -1,16 +1,17 @@
 """Runs a vision tower over the pictures of prompts: the policy's own, or a whole copy where ZeRO-3 partitions it."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgrpo.model.families import base_model, family_of
+from fastgrpo.model.families import VISION_TOWERS, base_model, family_of
 from fastgrpo.model.fused_vision import fused_vision, takes_host_grids
 from fastgrpo.model.patch_embed import patches_by_matmul
+from fastgrpo.model.picture_styles import Tiles
 from fastgrpo.model.segments import Segments, moved, rest_of_run
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
@@ -18,7 +19,23 @@ from fastgrpo.types import Prompt
 
 def vision_tower(model: Any) -> Any | None:
     """The policy's vision tower; None for a text model."""
-    return getattr(getattr(base_model(model), "model", None), "visual", None)
+    inner = getattr(base_model(model), "model", None)
+    return next((tower for name in VISION_TOWERS if (tower := getattr(inner, name, None)) is not None), None)
+
+
+def new_vision_cache(model: Any, max_bytes: int) -> VisionCache | None:
+    """A cache of what this model's tower sees; None for a text model."""
+    tower, style = vision_tower(model), family_of(base_model(model).config).style
+    return None if tower is None else VisionCache(tower, max_bytes, style.layers if isinstance(style, Tiles) else ())
+
+
+def kept_pictures(
+    cache: VisionCache | None, model: Any, digests: Sequence[bytes], grids: Tensor | None
+) -> AbstractContextManager[None]:
+    """Within this context, the model's tower sees pictures of these rows only where the cache has them not."""
+    if cache is None or grids is None:
+        return nullcontext()
+    return cache.serving(vision_tower(model), digests, family_of(base_model(model).config).style.sizes(grids))
 
 
 def picture_inputs(model: Any, pixels: Tensor, grids: Tensor) -> dict[str, Any]:
@@ -62,7 +79,7 @@ def image_features(tower: Any, prompts: Sequence[Prompt], cache: VisionCache | N
     tower.eval()
     try:
         grid = torch.cat(grids) if takes_host_grids(tower) else torch.cat(grids).to(tower.device)
-        kept = nullcontext() if cache is None else cache.serving(tower, digests)
+        kept = nullcontext() if cache is None else cache.serving(tower, digests, torch.cat(grids).prod(dim=1).tolist())
         with fused_vision(tower), patches_by_matmul(tower), kept:
             features = tower(pixels.to(tower.dtype), grid_thw=grid)
     finally:

@@ -5,7 +5,7 @@ keeps a whole copy, into which adapters are merged.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastgrpo.model.patch_embed import patches_by_matmul
 from fastgrpo.model.probe import CHANGES, attention_layers
 from fastgrpo.model.replaced_forward import replaced_forward
 from fastgrpo.model.segments import Segments, moved
-from fastgrpo.model.vision import picture_inputs, seeing_pictures, vision_tower
+from fastgrpo.model.vision import kept_pictures, picture_inputs, seeing_pictures, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.model.zero import is_partitioned
 from fastgrpo.sampler.decoder import CacheShape, KVCache
@@ -175,20 +175,20 @@ class GenericPrefill:
             slots.append(torch.tensor(group.pages)[at // page_size] * page_size + at % page_size)
         inputs: dict[str, Any] = {"logits_to_keep": moved(torch.tensor(lengths).cumsum(0) - 1, device)}
         tower = vision_tower(self.decoder.model)
-        kept: AbstractContextManager[None] = nullcontext()
+        grids = None
         pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
         if pixels:
             grids = torch.cat([p.image_grid_thw for p in prompts if p.image_grid_thw is not None])
             pixel_values = moved(torch.cat(pixels), device).to(self.decoder.dtype)
             inputs |= picture_inputs(self.decoder.model, pixel_values, grids)
-            if self.vision_cache is not None:
-                kept = self.vision_cache.serving(tower, [d for prompt in prompts for d in prompt.image_digests])
         positions = torch.cat([p.position_ids for p in prompts], dim=1)[: self.decoder.axes]
         segments = Segments.of(lengths).to(device)
         tokens = moved(torch.cat([p.input_ids for p in prompts]), device)
         if pixels:
             segments = seeing_pictures(segments, self.decoder.model, tokens)
         step = PagedStep(cache, moved(torch.cat(slots), device), None, segments, self.decoder.places)
+        digests = [digest for prompt in prompts for digest in prompt.image_digests]
+        kept = kept_pictures(self.vision_cache, self.decoder.model, digests, grids)
         with fused_vision(tower), patches_by_matmul(tower), kept:
             logits = self.decoder(tokens, moved(positions, device), step, **inputs)
         for i, group in enumerate(groups):

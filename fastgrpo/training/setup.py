@@ -18,8 +18,8 @@ from fastgrpo.model.load import Processing, load_config, load_policy, load_proce
 from fastgrpo.model.quantized import quantized_loading
 from fastgrpo.model.reward_model import model_name
 from fastgrpo.model.router_loss import router_coefficient
-from fastgrpo.model.vision import vision_tower
-from fastgrpo.model.vision_cache import VisionCache, is_cacheable
+from fastgrpo.model.vision import new_vision_cache
+from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.plain.engine import PlainEngine
 from fastgrpo.plain.hf_generation import has_own_generate
 from fastgrpo.plain.supervised import PlainSupervisedUpdater
@@ -154,10 +154,9 @@ def resolve_reward_weights(config: GRPOConfig, count: int, owned: int = 0) -> Te
 
 def build_vision_cache(model: Any, config: RunConfig) -> VisionCache | None:
     """What engine and updater share where the vision tower is frozen; None without such a tower and where it is off."""
-    tower = vision_tower(model)
-    if config.engine != "fast" or config.vision_cache_bytes == 0 or tower is None or not is_cacheable(tower):
+    if config.engine != "fast" or config.vision_cache_bytes == 0:
         return None
-    return VisionCache(tower, config.vision_cache_bytes)
+    return new_vision_cache(model, config.vision_cache_bytes)
 
 
 def build_engine(

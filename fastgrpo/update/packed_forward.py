@@ -27,7 +27,7 @@ from fastgrpo.model.float32_head import float32_logits
 from fastgrpo.model.logit_formula import linear_logits, logit_formula
 from fastgrpo.model.picture_styles import Tiles
 from fastgrpo.model.replaced_forward import replaced_forward
-from fastgrpo.model.vision import picture_inputs, seeing_pictures, vision_tower
+from fastgrpo.model.vision import kept_pictures, picture_inputs, seeing_pictures
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.types import Prompt
 from fastgrpo.update.packing import PackedBatch
@@ -73,7 +73,7 @@ def packed_logprobs(
         layout = replace(layout, prompts=seeing_pictures(layout.prompts, model, ids))
     options = {"temperature": temperature, "entropy": entropy}
     head = _logprob_head(unwrap(model), batch, options, logprob_bytes, float32_head)
-    with linear_logits(model), head, _kept_pictures(vision_cache, model, batch):
+    with linear_logits(model), head, kept_pictures(vision_cache, model, batch.image_digests, batch.image_grid_thw):
         found = model(
             input_ids=batch.input_ids[None],
             attention_mask=None,
@@ -111,13 +111,6 @@ def _logprob_head(
         return torch.stack([part for part in output if part is not None])
 
     return replaced_forward(head, forward)
-
-
-def _kept_pictures(cache: VisionCache | None, model: Any, batch: PackedBatch) -> AbstractContextManager[None]:
-    """Within this context, the model's vision tower uses cached features."""
-    if cache is None or batch.pixel_values is None:
-        return nullcontext()
-    return cache.serving(vision_tower(unwrap(model)), batch.image_digests)
 
 
 def dummy_image_prompt(model: Any) -> Prompt:

@@ -68,6 +68,11 @@ Programs are short and mostly wait for memory, so occupancy matters: registers a
 """
 
 
+def tilings_for(width: int) -> dict[str, Tiling]:
+    """Those for heads of this size: beyond 128 a wider tile spills, or does not fit the shared memory of sm_89, 120."""
+    return {name: tiling for name, tiling in TILINGS.items() if width <= 128 or tiling.prefix_m == 16}
+
+
 class NewTokens(NamedTuple):
     """New tokens that `decode_attention` rotates and writes to the cache."""
 
@@ -131,6 +136,8 @@ def _launch(
     registers = tiling.registers if target_arch() >= 90 else tiling.registers_before
     if new is None and tiling.prefix_m == 16:
         registers = 144 if target_arch() >= 90 else registers  # triton 3.6: ptxas would spill one of 128 to use 96
+    if width > 128:
+        registers = 255  # the caps are for heads of 128
     prefix_m = max(tiling.prefix_m, 16, triton.next_power_of_2(group))
     tiles = rows // (prefix_m // group) + prefixes  # at most one tile of each prefix is not full
     split_tokens = tiling.split_tokens
@@ -234,7 +241,7 @@ def _tiling_for(query: Tensor, key_cache: Tensor, layout: PagedLayout, grouped: 
     known = _chosen.get((shape, query.dtype, query.device))
     if known is None:
         inputs = Synthetic(query, key_cache, layout, rotate)
-        candidates = {name: inputs.call(tiling, grouped) for name, tiling in TILINGS.items()}
+        candidates = {name: inputs.call(tiling, grouped) for name, tiling in tilings_for(query.shape[2]).items()}
         known = pick("paged_attention", shape, query, candidates, default=default, agrees=inputs.agrees)
         if not torch.cuda.is_current_stream_capturing():
             _chosen[shape, query.dtype, query.device] = known
@@ -301,26 +308,36 @@ class Synthetic:
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls of the launcher on meta tensors: the 2B and 7B models, groups of 8 on a prefix of 704 tokens."""
+    """Calls of the launcher on meta tensors: the 2B and 7B models, and Gemma 2 of 2B (heads of 256, capped scores), on
+    groups of 8 with a prefix of 704 tokens."""
 
     def case(
-        rows: int, heads: int, kv_heads: int, page_size: int, grouped: bool, tiling: Tiling, window: int = 0
+        rows: int,
+        heads: int,
+        kv_heads: int,
+        page_size: int,
+        grouped: bool,
+        tiling: Tiling,
+        *,
+        width: int = 128,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> Callable[[], None]:
         def run() -> None:
             def integers(*shape: int) -> Tensor:
                 return torch.empty(shape, dtype=torch.int32, device="meta")
 
-            packed = torch.empty(rows, heads + 2 * kv_heads, 128, dtype=torch.bfloat16, device="meta")
+            packed = torch.empty(rows, heads + 2 * kv_heads, width, dtype=torch.bfloat16, device="meta")
             query, key, value = packed.split([heads, kv_heads, kv_heads], dim=1)
-            angle = torch.empty(rows, 128, dtype=torch.float32, device="meta")
+            angle = torch.empty(rows, width, dtype=torch.float32, device="meta")
             suffixes, prefixes = integers(rows, 384 // page_size), integers(rows // 8, 704 // page_size)
-            shape = (suffixes.numel() + prefixes.numel(), page_size, kv_heads, 128)  # each page read once
+            shape = (suffixes.numel() + prefixes.numel(), page_size, kv_heads, width)  # each page read once
             keys, values = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for _ in range(2))
             prefix_lens, cu_rows = integers(rows // 8), integers(rows // 8 + 1)
             layout = PagedLayout(suffixes, integers(rows), prefixes, prefix_lens, integers(rows), cu_rows)
             slots = torch.empty(rows, dtype=torch.int64, device="meta")
             for new in (NewTokens(key, value, angle, angle, slots), None):
-                _launch(tiling, query, keys, values, layout, 128**-0.5, grouped, new, window)
+                _launch(tiling, query, keys, values, layout, width**-0.5, grouped, new, window, softcap)
 
         return run
 
@@ -333,3 +350,8 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], None]]]:
         label = f"attention 12/2 page {page_size} B={rows} grouped={grouped}"
         yield label, case(rows, 12, 2, page_size, grouped, default)
     yield "attention 12/2 page 16 B=64 window 512", case(64, 12, 2, 16, False, default, window=512)
+    for name, tiling in tilings_for(256).items():
+        label = f"attention 8/4 of 256 page 16 B=64 capped {name}"
+        yield label, case(64, 8, 4, 16, True, tiling, width=256, softcap=50.0)
+    label = "attention 8/4 of 256 page 16 B=64 capped window 512"
+    yield label, case(64, 8, 4, 16, False, default, width=256, window=512, softcap=50.0)

@@ -34,8 +34,7 @@ def paged_attention(
         value_cache: the same.
         layout: which pages each row reads, on the same device.
         grouped: whether a prefix is read once for all rows that share it. Both give the same result up to rounding.
-            None: on the torch backend yes, on triton where prefix tables have room for
-            `attention_launch.GROUPED_FROM_TOKENS`.
+            None: where prefix tables have room for `attention_launch.GROUPED_FROM_TOKENS`. Torch always does.
         window: only the last so many tokens of a row are read, each row on its own; None: all.
         softcap: scores s become softcap · tanh(s / softcap); None: they stay.
 
@@ -45,12 +44,10 @@ def paged_attention(
     check_attention(query, key_cache, value_cache, layout)
     check_kind(window, softcap)
     name = pick_backend(query, backend)
-    if grouped is None:
-        grouped = name == "torch" or is_worth_grouping(layout, key_cache)
     if name == "torch":
-        return cpu.paged_attention(
-            query, key_cache, value_cache, layout, scale=scale, grouped=grouped, window=window, softcap=softcap
-        )
+        return cpu.paged_attention(query, key_cache, value_cache, layout, scale=scale, window=window, softcap=softcap)
+    if grouped is None:
+        grouped = is_worth_grouping(layout, key_cache)
     return _operator(
         query,
         key_cache,

@@ -13,7 +13,7 @@ STEP = {"step_seconds": {"median": 2.125}, "phases": {}}
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A tree with pages of one table each, and no results but a demo's."""
-    for page, name in zip(tables.PAGES, ("gpu", "kernels", "scaling"), strict=True):
+    for page, name in zip(tables.PAGES, ("gpu", "kernels", "scaling", "families"), strict=True):
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(f"before\n<!-- bench:{name} -->\nold\n<!-- /bench -->\nafter\n")
     (tmp_path / "results").mkdir()

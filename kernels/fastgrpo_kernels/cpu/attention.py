@@ -14,7 +14,7 @@ from fastgrpo_kernels.types import PagedLayout
 _NOTHING = -1e30
 """Score of a token that does not count. Finite, so that attention to nothing is 0 and not NaN."""
 MOST_COPIED = 1 << 15
-"""Numbers of a prefix's keys. Where each row has a prefix of its own, and none is longer, they are read together:
+"""Numbers of a prefix's keys. Where all prefixes have equally many rows, and none is longer, they are read together:
 copying one then takes less time than another call of the operator."""
 HEADS_TOGETHER = 4
 """KV heads that one product reads; see `_attend_own`."""
@@ -59,14 +59,12 @@ def paged_attention(
     layout: PagedLayout,
     *,
     scale: float,
-    grouped: bool | None = None,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """`fastgrpo_kernels.paged_attention`: a prefix is read once for all its rows. Reads `layout` on the host, once.
 
-    `grouped` None means True; False reads it again for each row, as a window does. Cache contents past a length are
-    ignored, even NaN.
+    Cache contents past a length are ignored, even NaN.
     """
     rows, heads, width = query.shape
     if rows == 0:
@@ -78,22 +76,42 @@ def paged_attention(
         return _attend(queries, tokens, keys, values, scale, softcap)[0].reshape(rows, heads, width)
     suffixes, prefixes = _plan(layout, key_cache.shape)
     dtype = computing_dtype(query)
-    shared = queries.new_zeros(queries.shape, dtype=dtype)
+    shared, shared_lse = _attend_prefixes(queries, prefixes, key_cache, value_cache, scale, softcap)
+    keys, values = suffixes.read(key_cache), suffixes.read(value_cache)
+    bias = suffixes.bias(dtype, query.device)
+    if kv_heads <= HEADS_TOGETHER:
+        merged = _attend_own(queries, keys, values, shared, shared_lse, bias, scale, softcap)
+    else:
+        split = (x.split(HEADS_TOGETHER, dim=1) for x in (queries, keys, values, shared, shared_lse))
+        parts = [_attend_own(q, k, v, out, lse, bias, scale, softcap) for q, k, v, out, lse in zip(*split, strict=True)]
+        merged = torch.cat(parts, dim=1)
+    return merged.reshape(query.shape).to(query.dtype)
+
+
+def _attend_prefixes(
+    queries: Tensor,
+    prefixes: "list[_Prefixes]",
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries [B, Hkv, R, D] to their prefixes and its log-sum-exp [B, Hkv, R]; 0 and −inf without one."""
+    found = []
+    for start, end, tokens in prefixes:
+        members = queries[start:end].unflatten(0, (tokens.shape[0], -1)).transpose(1, 2)  # [N, Hkv, G, R, D]
+        part, lse = _attend(members.flatten(2, 3), tokens, key_cache, value_cache, scale, softcap)
+        shape = members.shape
+        found.append(
+            (part.view(shape).transpose(1, 2).flatten(0, 1), lse.view(shape[:4]).transpose(1, 2).flatten(0, 1))
+        )
+        if end - start == len(queries):
+            return found[0]
+    shared = queries.new_zeros(queries.shape, dtype=computing_dtype(queries))
     shared_lse = shared.new_full(queries.shape[:3], -math.inf)
-    for start, end, prefix in prefixes:
-        members = queries[start:end]
-        together = grouped is not False and prefix.shape[0] == 1
-        if together:
-            members = members.transpose(0, 1).reshape(1, kv_heads, -1, width)  # [1, Hkv, G · R, D]
-        part, lse = _attend(members, prefix, key_cache, value_cache, scale, softcap)
-        if together:
-            part = part.view(kv_heads, end - start, -1, width).transpose(0, 1)
-            lse = lse.view(kv_heads, end - start, -1).transpose(0, 1)
+    for (start, end, _), (part, lse) in zip(prefixes, found, strict=True):
         shared[start:end], shared_lse[start:end] = part, lse
-    bias, inputs = suffixes.bias(dtype, query.device), (queries, *map(suffixes.read, (key_cache, value_cache)))
-    parts = zip(*(x.split(HEADS_TOGETHER, dim=1) for x in (*inputs, shared, shared_lse)), strict=True)
-    merged = [_attend_own(q, k, v, out, lse, bias, scale, softcap) for q, k, v, out, lse in parts]
-    return (merged[0] if len(merged) == 1 else torch.cat(merged, dim=1)).reshape(query.shape).to(query.dtype)
+    return shared, shared_lse
 
 
 class _Tokens(NamedTuple):
@@ -129,21 +147,30 @@ class _Tokens(NamedTuple):
         return tokens.unflatten(0, (self.shape[0], -1))[:, : self.shape[2]].transpose(1, 2)
 
 
+_Prefixes = tuple[int, int, _Tokens]
+"""A range of rows, and the tokens of as many prefixes as they read, each by equally many of them."""
+
+
 @lru_cache(maxsize=1)
-def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[tuple[int, int, _Tokens]]]:
-    """Where each row's own tokens lie; and each non-empty prefix, with the range of rows that read it.
+def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[_Prefixes]]:
+    """Where each row's own tokens lie; and prefixes, without empty ones unless they are read together.
 
     A decode step's layers share a layout, so lengths and tables are read once a step.
     """
     bounds, lens = layout.cu_prefix_rows.tolist(), layout.prefix_lens.tolist()
     read = [(p, start, end) for p, (start, end) in enumerate(pairwise(bounds)) if end > start]
     suffixes = _tokens(layout.suffix_tables, layout.suffix_lens.tolist(), cache)
-    if len(read) > 1 and len(read) == read[-1][2] - read[0][1] and max(lens) * cache[2] * cache[3] <= MOST_COPIED:
+    if len(read) > 1 and _is_even(read) and max(lens) * cache[2] * cache[3] <= MOST_COPIED:
         tokens = _tokens(layout.prefix_tables[[p for p, _, _ in read]], [lens[p] for p, _, _ in read], cache)
         return suffixes, [(read[0][1], read[-1][2], tokens)]
     return suffixes, [
         (start, end, _tokens(layout.prefix_tables[p : p + 1], [lens[p]], cache)) for p, start, end in read if lens[p]
     ]
+
+
+def _is_even(read: list[tuple[int, int, int]]) -> bool:
+    """Whether all have equally many rows."""
+    return len({end - start for _, start, end in read}) == 1
 
 
 @lru_cache(maxsize=1)
@@ -206,10 +233,8 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries [N, Hkv, M, D] to N sequences, or to one: outputs like them, log-sum-exp [N, Hkv, M]."""
+    """Attention of queries [N, Hkv, M, D] to N sequences: outputs like them, log-sum-exp [N, Hkv, M]."""
     keys, values = tokens.read(key_cache), tokens.read(value_cache)
-    if queries.shape[0] != keys.shape[0]:
-        keys, values = (x.expand(queries.shape[0], -1, -1, -1) for x in (keys, values))
     dtype = computing_dtype(queries)
     bias = tokens.bias(dtype, queries.device)
     if queries.device.type == "cpu" and softcap is None:

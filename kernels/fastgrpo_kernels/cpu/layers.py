@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if not _is_by_hand(x, weight, residual):
         return reference.rms_norm(x, weight, eps, residual)
     total = x if residual is None else x + residual
-    normed: Tensor = _RMSNorm.apply(total, weight, eps)
+    normed: Tensor = _RMSNorm.apply(total, weight, eps) if _learns(total, weight) else _normed(total, weight, eps)[0]
     return normed, total
 
 
@@ -30,12 +31,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`fastgrpo_kernels.swiglu`."""
     if not _is_by_hand(gate, up):
         return reference.swiglu(gate, up)
-    active: Tensor = _SwiGLU.apply(gate, up)
+    active: Tensor = _SwiGLU.apply(gate, up) if _learns(gate, up) else F.silu(gate).mul_(up)
     return active
 
 
 def _is_by_hand(*tensors: Tensor | None) -> bool:
     return all(x is None or x.dtype == torch.float32 for x in tensors) and not torch.compiler.is_compiling()
+
+
+def _learns(*tensors: Tensor) -> bool:
+    """Whether a gradient is needed: calling an autograd function takes 10 µs, as much as a decode step's norm."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and 1 / √(mean x² + eps)."""
+    scale = x.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -48,9 +60,9 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = x.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        normed, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return normed
 
     @staticmethod
     @once_differentiable
@@ -70,7 +82,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -78,6 +90,6 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up)]
         for gates, ups, grads, grad_gate, grad_up in _blocks(gate, up, grad, *found):
-            torch.mul(grads, torch.nn.functional.silu(gates), out=grad_up)
+            torch.mul(grads, F.silu(gates), out=grad_up)
             torch.ops.aten.silu_backward.grad_input(grads * ups, gates, grad_input=grad_gate)
         return tuple(found)

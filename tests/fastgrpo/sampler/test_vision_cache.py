@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from family_parity import NoText, training_groups
 from fastgrpo_kernels import LossParams
 from peft import LoraConfig, get_peft_model
+from tiny_families import family
 from torch import Tensor
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import image_digests
+from fastgrpo.model.families import family_of
+from fastgrpo.model.freezing import freeze as freeze_parts
 from fastgrpo.model.load import load_policy
-from fastgrpo.model.vision import image_features, vision_tower
+from fastgrpo.model.vision import image_features, new_vision_cache, vision_tower
 from fastgrpo.model.vision_cache import VisionCache
 from fastgrpo.sampler.engine import SamplerEngine
 from fastgrpo.training.trainer import GRPOTrainer
@@ -117,6 +121,39 @@ def test_an_update_is_what_it_is_without_a_cache(pictured: Any) -> None:
         torch.testing.assert_close(result.metrics.kl_sum, expected.metrics.kl_sum, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(gradients(model), expected_gradients, atol=1e-6, rtol=1e-5)
     assert seen.patches == patches([group.prompt for group in groups])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Qwen3-VL", "GLM-4V", "LLaVA-NeXT", "SmolVLM"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("Qwen3.5", "LLaVA", "LLaVA-OneVision")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("InternVL", "Gemma 3 with pictures", "Idefics3")),
+    ],
+)
+def test_whatever_a_familys_tower_gives_is_kept(name: str) -> None:
+    """Update and rollout are bit for bit those without a cache; a tower that trains sees for itself."""
+    model, prompts = family(name)
+    style = family_of(model.config).style
+    prompts = [replace(p, image_digests=image_digests(p.pixel_values, p.image_grid_thw, style)) for p in prompts]
+    freeze_parts(model, freeze_vision=True, freeze_llm=False)
+    cache, groups, options = new_vision_cache(model, PLENTY), training_groups(prompts), {"token_budget": 10**6}
+    assert cache is not None
+    plain, kept = (PackedUpdater(model, LossParams(), vision_cache=c, **options) for c in (None, cache))
+    expected, expected_gradients = plain.accumulate(groups), gradients(model)
+    for _ in range(2):
+        assert torch.equal(kept.accumulate(groups).loss, expected.loss)
+        for parameter, gradient in gradients(model).items():
+            assert torch.equal(gradient, expected_gradients[parameter]), parameter
+    params = SamplingParams(6, seed=5)
+    engines = [SamplerEngine(model, NoText(), vision_cache=c) for c in (None, cache)]
+    assert drawn(engines[0], prompts, params) == drawn(engines[1], prompts, params)
+    assert (cache.misses, cache.hits) == (3, 6)
+    model.requires_grad_(True)
+    expected, expected_gradients = plain.accumulate(groups), gradients(model)
+    assert torch.equal(kept.accumulate(groups).loss, expected.loss)
+    assert gradients(model).keys() == expected_gradients.keys()
+    assert (cache.misses, cache.hits, cache.room) == (3, 6, 0)
 
 
 def test_the_sampler_draws_what_it_draws_without_a_cache(pictured: Any) -> None:
