@@ -8,7 +8,7 @@ import argparse
 import sys
 from dataclasses import replace
 
-from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS
+from fastgrpo_profiling.memory_estimate import TOKEN_BUDGET
 from fastgrpo_profiling.prediction import BEFORE, GPUS, NOW, Counts, Gpu, decode_step_seconds, step_seconds
 from harness import Result, print_table
 from step_setup import PAPER
@@ -40,13 +40,10 @@ def main() -> int:
     )
     options = arguments.parse_args()
     gpu, result = GPUS[options.gpu], Result("predict_step", "cpu")
-    budget = PAPER.budget_without_checkpointing(gpu.memory_bytes)
-    sides = {"before": BEFORE, "now": replace(NOW, checkpointing=budget is None)}
-    micro_batches = {"before": micro_batches_of(TOKEN_BUDGETS[0]), "now": micro_batches_of(budget or TOKEN_BUDGETS[0])}
-    found = {
-        name: step_seconds(gpu, SHAPE, WORK, counts, micro_batches=micro_batches[name])
-        for name, counts in sides.items()
-    }
+    checkpointing = not PAPER.fits_unchecked(gpu.memory_bytes)
+    sides = {"before": BEFORE, "now": replace(NOW, checkpointing=checkpointing)}
+    count = micro_batches_of(TOKEN_BUDGET)
+    found = {name: step_seconds(gpu, SHAPE, WORK, counts, micro_batches=count) for name, counts in sides.items()}
     phases = list(dict.fromkeys(phase for one in found.values() for phase in one))
     rows = [[phase, *(one.get(phase, 0.0) for one in found.values())] for phase in phases]
     rows.append(["total", *(sum(one.values()) for one in found.values())])
@@ -57,19 +54,17 @@ def main() -> int:
     rows = [[part, *(1e3 * one[part] for one in parts.values())] for part in parts["now"]]
     rows.append(["total", *(1e3 * sum(one.values()) for one in parts.values())])
     print_table("A decode step half-way, milliseconds", ["part", *parts], rows)
-    ways = {"checkpointed": None} | {f"not, at {tokens:,} tokens": tokens for tokens in TOKEN_BUDGETS}
-    memory = {name: PAPER.memory(tokens, half_reference=NOW.half_reference) for name, tokens in ways.items()}
-    rows = [[part, *(one[part] / 1e9 for one in memory.values())] for part in memory["checkpointed"]]
-    rows.append(["total", *(sum(one.values()) / 1e9 for one in memory.values())])
-    print_table(f"Memory, GB of {gpu.memory_bytes / 1e9:.0f}", ["for", *memory], rows)
-    used = PAPER.memory(budget, half_reference=NOW.half_reference)
+    memory = [PAPER.memory(checkpointing=way, half_reference=NOW.half_reference) for way in (True, False)]
+    rows = [[part, *(one[part] / 1e9 for one in memory)] for part in memory[0]]
+    rows.append(["total", *(sum(one.values()) / 1e9 for one in memory)])
+    print_table(f"Memory, GB of {gpu.memory_bytes / 1e9:.0f}", ["for", "checkpointed", "not"], rows)
+    used = memory[0 if checkpointing else 1]
     result.checks["it fits"] = sum(used.values()) <= gpu.memory_bytes
     result.figures = {
         "gpu": gpu.name,
         "total_s": sum(found["now"].values()),
         "before_s": sum(found["before"].values()),
-        "token_budget": budget or TOKEN_BUDGETS[0],
-        "checkpointing": budget is None,
+        "checkpointing": checkpointing,
         "phases": found["now"],
         "decode_step_ms": 1e3 * sum(parts["now"].values()),
         "peak_gb": sum(used.values()) / 1e9,

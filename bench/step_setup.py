@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS, StepSetting, budget_without_checkpointing, step_bytes
+from fastgrpo_profiling.memory_estimate import TOKEN_BUDGET, StepSetting, fits_unchecked, step_bytes
 from fastgrpo_profiling.roofline import ModelShape, StepWork
 from workloads import MODELS, save_endless_model
 
@@ -69,27 +69,22 @@ class StepSize:
         completions = [[self.tokens] * self.group] * self.prompts
         return StepWork([patches // 4 + WORDS] * self.prompts, [patches] * self.prompts, completions)
 
-    def memory(self, token_budget: int | None, *, half_reference: bool = True) -> dict[str, float]:
-        """Bytes of a step on a GPU by what they are for, by shapes alone (`step_bytes`).
+    def memory(self, *, checkpointing: bool, half_reference: bool = True) -> dict[str, float]:
+        """Bytes of a step on a GPU by what they are for, by shapes alone (`step_bytes`)."""
+        return step_bytes(self.shape, self._setting(checkpointing, half_reference))
 
-        Args:
-            token_budget: input tokens of a micro-batch; None: checkpointed, with the usual number.
-        """
-        checkpointing, budget = token_budget is None, token_budget or TOKEN_BUDGETS[0]
-        return step_bytes(self.shape, self._setting(checkpointing, budget, half_reference))
+    def fits_unchecked(self, memory: float) -> bool:
+        """Whether a run with gradient_checkpointing=auto leaves it off on a GPU of so many bytes."""
+        return fits_unchecked(self.shape, self._setting(checkpointing=False), memory)
 
-    def budget_without_checkpointing(self, memory: float) -> int | None:
-        """As a run with gradient_checkpointing=auto chooses it on a GPU of so many bytes; None: it checkpoints."""
-        return budget_without_checkpointing(self.shape, self._setting(False, TOKEN_BUDGETS[0], True), memory)
-
-    def _setting(self, checkpointing: bool, token_budget: int, half_reference: bool) -> StepSetting:
+    def _setting(self, checkpointing: bool, half_reference: bool = True) -> StepSetting:
         return StepSetting(
             prompts=self.prompts,
             group=self.group,
             prompt_tokens=self.work.prompts[0],
             completion_tokens=self.tokens,
             picture_patches=self.work.pictures[0],
-            token_budget=token_budget,
+            token_budget=TOKEN_BUDGET,
             logprob_bytes=LOGPROB_BYTES,
             checkpointing=checkpointing,
             has_reference=True,

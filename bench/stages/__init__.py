@@ -76,7 +76,7 @@ class Stage:
 STAGES = (
     Stage("environment", "machine, versions, a large matrix product and a large copy", 8, 8, 3, 8),
     Stage("kernels", "every op against float64, no timing", 45, 45, 5, 10, "ops:kernels"),
-    Stage("step", "the paper's step, ours; also without checkpointing", 190, 190, 86, 40),
+    Stage("step", "the paper's step, ours, as auto takes it and checkpointed", 190, 190, 86, 40),
     Stage("sync", "weights from the policy to the sampler", 15, 15, 10, 12),
     Stage("decode_ops", "attention, rotation and sampling of a decode step, kernel time", 30, 30, 8, 8, "ops:decode"),
     Stage("head", "LM head and loss, forward and backward", 45, 45, 32, 12, "ops:head"),
@@ -85,10 +85,10 @@ STAGES = (
     Stage("update", "forward and backward against the padded batch", 60, 55, 65, 20),
     Stage("memory", "peaks of head, rollout and update", 50, 50, 65, 20),
     Stage("step_plain", "the paper's step against plain torch", 260, 240, 70, 40, "compare:against_plain"),
-    Stage("step_trl", "the same, against TRL", 300, 280, 70, 60, "compare:against_trl"),
+    Stage("step_trl", "the same, against TRL", 480, 450, 70, 60, "compare:against_trl"),
 )
-"""Measured: head and decode_ops on an H100, environment and step on an H200. The rest are guesses. On an H100 the step
-without checkpointing takes smaller micro-batches, and 70 GB by estimate."""
+"""Measured: head, decode_ops and step on an H100, environment and step on an H200; for step_trl, 280 s did not suffice
+on an H100. The rest are guesses."""
 
 
 def table() -> str:

@@ -38,7 +38,9 @@ def run(task: Task) -> Iterator[Result]:
         flags = training_flags(folder, size.timed + 2)
         if size.is_large:
             with costs_only(result, AUTO):
-                result.figures[AUTO] = our_figures(as_auto(flags), folder, size, result, auto_budget(size))
+                memory = torch.cuda.get_device_properties(0).total_memory
+                checkpointing = not size.fits_unchecked(memory)
+                result.figures[AUTO] = our_figures(as_auto(flags), folder, size, result, checkpointing=checkpointing)
             yield result
         with costs_only(result, "comparison"):
             checked = compare_with_plain(flags, folder, size)
@@ -57,32 +59,24 @@ def our_figures(
     folder: Path,
     size: StepSize,
     result: Result,
-    token_budget: int | None = None,
+    *,
+    checkpointing: bool = True,
 ) -> dict[str, Any]:
-    """Times and peak of our side, beside what shapes say the peak should be.
-
-    Args:
-        token_budget: of a step without checkpointing.
-    """
+    """Times and peak of our side, beside what shapes say the peak should be."""
     (steps,) = timed_steps([OURS], flags, folder, size.timed).values()
     figures = summed_up(steps, size, result.device)
-    estimate = size.memory(token_budget)
+    estimate = size.memory(checkpointing=checkpointing)
     result.checks[f"exactly {size.tokens} tokens each"] = figures.tokens == size.drawn
     rows = [["whole step, s", figures.step_seconds.median], *([f"{name}, s", s] for name, s in figures.phases.items())]
     rows += [["peak, GB", figures.peak_bytes / 1e9], ["… estimated for a GPU", sum(estimate.values()) / 1e9]]
-    way = "" if token_budget is None else f", not checkpointed, micro-batches of {token_budget} tokens"
+    way = " checkpointed" if checkpointing else ", not checkpointed"
     print_table(f"A step of {size.prompts} × {size.group} × {size.tokens}{way}", ["", "measured"], rows)
-    return {**asdict(figures), "estimated_bytes": estimate, "token_budget": token_budget}
+    return {**asdict(figures), "estimated_bytes": estimate, "checkpointing": checkpointing}
 
 
 def as_auto(flags: Sequence[str]) -> list[str]:
     """The flags of a run that leaves checkpointing to us."""
     return [*flags, "--gradient_checkpointing", "auto"]
-
-
-def auto_budget(size: StepSize) -> int | None:
-    """Tokens of its micro-batches; None: it checkpoints."""
-    return size.budget_without_checkpointing(torch.cuda.get_device_properties(0).total_memory)
 
 
 def compare_with_plain(flags: Sequence[str], folder: Path, size: StepSize) -> gate.Gate:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from fastgrpo_profiling.memory_estimate import TOKEN_BUDGET
 from huggingface_hub.utils import validate_repo_id
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
@@ -120,11 +121,8 @@ class RunConfig(TrainingArguments):
         "`fast`: paged sampler and packed update; `plain`: HF generate and padded batches.",
         choices=("fast", "plain"),
     )
-    token_budget: int | None = option(
-        None,
-        "Input tokens of a packed micro-batch; a group's prompt counts once. 16,384 if unset, or 8,192 where that "
-        "spares gradient checkpointing.",
-        at_least=1,
+    token_budget: int = option(
+        TOKEN_BUDGET, "Input tokens of a packed micro-batch; a group's prompt counts once.", at_least=1
     )
     attn_backend: str = option(
         "auto", "Attention of the packed update: " + ", ".join(ATTN_BACKENDS) + ".", choices=ATTN_BACKENDS

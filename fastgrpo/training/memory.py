@@ -1,10 +1,9 @@
 """A step's memory on a GPU: whether it fits without computing layers twice, and what the sampler must leave free."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
-from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS, StepSetting, budget_without_checkpointing, step_bytes
+from fastgrpo_profiling.memory_estimate import StepSetting, fits_unchecked, step_bytes
 from fastgrpo_profiling.roofline import ModelShape
 from torch import nn
 from transformers.utils import logging
@@ -19,37 +18,34 @@ LOGPROB_BYTES = 4 << 30
 """Of the head's scratch where the run leaves it to what is free."""
 
 
-def settle_memory(model: Any, config: RunConfig, memory: float | None = None) -> tuple[bool, int]:
-    """Whether to checkpoint, and tokens of a micro-batch, where the settings leave them open.
+def is_checkpointed(model: Any, config: RunConfig, memory: float | None = None) -> bool:
+    """Whether a step's layers are computed twice, where gradient_checkpointing=auto leaves it open.
 
-    With gradient_checkpointing=auto a step is checkpointed that would not fit the GPU otherwise, not even in smaller
-    micro-batches; the log says so, with the estimate. On a CPU nothing is checkpointed: memory is seldom what is short
-    there. On a GPU a model is checkpointed whose sizes are not known, or that is not trained under half-precision
-    autocast.
+    On a GPU, those of a step that would not fit otherwise; the log says so, with the estimate. A model is checkpointed,
+    too, whose sizes are not known, or that is not trained under half-precision autocast. On a CPU nothing is: memory is
+    seldom what is short there.
 
     Args:
         memory: bytes of the GPU; None: the run's own, 0 without one.
     """
-    budgets = TOKEN_BUDGETS if config.token_budget is None else (config.token_budget,)
     if memory is None:
         memory = torch.cuda.get_device_properties(config.device).total_memory if config.device.type == "cuda" else 0
     if not config.decides_checkpointing:
-        return bool(config.gradient_checkpointing), budgets[0]
+        return bool(config.gradient_checkpointing)
     if not memory:
-        return False, budgets[0]
+        return False
     shape = ModelShape.known(model.config)
     if shape is None or not (config.bf16 or config.fp16):
         logger.info("gradient_checkpointing=auto: on, since the memory of such a model is not known beforehand.")
-        return True, budgets[0]
+        return True
     setting = step_setting(model, config)
-    budget = budget_without_checkpointing(shape, setting, memory, budgets)
-    wanted = sum(step_bytes(shape, replace(setting, token_budget=budget or budgets[-1])).values())
+    fits, wanted = fits_unchecked(shape, setting, memory), sum(step_bytes(shape, setting).values())
     # TRL's default is on: who comes from there should know.
-    (logger.info if budget is None else logger.warning)(
-        f"gradient_checkpointing=auto: {'on' if budget is None else 'off'}; without it a step takes "
-        f"{wanted / 1e9:.0f} GB of {memory / 1e9:.0f}, in micro-batches of {budget or budgets[-1]} tokens."
+    (logger.warning if fits else logger.info)(
+        f"gradient_checkpointing=auto: {'off' if fits else 'on'}; without it a step takes {wanted / 1e9:.0f} GB of "
+        f"{memory / 1e9:.0f}."
     )
-    return budget is None, budget or budgets[0]
+    return not fits
 
 
 def step_setting(model: Any, config: RunConfig) -> StepSetting:
@@ -66,7 +62,7 @@ def step_setting(model: Any, config: RunConfig) -> StepSetting:
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         picture_patches=0 if vision is None else prompt_tokens * getattr(vision, "spatial_merge_size", 1) ** 2,
-        token_budget=config.token_budget or TOKEN_BUDGETS[0],
+        token_budget=config.token_budget,
         logprob_bytes=float(config.logprob_bytes or LOGPROB_BYTES),
         checkpointing=False,
         has_reference=config.needs_reference and not hasattr(model, "disable_adapter"),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from fastgrpo_profiling.memory_estimate import TOKEN_BUDGETS
 from peft import PeftType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
@@ -29,7 +28,7 @@ from fastgrpo.sampler.engine import SamplerEngine, SamplerOptions
 from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.settings.sft_config import SFTConfig
 from fastgrpo.training.deepspeed_settings import take_whole_steps
-from fastgrpo.training.memory import settle_memory
+from fastgrpo.training.memory import is_checkpointed
 from fastgrpo.types import Engine, SamplingParams, Updater
 from fastgrpo.update.objective import loss_params, scaling
 from fastgrpo.update.supervised import SupervisedUpdater
@@ -54,9 +53,9 @@ def sampling_params(config: GRPOConfig) -> SamplingParams:
 def settle(config: RunConfig, model: PreTrainedModel) -> None:
     """Decides, in place, what the settings leave open until the model and the machine are known."""
     take_whole_steps(config)
-    checkpointing, config.token_budget = settle_memory(model, config)
-    if config.decides_checkpointing:
-        for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers' older and newer name
+    checkpointing = is_checkpointed(model, config)
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers' older and newer name
+        if config.decides_checkpointing:
             setattr(config, name, checkpointing)
     if config.gradient_checkpointing and _has_prefix(model):
         logger.warning("gradient_checkpointing is off: recomputed layers would not see the learnt prefix.")
@@ -227,7 +226,7 @@ def build_updater(
             return PackedUpdater(
                 model,
                 loss_params(config),
-                token_budget=config.token_budget or TOKEN_BUDGETS[0],
+                token_budget=config.token_budget,
                 attn_backend=config.attn_backend,
                 logprob_bytes=config.logprob_bytes,
                 vision_cache=vision_cache,
@@ -248,7 +247,7 @@ def build_supervised_updater(
         try:
             return SupervisedUpdater(
                 model,
-                token_budget=config.token_budget or TOKEN_BUDGETS[0],
+                token_budget=config.token_budget,
                 accelerator=accelerator,
                 attn_backend=config.attn_backend,
                 logprob_bytes=config.logprob_bytes,
