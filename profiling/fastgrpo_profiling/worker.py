@@ -122,8 +122,10 @@ class TurnTaker:
     def note(
         self, *, tokens: int, reward: float, work: StepWork | None = None, trained: StepWork | None = None
     ) -> None:
-        """Reports what the current step drew, its rewards, and the part with a gradient (None: all)."""
-        self.tokens, self.reward, self.work, self.trained = tokens, reward, work, trained
+        """Reports a rollout of the current step, its rewards, and the part with a gradient (None: all)."""
+        self.tokens, self.reward = self.tokens + tokens, reward
+        self.work = work if self.work is None or work is None else self.work + work
+        self.trained = trained if self.trained is None or trained is None else self.trained + trained
 
     def next_step(self) -> None:
         """Answers for the step that ends here and waits for the next request.

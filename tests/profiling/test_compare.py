@@ -33,6 +33,7 @@ while True:
     with span("reward"):
         matrix @ matrix
     turns.note(tokens=5, reward=0.5, work=StepWork([3], [4], [[5]]), trained=StepWork([], [], []))
+    turns.note(tokens=2, reward=0.5, work=StepWork([1], [], [[2]]), trained=StepWork([], [], []))
 """
 
 
@@ -91,7 +92,7 @@ def worker():
 def test_a_worker_answers_each_turn(worker):
     assert worker.ready() == {"held_bytes": 1}
     plain, traced = worker.step(False), worker.step(True)
-    assert (plain.tokens, plain.reward, plain.work) == (5, 0.5, StepWork([3], [4], [[5]]))
+    assert (plain.tokens, plain.reward, plain.work) == (7, 0.5, StepWork([3, 1], [4], [[5], [2]]))
     assert plain.trained == StepWork([], [], [])
     assert set(plain.own_seconds) == {"step", "reward"}
     assert plain.events == []
