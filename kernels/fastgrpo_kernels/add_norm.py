@@ -63,6 +63,7 @@ def _launch(hidden: Tensor, parts: Tensor | None, weight: Tensor, eps: float) ->
         HIDDEN=width,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
+        maxnreg=128,  # without it, ptxas of triton 3.6 spills to use 32
         **early(hidden),
     )
     return y

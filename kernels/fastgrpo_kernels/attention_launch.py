@@ -134,8 +134,8 @@ def _launch(
 
     half = query.element_size() == 2
     registers = tiling.registers if target_arch() >= 90 else tiling.registers_before
-    if new is None and tiling.prefix_m == 16:
-        registers = 144 if target_arch() >= 90 else registers  # triton 3.6: ptxas would spill one of 128 to use 96
+    if tiling.prefix_m == 16 and (new is None or prefixes > 32 or target_arch() >= 120):
+        registers = 144 if target_arch() >= 90 else registers  # triton 3.6: ptxas would spill a few to use 96 or 128
     if width > 128:
         registers = 255  # the caps are for heads of 128
     prefix_m = max(tiling.prefix_m, 16, triton.next_power_of_2(group))

@@ -98,6 +98,7 @@ def launch_thin(kind: Kind, x: Tensor, weight: Tensor, bias: Tensor | None, way:
         BLOCK_N=way.columns,
         BLOCK_K=way.step,
         num_warps=block_m // 16,
+        maxnreg=255 if block_m == 128 else None,  # without it, ptxas of triton 3.6 spills to use 64
         num_stages=min(way.stages, _shared_bytes() // step_bytes),
         **early(x),
         flops=2.0 * rows * weight.numel(),
