@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import changed, parameters
+from scripted_turns import CHAT, TEMPLATE, Scripted
 from transformers import (
     AutoTokenizer,
     Qwen2Config,
@@ -140,3 +142,27 @@ def build(text_model: Path, quick: Any) -> Any:
 def spread(completion_ids: list[list[int]], **_: Any) -> list[float]:
     """A reward that differs from completion to completion, whatever the model says."""
     return [float(sum(ids) % 17) for ids in completion_ids]
+
+
+@pytest.fixture
+def run(build: Any, text_model: Path) -> Any:
+    """Trains a step by a script: the trainer, its log line, and what its reward function was called with."""
+
+    def make(script: list[list[str]], rows: Any = CHAT, **given: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        model, tokenizer = Scripted.from_pretrained(text_model), load_tokenizer()
+        model.script, model.asked = script, []
+        tokenizer.chat_template = TEMPLATE
+        seen: dict[str, Any] = {}
+
+        def reward(completion_ids: Any, **others: Any) -> list[float]:
+            seen.update(others, completion_ids=completion_ids)
+            return [float(len(ids)) for ids in completion_ids]
+
+        given = {"per_device_train_batch_size": 2, "max_completion_length": 200, "shuffle_dataset": False} | given
+        trainer = build(reward, rows, model=model, processing_class=tokenizer, **given)
+        before = parameters(trainer)
+        trainer.train()
+        assert changed(before, trainer) == set(before)
+        return trainer, trainer.state.log_history[0], seen
+
+    return make
