@@ -1,21 +1,24 @@
 """Decode attention over a paged KV cache, read in place where possible, and writing rotated keys to it."""
 
-import math
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastgrpo_kernels.checks import computing_dtype
 from fastgrpo_kernels.types import PagedLayout
 
 _NOTHING = -1e30
 """Score of a token that does not count. Finite, so that attention to nothing is 0 and not NaN."""
+_NO_PREFIX = -1e29
+"""Log-sum-exp of no prefix: in a row without tokens of its own it outweighs those that do not count."""
 MOST_COPIED = 1 << 15
-"""Numbers of a prefix's keys. Where all prefixes have equally many rows, and none is longer, they are read together:
-copying one then takes less time than another call of the operator."""
+"""Numbers of a prefix's keys. Where none is longer, prefixes are read together: copying one takes less time than another
+call of the operator."""
 HEADS_TOGETHER = 4
 """KV heads that one product reads; see `_attend_own`."""
 
@@ -71,111 +74,198 @@ def paged_attention(
         return query.new_empty(query.shape)
     kv_heads = key_cache.shape[2]
     queries = query.reshape(rows, kv_heads, heads // kv_heads, width)  # [B, Hkv, R, D]
-    if window is not None and (tokens := _last_tokens(layout, key_cache.shape, window)) is not None:
-        keys, values = (cache.view(-1, 1, kv_heads, width) for cache in (key_cache, value_cache))
-        return _attend(queries, tokens, keys, values, scale, softcap)[0].reshape(rows, heads, width)
-    suffixes, prefixes = _plan(layout, key_cache.shape)
     dtype = computing_dtype(query)
-    shared, shared_lse = _attend_prefixes(queries, prefixes, key_cache, value_cache, scale, softcap)
-    keys, values = suffixes.read(key_cache), suffixes.read(value_cache)
-    bias = suffixes.bias(dtype, query.device)
+    if window is not None and (last := _last_tokens(layout, key_cache.shape, window, dtype)) is not None:
+        keys, values = (last[0].read(cache).transpose(1, 2) for cache in (key_cache, value_cache))
+        return _attend(queries, keys, values, last[1], scale, softcap)[0].reshape(rows, heads, width)
+    plan = _plan(layout, key_cache.shape, heads // kv_heads, dtype)
+    found = [_attend_shared(queries, part, key_cache, value_cache, scale, softcap) for part in plan.prefixes.parts]
+    if plan.prefixes.has_none:
+        found.append((queries.new_zeros(1, width, dtype=dtype), queries.new_full((1,), _NO_PREFIX, dtype=dtype)))
+    shared, shared_lse = found[0] if len(found) == 1 else (torch.cat(x) for x in zip(*found, strict=True))
+    if plan.rows is not None:
+        queries = queries.index_select(0, plan.rows)
+    size = queries.shape  # [S · Q, Hkv, R, D]
+    keys, values = plan.own.read(key_cache), plan.own.read(value_cache)
+    shared, shared_lse = (
+        shared.index_select(0, plan.put).view(size),
+        shared_lse.index_select(0, plan.put).view(size[:3]),
+    )
     if kv_heads <= HEADS_TOGETHER:
-        merged = _attend_own(queries, keys, values, shared, shared_lse, bias, scale, softcap)
+        merged = _attend_own(queries, keys, values, shared, shared_lse, plan.bias, scale, softcap)
     else:
-        split = (x.split(HEADS_TOGETHER, dim=1) for x in (queries, keys, values, shared, shared_lse))
-        parts = [_attend_own(q, k, v, out, lse, bias, scale, softcap) for q, k, v, out, lse in zip(*split, strict=True)]
-        merged = torch.cat(parts, dim=1)
+        dims = ((queries, 1), (keys, 2), (values, 2), (shared, 1), (shared_lse, 1))
+        split = zip(*(x.split(HEADS_TOGETHER, dim=dim) for x, dim in dims), strict=True)
+        each = [_attend_own(q, k, v, out, lse, plan.bias, scale, softcap) for q, k, v, out, lse in split]
+        merged = torch.cat(each, dim=1)
+    if plan.place is not None:
+        merged = merged.index_select(0, plan.place)
     return merged.reshape(query.shape).to(query.dtype)
 
 
-def _attend_prefixes(
-    queries: Tensor,
-    prefixes: "list[_Prefixes]",
-    key_cache: Tensor,
-    value_cache: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of queries [B, Hkv, R, D] to their prefixes and its log-sum-exp [B, Hkv, R]; 0 and −inf without one."""
-    found = []
-    for start, end, tokens in prefixes:
-        members = queries[start:end].unflatten(0, (tokens.shape[0], -1)).transpose(1, 2)  # [N, Hkv, G, R, D]
-        part, lse = _attend(members.flatten(2, 3), tokens, key_cache, value_cache, scale, softcap)
-        shape = members.shape
-        found.append(
-            (part.view(shape).transpose(1, 2).flatten(0, 1), lse.view(shape[:4]).transpose(1, 2).flatten(0, 1))
-        )
-        if end - start == len(queries):
-            return found[0]
-    shared = queries.new_zeros(queries.shape, dtype=computing_dtype(queries))
-    shared_lse = shared.new_full(queries.shape[:3], -math.inf)
-    for (start, end, _), (part, lse) in zip(prefixes, found, strict=True):
-        shared[start:end], shared_lse[start:end] = part, lse
-    return shared, shared_lse
-
-
 class _Tokens(NamedTuple):
-    """Where N sequences' tokens lie in a cache, to be read as [N, Hkv, size, D]."""
+    """Where N sequences' tokens lie in a cache, to be read as [N, size, Hkv, D]."""
 
     shape: tuple[int, int, int, int]
-    """N, Hkv, size, D, where size fits the longest."""
+    """N, size, Hkv, D, where size fits the longest."""
     strides: tuple[int, int, int, int] | None = None
-    """A view, read without a copy, if every sequence's pages are consecutive and sequences evenly spaced."""
+    """A view, read without a copy, if every sequence's pages are consecutive, sequences evenly spaced and as long."""
     offset: int = 0
-    pages: Tensor | None = None
-    """Otherwise [N · pages of a sequence]."""
-    unused: Tensor | None = None
-    """[N, size] bool: unused places, if there are any."""
+    slots: Tensor | None = None
+    """Otherwise [N · size]; of an unused place, that of some token, since what lies behind a sequence may be NaN."""
     dead: Tensor | None = None
-    """The same as indices into [N · size]."""
-
-    def bias(self, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """[N, 1, 1, size]: added to scores, so that unused places count nothing; None if there are none."""
-        if self.unused is None:
-            return None
-        bias = torch.zeros(self.unused.shape, dtype=dtype, device=device)
-        return bias.masked_fill_(self.unused, _NOTHING)[:, None, None]
+    """Places to be zero, as indices into [N · size]."""
 
     def read(self, cache: Tensor) -> Tensor:
-        """[N, Hkv, size, D] of a cache [pages, page_size, Hkv, D]."""
+        """[N, size, Hkv, D] of a cache [pages, page_size, Hkv, D]."""
         if self.strides is not None:
             return cache.as_strided(self.shape, self.strides, cache.storage_offset() + self.offset)
-        assert self.pages is not None
-        tokens = cache.index_select(0, self.pages).flatten(0, 1)
+        assert self.slots is not None
+        tokens = cache.view(-1, *self.shape[2:]).index_select(0, self.slots)
         if self.dead is not None:
             tokens.index_fill_(0, self.dead, 0.0)
-        return tokens.unflatten(0, (self.shape[0], -1))[:, : self.shape[2]].transpose(1, 2)
+        return tokens.view(self.shape)
 
 
-_Prefixes = tuple[int, int, _Tokens]
-"""A range of rows, and the tokens of as many prefixes as they read, each by equally many of them."""
+class _Part(NamedTuple):
+    """N sequences that rows share, up to M rows each."""
+
+    tokens: _Tokens
+    bias: Tensor | None
+    """[N, 1, 1, size]"""
+    take: Tensor
+    """[N · Hkv · M]: which of the [B · Hkv] queries read each sequence; those that fill up are any."""
+
+
+class _Prefixes(NamedTuple):
+    """Prefixes that rows read."""
+
+    parts: list[_Part]
+    has_none: bool
+    """Whether rows without a prefix get zeros, behind what the parts give."""
+    put: Tensor
+    """[B, Hkv · R]: where in what the parts give each query's is."""
+
+
+class _Plan(NamedTuple):
+    """What a step's layers read. Rows that have the same table of their own are read together: S sequences, up to Q
+    rows each."""
+
+    prefixes: _Prefixes
+    put: Tensor
+    """[S · Q · Hkv · R]: the prefixes', by `rows`."""
+    own: _Tokens
+    bias: Tensor | None
+    """[S, Q, 1, size]"""
+    rows: Tensor | None
+    """[S · Q]: which row each one is; None: just those, in order."""
+    place: Tensor | None
+    """[B]: the reverse."""
 
 
 @lru_cache(maxsize=1)
-def _plan(layout: PagedLayout, cache: torch.Size) -> tuple[_Tokens, list[_Prefixes]]:
-    """Where each row's own tokens lie; and prefixes, without empty ones unless they are read together.
-
-    A decode step's layers share a layout, so lengths and tables are read once a step.
-    """
+def _plan(layout: PagedLayout, cache: torch.Size, repeats: int, dtype: torch.dtype) -> _Plan:
+    """A decode step's layers share a layout, so lengths and tables are read once a step."""
+    count, device = len(layout.suffix_lens), layout.suffix_lens.device
     bounds, lens = layout.cu_prefix_rows.tolist(), layout.prefix_lens.tolist()
-    read = [(p, start, end) for p, (start, end) in enumerate(pairwise(bounds)) if end > start]
-    suffixes = _tokens(layout.suffix_tables, layout.suffix_lens.tolist(), cache)
-    if len(read) > 1 and _is_even(read) and max(lens) * cache[2] * cache[3] <= MOST_COPIED:
-        tokens = _tokens(layout.prefix_tables[[p for p, _, _ in read]], [lens[p] for p, _, _ in read], cache)
-        return suffixes, [(read[0][1], read[-1][2], tokens)]
-    return suffixes, [
-        (start, end, _tokens(layout.prefix_tables[p : p + 1], [lens[p]], cache)) for p, start, end in read if lens[p]
-    ]
+    read = [(p, start, end) for p, (start, end) in enumerate(pairwise(bounds)) if end > start and lens[p]]
+    pages = [layout.prefix_tables[p, : -(-lens[p] // cache[1])].tolist() for p, _, _ in read]
+    ranges = tuple((start, end, lens[p], tuple(table)) for (p, start, end), table in zip(read, pages, strict=True))
+    prefixes = _prefixes(ranges, count, cache, repeats, dtype, device)
+    own_lens, tables, rows, place = _distinct(layout)
+    own = _tokens(tables, [max(some) for some in own_lens], cache)
+    put = prefixes.put if rows is None else prefixes.put.index_select(0, rows)
+    return _Plan(prefixes, put.flatten(), own, _bias(own_lens, own, dtype, device), rows, place)
 
 
-def _is_even(read: list[tuple[int, int, int]]) -> bool:
-    """Whether all have equally many rows."""
-    return len({end - start for _, start, end in read}) == 1
+@lru_cache(maxsize=8)
+def _prefixes(
+    ranges: tuple[tuple[int, int, int, tuple[int, ...]], ...],
+    count: int,
+    cache: torch.Size,
+    repeats: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Prefixes:
+    """Of prefixes (first row, last + 1, tokens, pages) of `count` rows: many steps have the same."""
+    kv_heads, base = cache[2], 0
+    first = torch.full((count,), -1)  # of a row's queries in what the parts give
+    heads, parts = torch.arange(kv_heads)[:, None], []
+    for some in [ranges] if _are_read_together(ranges, cache) else [(one,) for one in ranges]:
+        starts, ends, lens, pages = zip(*some, strict=True)
+        rows = torch.tensor(starts)[:, None] + torch.arange(max(e - s for s, e, _, _ in some))  # [N, M]
+        fills = rows >= torch.tensor(ends)[:, None]
+        places = torch.arange(rows.numel()).view(rows.shape) * (repeats * kv_heads) + base
+        first[rows[~fills]] = places[~fills]
+        base += rows.numel() * repeats * kv_heads
+        take = rows.masked_fill(fills, starts[0])[:, None] * kv_heads + heads  # [N, Hkv, M]
+        tokens = _tokens(pad_sequence([torch.tensor(p) for p in pages], batch_first=True).to(device), lens, cache)
+        parts.append(_Part(tokens, _bias([[n] for n in lens], tokens, dtype, device), take.flatten().to(device)))
+    inner = (torch.arange(repeats) * kv_heads + heads).flatten()
+    put = torch.where(first[:, None] < 0, base, first[:, None] + inner)
+    return _Prefixes(parts, not parts or bool((first < 0).any()), put.to(device))
+
+
+def _are_read_together(ranges: Sequence[tuple[int, int, int, tuple[int, ...]]], cache: torch.Size) -> bool:
+    """Whether to copy prefixes, and to fill up shorter and less read ones, takes less time than a call for each."""
+    if len(ranges) < 2:
+        return False
+    rows, lens = [end - start for start, end, _, _ in ranges], [n for _, _, n, _ in ranges]
+    is_full = all(len(sizes) * max(sizes) <= 2 * sum(sizes) for sizes in (rows, lens))
+    return is_full and max(lens) * cache[2] * cache[3] <= MOST_COPIED
+
+
+def _distinct(layout: PagedLayout) -> tuple[list[list[int]], Tensor, Tensor | None, Tensor | None]:
+    """By sequence: how many of its tokens each row reads [S][Q], its table [S, …]; then `_Plan.rows` and `place`."""
+    lens = layout.suffix_lens
+    if layout.is_shared and len(lens):
+        sizes = layout.suffix_tables[:, 0].unique_consecutive(return_counts=True)[1]
+        most = int(sizes.max())
+        if most > 1 and len(sizes) * most <= 2 * len(lens):
+            starts, offsets = (sizes.cumsum(0) - sizes)[:, None], torch.arange(most, device=lens.device)
+            is_one = offsets < sizes[:, None]
+            rows = (starts + offsets).where(is_one, starts)  # [S, Q]
+            own = lens[rows]
+            longest = rows.gather(1, own.argmax(dim=1, keepdim=True)).squeeze(1)
+            return own.tolist(), layout.suffix_tables[longest], rows.flatten(), is_one.flatten().nonzero().squeeze(1)
+    return [[n] for n in lens.tolist()], layout.suffix_tables, None, None
+
+
+def _bias(lens: list[list[int]], tokens: _Tokens, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[N, Q, 1, size]: added to scores of queries that see so many tokens [N][Q]; None if all see all."""
+    size = tokens.shape[1]
+    if all(n == size for some in lens for n in some):
+        return None
+    unseen = torch.arange(size, device=device) >= torch.tensor(lens, device=device).unsqueeze(2)
+    return torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, _NOTHING).unsqueeze(2)
+
+
+def _tokens(tables: Tensor, lens: Sequence[int], cache: torch.Size) -> _Tokens:
+    """The tokens of N page tables, so many of each."""
+    page_size, heads, width = cache[1:]
+    count, size = len(lens), max(lens)
+    tables, shape = tables[:, : -(-size // page_size)], (count, size, heads, width)
+    if size and min(lens) == size:
+        listed = tables.tolist()
+        first = listed[0][0]
+        stride = listed[1][0] - first if count > 1 else 0
+        firsts = (first + row * stride for row in range(count))
+        if stride >= 0 and listed == [list(range(start, start + tables.shape[1])) for start in firsts]:
+            page = page_size * heads * width
+            return _Tokens(shape, (stride * page, heads * width, width, 1), first * page)
+    slots = tables.long().unsqueeze(2) * page_size + torch.arange(page_size, device=tables.device)
+    slots = slots.flatten(1)[:, :size]
+    if min(lens) < size:
+        is_used = torch.arange(size, device=tables.device) < torch.tensor(lens, device=tables.device)[:, None]
+        slots = slots.where(is_used, slots[lens.index(size), :1])
+    return _Tokens(shape, slots=slots.flatten())
 
 
 @lru_cache(maxsize=1)
-def _last_tokens(layout: PagedLayout, cache: torch.Size, window: int) -> _Tokens | None:
-    """The last `window` tokens of each row, in a cache seen as pages of one token; None if no row has more."""
+def _last_tokens(
+    layout: PagedLayout, cache: torch.Size, window: int, dtype: torch.dtype
+) -> tuple[_Tokens, Tensor | None] | None:
+    """The last `window` tokens of each row and their bias [B, 1, 1, window]; None if no row has more."""
     pages, page_size, heads, width = cache
     has_prefix = layout.prefix_ids >= 0
     prefix = layout.prefix_ids.clamp(min=0).long()
@@ -198,51 +288,35 @@ def _last_tokens(layout: PagedLayout, cache: torch.Size, window: int) -> _Tokens
     if layout.prefix_tables.numel():
         slots = torch.where(is_own, slots, slots_in(layout.prefix_tables[prefix]))
     slots = slots.clamp(0, pages * page_size - 1).flatten()
-    size = (len(total), heads, window, width)
+    size = (len(total), window, heads, width)
     if not bool(unused.any()):
-        return _Tokens(size, pages=slots)
-    return _Tokens(size, pages=slots, unused=unused, dead=unused.flatten().nonzero().squeeze(1))
+        return _Tokens(size, slots=slots), None
+    bias = torch.zeros(unused.shape, dtype=dtype, device=unused.device).masked_fill_(unused, _NOTHING)
+    return _Tokens(size, slots=slots, dead=unused.flatten().nonzero().squeeze(1)), bias[:, None, None]
 
 
-def _tokens(tables: Tensor, lens: list[int], cache: torch.Size) -> _Tokens:
-    """The tokens of N page tables, so many of each."""
-    pages, page_size, heads, width = cache
-    count, size = len(lens), max([1, *lens])
-    tables = tables[:, : -(-size // page_size)]
-    if min(lens) < size:
-        size = tables.shape[1] * page_size
-        unused = torch.arange(size, device=tables.device) >= torch.tensor(lens, device=tables.device)[:, None]
-        dead = unused.flatten().nonzero().squeeze(1)
-        used = tables.clamp(0, pages - 1).flatten()
-        return _Tokens((count, heads, size, width), pages=used, unused=unused, dead=dead)
-    listed = tables.tolist()
-    first = listed[0][0]
-    stride = listed[1][0] - first if count > 1 else 0
-    firsts = (first + row * stride for row in range(count))
-    if stride >= 0 and listed == [list(range(start, start + tables.shape[1])) for start in firsts]:
-        page = page_size * heads * width
-        return _Tokens((count, heads, size, width), (stride * page, width, heads * width, 1), first * page)
-    return _Tokens((count, heads, size, width), pages=tables.flatten())
+def _attend_shared(
+    queries: Tensor, part: _Part, key_cache: Tensor, value_cache: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention of the rows of `part` among queries [B, Hkv, R, D]: outputs [N · M · R · Hkv, D], log-sum-exp."""
+    _, kv_heads, repeats, width = queries.shape
+    keys, values = (part.tokens.read(cache).transpose(1, 2) for cache in (key_cache, value_cache))
+    some = queries.reshape(-1, repeats * width).index_select(0, part.take).view(len(keys), kv_heads, -1, width)
+    found, lse = _attend(some, keys, values, part.bias, scale, softcap)
+    # As the CPU operator leaves them in memory.
+    return found.transpose(1, 2).reshape(-1, width), lse.transpose(1, 2).reshape(-1)
 
 
 def _attend(
-    queries: Tensor,
-    tokens: _Tokens,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    scale: float,
-    softcap: float | None,
+    queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of queries [N, Hkv, M, D] to N sequences: outputs like them, log-sum-exp [N, Hkv, M]."""
-    keys, values = tokens.read(key_cache), tokens.read(value_cache)
-    dtype = computing_dtype(queries)
-    bias = tokens.bias(dtype, queries.device)
+    """Attention of queries [N, Hkv, M, D] to keys [N, Hkv, size, D]: outputs like them, log-sum-exp [N, Hkv, M]."""
     if queries.device.type == "cpu" and softcap is None:
         # The CPU operator of scaled_dot_product_attention, with the log-sum-exp: half the time of the code below.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, attn_mask=bias, scale=scale
         )
-    scores = (queries @ keys.transpose(-1, -2)).to(dtype) * scale
+    scores = (queries @ keys.transpose(-1, -2)).to(computing_dtype(queries)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores if bias is None else scores + bias
@@ -260,26 +334,26 @@ def _attend_own(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of queries [B, H, R, D] to keys of their own [B, H, size, D] and, as one more column of the softmax, to
-    a prefix: its result `shared` [B, H, R, D], whose score is the log-sum-exp [B, H, R].
+    """Attention of queries [S · Q, H, R, D] to keys of their own [S, size, H, D] and, as one more column of the
+    softmax, to a prefix: its result `shared` [S · Q, H, R, D], whose score is the log-sum-exp [S · Q, H, R].
 
-    Each query is put in its KV head's place of a row of zeros [H · D]. So one product of a row reads its keys as they
-    lie, all heads of a token side by side: at 128 tokens, H = 2, D = 32 half the time of a product per head or of
+    Each query is put in its KV head's place of a row of zeros [H · D]. So one product of a sequence reads its keys as
+    they lie, all heads of a token side by side: at 128 tokens, H = 2, D = 32 half the time of a product per head or of
     `_scaled_dot_product_flash_attention_for_cpu`, whose strided reads miss the caches (AMD EPYC, 1 thread).
     """
     rows, heads, repeats, width = queries.shape
-    keys, values = (x.transpose(1, 2).flatten(2).to(shared_lse.dtype) for x in (keys, values))  # [B, size, H · D]
-    wide = queries.unsqueeze(3) * _places(heads, scale, shared_lse.dtype, queries.device)  # [B, H, R, H, D]
-    scores = torch.bmm(wide.reshape(rows, heads * repeats, heads * width), keys.transpose(1, 2))
-    scores = scores.view(rows, heads, repeats, -1)
+    count = keys.shape[0]
+    keys, values = (x.flatten(2).to(shared_lse.dtype) for x in (keys, values))  # [S, size, H · D]
+    wide = queries.unsqueeze(3) * _places(heads, scale, shared_lse.dtype, queries.device)  # [S · Q, H, R, H, D]
+    scores = torch.bmm(wide.view(count, -1, heads * width), keys.transpose(1, 2))  # [S, Q · H · R, size]
     if softcap is not None:
         scores = scores.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
-        scores += bias
-    weights = torch.cat((scores, shared_lse.unsqueeze(3)), dim=3).softmax(dim=3)
-    own = torch.bmm(weights.view(rows, heads * repeats, -1)[..., :-1], values)
+        scores.view(*bias.shape[:2], -1, bias.shape[3]).add_(bias)
+    weights = torch.cat((scores, shared_lse.reshape(count, -1, 1)), dim=2).softmax(dim=2)
+    own = torch.bmm(weights[..., :-1], values)
     own = own.view(rows, heads, repeats, heads, width).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-    return torch.addcmul(own, weights[..., -1:], shared)
+    return torch.addcmul(own, weights[..., -1].reshape(rows, heads, repeats, 1), shared)
 
 
 @lru_cache(maxsize=8)
