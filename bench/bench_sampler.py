@@ -36,6 +36,8 @@ CHECKED_TOKENS = 32
 ERROR_OVER_HF, TOLERANCE = 1.5, 1e-4
 """How many times the error of HF's own forward pass in the same dtype our log-probs may have, and beyond, in nats."""
 THEIRS = {"hf": hf_rollout, "batching": batching_rollout}
+SLOW = "batching"
+"""Takes part in half of the rounds."""
 COLUMNS = ("workload", "HF tokens/s", "ours tokens/s", "times faster", "HF ms/step", "ours", "floor")
 
 
@@ -66,7 +68,11 @@ class Timed:
             ours()
         for draw in theirs.values():
             draw(model, workload, 2)
-        times = paired_seconds(calls, rounds=rounds, warmup=0, device=device)
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(rounds):
+            some = {name: call for name, call in calls.items() if number < rounds // 2 or not name.startswith(SLOW)}
+            for name, seconds in paired_seconds(some, rounds=1, warmup=0, device=device).items():
+                times[name] += seconds
         self.whole |= {side: times[side] for side in sides}
         for side in theirs:
             one = times[f"{side}, one token"]
@@ -96,7 +102,7 @@ class Timed:
         """Theirs over ours, once both are there."""
         found = {}
         for side in self.whole.keys() & THEIRS if "ours" in self.whole else ():
-            rounds = slice(min(len(times) for times in self.whole.values()))
+            rounds = slice(min(len(self.whole[name]) for name in (side, "ours")))
             pairs = [(times[side][rounds], times["ours"][rounds]) for times in (self.whole, self.decode)]
             whole, decode = (paired_ratio(*pair) for pair in pairs)
             name_of_whole = key if key and side == "hf" else f"tokens_per_s_vs_{side}, {name}"
@@ -105,9 +111,9 @@ class Timed:
 
     def row(self, name: str, floor: float) -> list[Any]:
         """Of the table."""
-        found, ratio = self.figures, self.ratios(name)[f"tokens_per_s_vs_hf, {name}"]
+        found, ratio = self.figures, self.ratios(name).get(f"tokens_per_s_vs_hf, {name}")
         speeds, steps = found["tokens_per_s"], found["decode_ms_per_step"]
-        return [name, speeds["hf"], speeds["ours"], ratio, steps["hf"], steps["ours"], floor]
+        return [name, speeds.get("hf"), speeds["ours"], ratio, steps.get("hf"), steps["ours"], floor]
 
 
 @torch.no_grad()
@@ -167,6 +173,9 @@ def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--only", metavar="NAME", help="one workload of the table")
     arguments.add_argument("--threads", type=int, default=1, help="CPU threads, of both sides")
+    arguments.add_argument(
+        "--peers", nargs="*", choices=THEIRS, default=list(THEIRS), help="the other sides; all where they can run"
+    )
     arguments.add_argument("--peak-memory", choices=("hf", "ours"), help="print one side's peak and leave")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -183,6 +192,7 @@ def main() -> int:
         errors, floor = logprob_errors(model, engine, workload), floor_ms(engine, workload, bandwidth)
         result.checks[f"{name}: log-probs are right"] = are_right(errors)
         sides = ["hf", *(["batching"] if device == "cpu" and workload.model == "4M" else []), "ours"]
+        sides = [side for side in sides if side in ("ours", *options.peers)]
         timed.take(sides, model, engine, rounds=workload.rounds)
         result.ratios |= timed.ratios(name, "tokens_per_s_vs_hf" if name == "64 tokens" else "")
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -2,20 +2,24 @@
 
     python bench/bench_speculate.py --models BASE runs/demo/checkpoint-100 runs/demo
 
-Each model draws for the demo's own prompts, 8 × 8 a rollout as the demo does, both sides in turn. The guesser has seen
-a few rollouts before the first that counts. Time is that of the process, pictures and prompts included, so that other
-work on the machine enters little; steps are decode steps until the last completion ends.
+Each model draws for the demo's own prompts, 8 × 8 a rollout as the demo does, both sides in turn; last, one with random
+weights for random words, where nothing can be guessed. The guesser has seen a few rollouts before one counts.
+Time is that of the process, pictures and prompts included, so that other work on the machine enters little; steps are
+decode steps until the last completion ends.
 """
 
+import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from harness import Result, parser, print_table
+from workloads import NoTexts, Workload, build_model, build_prompts
 
 from fastgrpo.data.loading import load_rows
 from fastgrpo.data.prompts import PromptBuilder
@@ -66,6 +70,22 @@ def gap(ours: dict[int, Rollout], theirs: dict[int, Rollout]) -> float:
     return max((a.logprobs - b.logprobs).abs().max().item() for a, b in pairs)
 
 
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, Any, Any, list[Prompt]]]:
+    """Names, models, tokenizers and prompts."""
+    count = options.prompts * (SEEN_BEFORE + options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "sat.parquet"
+        write_sat_parquet(file, count, DRAWN_SEED, kinds=DEMO_KINDS)
+        rows = load_rows(str(file))
+        for path in options.models:
+            processing = load_processing(path)
+            builder = PromptBuilder(processing.tokenizer, processing.image_processor, family=processing.family)
+            prompts = [builder.build(rows.convert(*rows[i])) for i in range(len(rows))]
+            yield Path(path).name, load_merged(path).to(options.device).eval(), processing.tokenizer, prompts
+    random = Workload("3M", prompts=count, pictures=0)
+    yield "random words", build_model(random.model, options.device), NoTexts(), build_prompts(random)
+
+
 def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--models", nargs="+", default=[str(BASE_MODEL_PATH)], help="the demo's, early to late")
@@ -75,32 +95,23 @@ def main() -> int:
     options = arguments.parse_args()
     torch.set_num_threads(1)
     result, table = Result("bench_speculate", options.device), []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "sat.parquet"
-        write_sat_parquet(file, options.prompts * (SEEN_BEFORE + options.rounds), DRAWN_SEED, kinds=DEMO_KINDS)
-        rows = load_rows(str(file))
-        for path in options.models:
-            processing = load_processing(path)
-            builder = PromptBuilder(processing.tokenizer, processing.image_processor, family=processing.family)
-            prompts = [builder.build(rows.convert(*rows[i])) for i in range(len(rows))]
-            model = load_merged(path).to(options.device).eval()
-            plain, guessing = (Side(model, processing.tokenizer, k) for k in (0, options.speculate))
-            gaps = []
-            for step in range(SEEN_BEFORE + options.rounds):
-                some = prompts[step * options.prompts :][: options.prompts]
-                gaps.append(gap(*(side.draw(some, step) for side in (guessing, plain))))
-            name = Path(path).name
-            seconds, steps = (
-                [getattr(side, kind)[SEEN_BEFORE:] for side in (plain, guessing)] for kind in ("seconds", "steps")
-            )
-            faster = median(a / b for a, b in zip(*seconds, strict=True))
-            fewer = sum(steps[0]) / sum(steps[1])
-            result.checks[f"{name}: same tokens, log-probs within 1e-4"] = max(gaps) < 1e-4
-            result.ratios |= {f"rollout_time, {name}": faster, f"decode_steps, {name}": fewer}
-            gained = sum(guessing.gained[SEEN_BEFORE:]) / options.rounds
-            result.figures[name] = {"tokens_per_row_step": gained, "largest_logprob_gap": max(gaps)}
-            ms = [1e3 * median(side) for side in seconds]
-            table.append([name, *ms, faster, *(sum(side) / options.rounds for side in steps), fewer, gained])
+    for name, model, tokenizer, prompts in cases(options):
+        plain, guessing = (Side(model, tokenizer, k) for k in (0, options.speculate))
+        gaps = []
+        for step in range(SEEN_BEFORE + options.rounds):
+            some = prompts[step * options.prompts :][: options.prompts]
+            gaps.append(gap(*(side.draw(some, step) for side in (guessing, plain))))
+        seconds, steps = (
+            [getattr(side, kind)[SEEN_BEFORE:] for side in (plain, guessing)] for kind in ("seconds", "steps")
+        )
+        faster = median(a / b for a, b in zip(*seconds, strict=True))
+        fewer = sum(steps[0]) / sum(steps[1])
+        result.checks[f"{name}: same tokens, log-probs within 1e-4"] = max(gaps) < 1e-4
+        result.ratios |= {f"rollout_time, {name}": faster, f"decode_steps, {name}": fewer}
+        gained = sum(guessing.gained[SEEN_BEFORE:]) / options.rounds
+        result.figures[name] = {"tokens_per_row_step": gained, "largest_logprob_gap": max(gaps)}
+        ms = [1e3 * median(side) for side in seconds]
+        table.append([name, *ms, faster, *(sum(side) / options.rounds for side in steps), fewer, gained])
     title = f"Rollouts of {options.prompts} × {GROUP}, up to {options.speculate} guesses"
     print_table(title, COLUMNS, table)
     return result.finish(options.out)

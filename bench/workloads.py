@@ -138,7 +138,7 @@ def rollouts_of(device: str, rows: tuple[int, ...] = (8, 64, 256, 512)) -> dict[
     return {
         "64 tokens": four,
         "256 tokens": replace(four.of(256), rounds=3),
-        "50M model, 448 px": replace(four, model="50M", patches=32, rounds=2),
+        "50M model, 448 px": replace(four, model="50M", patches=32, rounds=1),
     }
 
 

@@ -50,6 +50,9 @@ class Guesser:
             chance = torch.where(sure, chance, -1.0)
             token = torch.where(sure, best & (1 << TOKEN_BITS) - 1, -1)
             guesses.append(token)
+            if not token.is_cuda and not bool(sure.any()):
+                guesses += [token] * (count - len(guesses))
+                break
             context = torch.cat((token.unsqueeze(1), context[:, :-1]), dim=1)
         return torch.stack(guesses, dim=1) if guesses else context.new_empty(len(context), 0)
 

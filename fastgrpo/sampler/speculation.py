@@ -20,6 +20,10 @@ from fastgrpo.sampler.runner import RowState, Runner
 FREE_ROWS = {"cpu": 30, "cuda": 240}
 """Rows that take as long as what a step takes anyway. CPU: 1.9 ms and 0.062 ms a row, measured for the demo's model.
 GPU: by count, reading the weights of a 2B model takes as long as 240 rows of it on an H100; not measured."""
+NEARLY = 0.8
+"""Of what they should be, how often guesses on a CPU must be right to go on."""
+PATIENCE, REST = 100, 8
+"""After so many steps of a CPU without a guess that seemed worth it, one is looked for in every eighth step alone."""
 FORGET = 0.9
 """What a check's counts of right guesses weigh at the next."""
 
@@ -29,18 +33,25 @@ class Acceptance:
 
     def __init__(self, most: int) -> None:
         self.right, self.asked = [0.0] * (most + 1), [0.0] * (most + 1)
+        self.idle = 0
+        """Steps since a guess was taken."""
         self.begin()
 
     def begin(self) -> None:
         """Begins a rollout: `tokens` kept, and `row_steps` that rows took for them, count from here."""
         self.tokens = self.row_steps = 0
 
-    def add(self, right: list[int], asked: list[int]) -> None:
-        """Counts by place; place 0 is the last token, which is never wrong."""
-        self.tokens += sum(right)
+    def add(self, right: list[int], asked: list[int], kept: int) -> None:
+        """Counts by place; place 0 is the last token, which is never wrong. `kept`: how many tokens came of it."""
+        self.tokens += kept
         self.row_steps += right[0]
         self.right = [FORGET * old + new for old, new in zip(self.right, right, strict=True)]
         self.asked = [FORGET * old + new for old, new in zip(self.asked, asked, strict=True)]
+
+    def pays(self, rows: int, free: int) -> bool:
+        """Whether guesses that seemed likely enough to be worth it were right about as often."""
+        right, asked = sum(self.right[1:]) + 0.5, sum(self.asked[1:]) + 0.5
+        return right * (rows + free) >= NEARLY * asked * rows
 
     def best(self, rows: int, free: int) -> int:
         """The number of guesses, 0, 1, 3, 7 … or all, that promises most tokens for its time.
@@ -83,7 +94,10 @@ class SpeculativeRunner(Runner):
     def run(self, steps: int) -> None:
         """Takes `steps` steps: a row draws a token in each, and those it guessed right."""
         count = len(self.rows) if self.graphs is None else self.bucket(len(self.rows))
-        guesses = self.most if self.is_ragged else self.acceptance.best(count, self.free)
+        if self.is_ragged:
+            guesses = self.most if self.acceptance.pays(count, self.free) else 0
+        else:
+            guesses = self.acceptance.best(count, self.free)
         for _ in range(steps):
             if self.graphs is None:
                 self.verify(count, guesses)
@@ -91,17 +105,42 @@ class SpeculativeRunner(Runner):
                 self.graphs.replay((count, guesses), lambda: self.verify(count, guesses))
         right, asked = self.counts.tolist()
         self.counts.zero_()
-        self.acceptance.add(right, asked)
-        self.guesser.age(sum(right))
+        kept = sum(right) if guesses else right[0]
+        self.acceptance.add(right, asked, kept)
+        self.guesser.age(kept)
+
+    def _single(self, rows: int, active: Tensor, guess: Tensor) -> None:
+        """`Runner.step`, where no guess pays: those there are [R] are only compared."""
+        state, counters = self.state.part(0, rows), self.state.counters[:rows].clone()
+        self.step(rows)
+        self.guesser.learn(self._tokens(state, counters, 1), active.unsqueeze(1))
+        asked = active & (guess >= 0)
+        right = asked & (guess == state.tokens)
+        self.counts[:, :2] += torch.stack((active, right, active, asked)).sum(dim=1).view(2, 2)
+
+    def _least(self, active: Tensor) -> float:
+        """How likely a guess must be to be worth its time: a position more in a step of the rows there are."""
+        return (busy := int(active.sum())) / (busy + self.free) if self.is_ragged else 0.0
 
     def verify(self, rows: int, guesses: int) -> None:
-        """Draws tokens for the first `rows` rows; on CUDA reads no value on the host, no shape depends on one."""
+        """Draws tokens for the first `rows` rows; on CUDA reads no value on the host, no shape depends on one.
+
+        0 guesses on a CPU: one is made to be compared.
+        """
         state, most = self.state.part(0, rows), self.limits.max_new_tokens
         active, width = state.finished.logical_not(), guesses + 1
+        self.acceptance.idle += 1
+        if self.is_ragged and self.acceptance.idle > PATIENCE and self.acceptance.idle % REST:
+            self.step(rows)
+            self.counts[:, 0] += active.sum()
+            return
         offsets = self.offsets[LONGEST : LONGEST + width]
-        # A guess must be worth its time: a position more for its chance to be right.
-        least = (busy := int(active.sum())) / (busy + self.free) if self.is_ragged else 0.0
-        guessed = self.guesser.guess(self._tokens(state, 0).flip(1), guesses, least)
+        last = self._tokens(state, state.counters, 0).flip(1)
+        guessed = self.guesser.guess(last, max(guesses, 1) if self.is_ragged else guesses, self._least(active))
+        if self.is_ragged and (not guesses or not bool((guessed >= 0).any())):
+            self._single(rows, active, guessed[:, 0])
+            return
+        self.acceptance.idle = 0
         tokens = torch.cat((state.tokens.unsqueeze(1), guessed), dim=1)  # [R, Q]
         counters = state.counters.unsqueeze(1) + offsets  # of the token drawn at each position
         live = active.unsqueeze(1) & (tokens >= 0) & (counters < most)
@@ -159,7 +198,7 @@ class SpeculativeRunner(Runner):
         state.drawn.scatter_(1, column, drawn)
         state.logprobs.scatter_(1, column, logprobs)
         state.sampling_logprobs.scatter_(1, column, sampling_logprobs)
-        self.guesser.learn(self._tokens(state, width), right)
+        self.guesser.learn(self._tokens(state, state.counters, width), right)
         count = right.sum(dim=1)
         last = drawn.gather(1, (count - 1).clamp_(min=0).unsqueeze(1)).squeeze(1)
         torch.where(active.squeeze(1), last, state.tokens, out=state.tokens)
@@ -170,9 +209,9 @@ class SpeculativeRunner(Runner):
         state.finished.logical_or_((is_end & right).any(dim=1) | (state.counters >= self.limits.max_new_tokens))
         self.counts[:, :width] += torch.stack((right.sum(dim=0), live.sum(dim=0)))
 
-    def _tokens(self, state: RowState, new: int) -> Tensor:
-        """[R, LONGEST + new]: the last tokens of each row and `new` places behind them; −1 before its first."""
-        columns = state.counters.unsqueeze(1) + self.offsets[: LONGEST + new]
+    def _tokens(self, state: RowState, counters: Tensor, new: int) -> Tensor:
+        """[R, LONGEST + new]: each row's tokens before place `counters` and the next `new`; −1 before its first."""
+        columns = counters.unsqueeze(1) + self.offsets[: LONGEST + new]
         tokens = state.drawn.gather(1, columns.clamp(0, self.limits.max_new_tokens))
         return torch.where(columns >= 0, tokens, -1)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from chi_square import assert_drawn_from
 from fastgrpo_kernels import SampleOutput, SampleParams, sample
 from fastgrpo_kernels.backend import Backend
 from torch import Tensor
@@ -78,24 +79,6 @@ def draw(
     logits: Tensor, params: SampleParams, seeds: Tensor, counters: Tensor, backend: Backend | None = None, **masks: Any
 ) -> SampleOutput:
     return sample(logits, params, seeds=seeds, counters=counters, backend=backend, **masks)
-
-
-def chi_square_bound(degrees: int) -> float:
-    """Exceeded once in a million (Wilson and Hilferty's approximation, z = 4.75)."""
-    return degrees * (1 - 2 / (9 * degrees) + 4.75 * math.sqrt(2 / (9 * degrees))) ** 3
-
-
-def assert_drawn_from(tokens: Tensor, probs: Tensor) -> None:
-    """Chi-square of the drawn tokens, those expected fewer than 5 times taken together."""
-    expected = probs * len(tokens)
-    observed = torch.bincount(tokens, minlength=len(probs)).double()
-    assert (observed[probs == 0] == 0).all(), "a token without probability was drawn"
-    rare = expected < 5
-    expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    observed = torch.cat((observed[~rare], observed[rare].sum()[None]))
-    kept = expected > 1
-    statistic = ((observed - expected) ** 2 / expected.clamp(min=1e-9))[kept].sum().item()
-    assert statistic < chi_square_bound(int(kept.sum()) - 1), statistic
 
 
 @pytest.mark.parametrize("varying", ["seeds", "counters"])

@@ -71,12 +71,23 @@ def test_the_number_of_guesses_follows_what_was_right_and_how_many_rows_run() ->
         1,
         0,
     ]  # a half, a quarter …, before any is known
-    counts.add([1000, 990, 980, 970, 960, 950], [1000] * 6)
+    counts.add([1000, 990, 980, 970, 960, 950], [1000] * 6, kept=5850)
     assert counts.best(64, free=240) == 5
     assert counts.tokens / counts.row_steps == pytest.approx(5.85)
     for _ in range(20):
-        counts.add([1000, 10, 0, 0, 0, 0], [1000] * 6)
+        counts.add([1000, 10, 0, 0, 0, 0], [1000] * 6, kept=0)
     assert counts.best(64, free=240) == 0
     for _ in range(100):
-        counts.add([1000, 0, 0, 0, 0, 0], [1000, 0, 0, 0, 0, 0])
+        counts.add([1000, 0, 0, 0, 0, 0], [1000, 0, 0, 0, 0, 0], kept=0)
     assert counts.best(64, free=240) > 0, "it never guesses again"
+
+
+def test_guesses_pause_where_they_are_wrong_and_go_on_where_they_would_be_right() -> None:
+    counts = Acceptance(3)
+    assert counts.pays(64, free=30)
+    counts.add([64, 3, 0, 0], [64, 20, 2, 0], kept=67)
+    assert not counts.pays(64, free=30)
+    assert counts.pays(2, free=30)
+    for _ in range(20):
+        counts.add([64, 18, 0, 0], [64, 20, 0, 0], kept=64)
+    assert counts.pays(64, free=30)

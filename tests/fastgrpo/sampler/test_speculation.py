@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from chi_square import assert_drawn_from
 from device_only import DeviceOnly, PlainIndexing
 from family_parity import draw as family_draw
 from family_parity import make_engine
@@ -104,6 +105,20 @@ def test_what_is_guessed_has_the_models_own_logprobs(family: Any, params: dict[s
         for prompt in family.prompts.values():
             for completion in groups[prompt.row_id]:
                 family.assert_logprobs(prompt, completion, settings.temperature or 1.0)
+
+
+def test_tokens_behind_right_guesses_follow_the_models_distribution(qwen2: Any) -> None:
+    """Chi-square of third tokens, most of them drawn where the second was guessed, behind the commonest two."""
+    engine, ids = qwen2.engine(stops=False, speculate=3, max_rows=16), qwen2.prompts["5 tokens"].input_ids
+    prompts = [Prompt(row, ids, torch.arange(len(ids)).expand(3, -1), None, None, "") for row in range(20)]
+    groups = draw(engine, prompts, 100, SamplingParams(3, temperature=0.2))
+    drawn = torch.stack([completion.token_ids for completions in groups.values() for completion in completions])
+    assert engine.accepted_per_step > 1.2
+    pairs, counts = drawn[:, :2].unique(dim=0, return_counts=True)
+    pair = pairs[counts.argmax()]
+    assert counts.max() > 500
+    probs = (qwen2.logits(prompts[0], torch.cat((pair, pair[:1])))[-1] / 0.2).softmax(dim=-1)
+    assert_drawn_from(drawn[(drawn[:, :2] == pair).all(dim=1), 2], probs)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("Qwen2")])
