@@ -17,8 +17,8 @@ _NOTHING = -1e30
 _NO_PREFIX = -1e29
 """Log-sum-exp of no prefix: in a row without tokens of its own it outweighs those that do not count."""
 MOST_COPIED = 1 << 15
-"""Numbers of a prefix's keys. Where none is longer, prefixes are read together: copying one takes less time than another
-call of the operator."""
+"""Numbers of a prefix's keys. Where none is longer, prefixes are read together: copying one takes less time than
+another call of the operator."""
 HEADS_TOGETHER = 4
 """KV heads that one product reads; see `_attend_own`."""
 
