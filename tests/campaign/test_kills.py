@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from campaign import LAST, RESULTS, Runs, content, report
 
-KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "168")) if RESULTS else 2
+KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "120")) if RESULTS else 2
 STEPS = 6
 CONFIGURATIONS = {
     "base": [],
@@ -63,32 +63,38 @@ class Chain:
         self.out = runs.folder / name
         self.log = runs.folder / f"{name}.txt"
 
-    def kill(self, *flags: str, after: float, when: Callable[[], bool], before: Callable[[], object]) -> None:
-        """Kills a run `after` seconds of `when`, unless `before` sees to that, or it ends."""
+    def kill(self, *flags: str, after: float, when: Callable[[], bool], before: Callable[[], object]) -> bool:
+        """Kills a run `after` seconds of `when`, unless `before` sees to that, or it ends; whether it was killed."""
         with self.log.open("a") as log:
             pid = self.runs.start(self.name, log.fileno(), *flags, before=before)
         begun: float | None = None
-        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
             if begun is None and when():
                 begun = time.monotonic()
             if begun is not None and time.monotonic() - begun >= after:
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return
+                ended = os.waitpid(pid, 0)
+                break
             time.sleep(0.0005)
+        return os.waitstatus_to_exitcode(ended[1]) == -signal.SIGKILL
 
     def kill_somewhere(self) -> str:
-        """Kills a run that resumes; what it was at."""
+        """Kills a run that resumes; what it was at, or nothing where it ended before."""
         kind = self.draws.random()
-        if kind < 0.35:  # while a checkpoint is written
-            saving = self.out / ".saving"
-            after, when = self.draws.uniform(0, 0.05), lambda: any(saving.glob("checkpoint-*"))
-            self.kill(*LAST, after=after, when=when, before=int)
+        if kind < 0.35:  # while a checkpoint is written, one of the next three
+            saving, step = (
+                self.out / ".saving",
+                min(max(numbers(self.out), default=0) + self.draws.randint(1, 3), STEPS),
+            )
+            after, when = self.draws.uniform(0, 0.05), lambda: max(numbers(saving), default=0) >= step
+            killed = self.kill(*LAST, after=after, when=when, before=int)
         elif kind < 0.65:  # at a file: logs, locks, saves, what a resume cuts
-            killer = Killer(self.out, self.draws.randint(1, 150))
-            self.kill(*LAST, after=1e9, when=lambda: True, before=killer)
+            killer = Killer(self.out, self.draws.randint(1, 250))
+            killed = self.kill(*LAST, after=1e9, when=lambda: True, before=killer)
         else:
-            self.kill(*LAST, after=self.draws.uniform(0, self.seconds), when=lambda: True, before=int)
+            killed = self.kill(*LAST, after=self.draws.uniform(0, self.seconds), when=lambda: True, before=int)
+        if not killed:
+            return ""
         if (self.out / ".moving.json").exists():
             return "move"
         if any((self.out / ".saving").glob("*")):
@@ -102,6 +108,11 @@ class Chain:
             killer = Killer(self.out, self.draws.randint(2, 30), first=".moving.json")
             self.kill(after=1e9, when=lambda: True, before=killer)
         return "move" if (self.out / ".moving.json").exists() else "start"
+
+
+def numbers(folder: Path) -> list[int]:
+    """Of its checkpoints."""
+    return [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -126,9 +137,10 @@ def test_killed_runs_go_on_to_the_same_bits(
         moves = run % 4 == 1
         places = [chain.kill_while_moving()] if moves else []
         going_on = 0
-        for _ in range(draws.choice([1, 2, 2]) - moves):
-            places.append(chain.kill_somewhere())
-            going_on += places[-1] != "move" and any(chain.out.glob("checkpoint-*"))
+        for _ in range((draws.choice([2, 3, 3]) if RESULTS else 1) - moves):
+            if place := chain.kill_somewhere():
+                places.append(place)
+                going_on += place != "move" and bool(numbers(chain.out))
         code, said = runs.finish(chain.name, *LAST)
         assert code == 0, f"{name}, {chain.name}: {chain.log.read_text() if chain.log.exists() else ''}{said}"
         assert content(chain.out) == expected, f"{name}, {chain.name}"
