@@ -42,7 +42,7 @@ test-all: install
 
 # Kills, damaged files, full disks, dying ranks, schedules, a soak: some 40 minutes; CAMPAIGN_KILLS=48 makes it shorter.
 CAMPAIGN ?= runs/campaign.json
-CAMPAIGN_KILLS ?= 120
+CAMPAIGN_KILLS ?= 180
 campaign: install
 	rm -f $(CAMPAIGN)
 	CAMPAIGN=$(CAMPAIGN) CAMPAIGN_KILLS=$(CAMPAIGN_KILLS) CAMPAIGN_SEED=$(SEED) \

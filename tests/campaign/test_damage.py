@@ -61,10 +61,9 @@ ROWS = [
     Row(f"{CHECKPOINT}/manifest.json", "missing", GOES_ON),
     *(
         Row(f"{CHECKPOINT}/{file}", damage, REFUSED, manifest=False)
-        for file in OF_FULL[1:]
+        for file in OF_FULL
         for damage in ("cut", "empty", "garbage")
     ),
-    Row(f"{CHECKPOINT}/config.json", "garbage", GOES_ON, manifest=False),  # resuming does not read it
     *(
         Row(f"{CHECKPOINT}/{file}", "missing", REFUSED, manifest=False)
         for file in ("model.safetensors", "optimizer.pt")

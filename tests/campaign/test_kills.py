@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from campaign import LAST, RESULTS, Runs, content, report
 
-KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "120")) if RESULTS else 2
+KILLED_RUNS = int(os.environ.get("CAMPAIGN_KILLS", "180")) if RESULTS else 2
 STEPS = 6
 CONFIGURATIONS = {
     "base": [],
