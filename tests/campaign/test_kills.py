@@ -111,8 +111,11 @@ class Chain:
 
 
 def numbers(folder: Path) -> list[int]:
-    """Of its checkpoints."""
-    return [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
+    """Of its checkpoints; a run may take the folder away meanwhile."""
+    try:
+        return [int(name.removeprefix("checkpoint-")) for name in os.listdir(folder) if name.startswith("checkpoint-")]
+    except FileNotFoundError:
+        return []
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
