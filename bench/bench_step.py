@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from harness import Result, parser
+from safetensors import safe_open
 from step_setup import AGAINST_TRL, prepared, training_flags
 
 from fastgrpo.profile import gate
@@ -81,6 +82,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def parameters_of(weights: Path) -> int:
+    """Of the model in a safetensors file."""
+    with safe_open(weights, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
 def main() -> int:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--against", choices=tuple(OPPONENTS), default=TRL)
@@ -101,6 +108,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             result.checks["same_step"] = False
             return result.finish(options.out)
+        result.figures["parameters"] = parameters_of(folder / "model" / "model.safetensors")
         settings = training_flags(folder, 3)
         memory = peak_above_start(options.against, settings, folder / "memory", trl_python)
         seeds, steps = options.seeds, options.gate_steps
