@@ -92,7 +92,8 @@ class EntropyControl:
             threshold = torch.quantile(every, 1 - self.config.top_entropy_quantile) if len(every) else 0.0
             kept = mine[mine >= threshold]
             self._kept_entropy += torch.stack([kept.sum(), torch.ones_like(kept).sum()])
-            scales += [(entropy >= threshold).float().cpu() for entropy in own[part]]
+            whole = torch.cat([torch.zeros(0, device=device), *own[part]])
+            scales += (whole >= threshold).float().cpu().split([len(entropy) for entropy in own[part]])
         pieces = iter(scales)
         return [replace(group, policy_scale=tuple(next(pieces) for _ in group.masks)) for group in groups]
 
