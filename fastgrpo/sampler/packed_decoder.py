@@ -7,7 +7,7 @@ tokens of some prompts (`prefill`). Its weights never move, so that a captured C
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from fastgrpo_kernels import (
     thin_linear,
     thin_linear_parts,
 )
+from fastgrpo_kernels.cpu.linear import lay_out, linear, linear_add
 from torch import Tensor
 
 from fastgrpo.model.attention import varlen_attention
@@ -33,6 +34,8 @@ from fastgrpo.sampler.decoder import CacheShape, KVCache
 
 STATIC_ROPE = ("default", "linear", "yarn", "llama3")
 """Rotary embeddings whose frequencies do not depend on the length so far."""
+MOST_LAID_OUT = 1 << 30
+"""Bytes of weights, up to which a CPU holds a second copy of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +129,26 @@ class PackedDecoder:
         ]
         self.final_norm = empty(hidden)
         self.head_weight = self.embed if shape.tied_head else empty(shape.vocabulary, hidden)
+        self.laid_out, self.laid_out_head = self.layers, self.head_weight
+        """The weights as products read them; see `lay_out`."""
         self.inverse_frequencies = torch.empty(shape.head_dim // 2, dtype=torch.float32, device=device)
         self.rope_scaling = 1.0
         sections = shape.mrope_sections or (shape.head_dim // 2,)
         axes = [axis for axis, count in enumerate(sections) for _ in range(count)]
         self.rope_axes = torch.tensor(axes, device=device)
         """[D / 2]: which of the three position axes a frequency rotates by."""
+
+    def lay_out(self) -> None:
+        """To be called once the weights are filled: copies them to the layout that a CPU's products read fastest.
+
+        A model whose weights alone take more than `MOST_LAID_OUT` keeps to one copy.
+        """
+        weights = [weight for layer in self.layers for weight in vars(layer).values()]
+        if sum(weight.nbytes for weight in [self.head_weight, *weights]) > MOST_LAID_OUT:
+            return
+        products = ("qkv", "out", "gate_up", "down")
+        self.laid_out = [replace(w, **{name: lay_out(getattr(w, name)) for name in products}) for w in self.layers]
+        self.laid_out_head = lay_out(self.head_weight)
 
     def running(self) -> AbstractContextManager[None]:
         """See `Decoder.running`."""
@@ -195,25 +212,24 @@ class PackedDecoder:
         if hidden.is_cuda and hidden.dtype != torch.float32:
             # Float32: in half precision a logit of 32, and so its log-prob, is off by 0.06.
             return torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.laid_out_head)
 
     def _layer(
         self, index: int, hidden: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor], kept: Any = None
     ) -> Tensor:
-        """[T, H] → [T, H], or the rows `kept` of it; adds to `hidden` in place."""
-        shape, weights = self.shape, self.layers[index]
-        packed = F.linear(self._norm(hidden, weights.input_norm), weights.qkv, weights.qkv_bias).unflatten(
-            -1, (-1, shape.head_dim)
-        )
+        """[T, H] → [T, H], or the rows `kept` of it; may overwrite `hidden`."""
+        shape, weights = self.shape, self.laid_out[index]
+        packed = linear(self._norm(hidden, weights.input_norm), weights.qkv, weights.qkv_bias)
+        packed = packed.unflatten(-1, (-1, shape.head_dim))
         query, key, value = packed.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)  # [T, heads, D]
         attended = attend(index, query, key, value).flatten(1)
         if kept is not None:
             hidden, attended = hidden[kept], attended[kept]
-        hidden.addmm_(attended, weights.out.T)
-        gate, up = F.linear(self._norm(hidden, weights.post_norm), weights.gate_up).chunk(2, dim=-1)
+        hidden = linear_add(hidden, attended, weights.out)
+        gate, up = linear(self._norm(hidden, weights.post_norm), weights.gate_up).chunk(2, dim=-1)
         # On CPU torch's own functions are faster than the reference.
         active = swiglu(gate, up) if hidden.is_cuda else F.silu(gate).mul_(up)
-        return hidden.addmm_(active, weights.down.T)
+        return linear_add(hidden, active, weights.down)
 
     def _thin_layers(self, hidden: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """All layers and the last norm for few rows in half precision, [T, H] → [T, H]; overwrites `hidden`.

@@ -36,6 +36,7 @@ def sync_weights(decoder: PackedDecoder, model: nn.Module) -> None:
     if not decoder.shape.tied_head:
         _copy(base_model(model).lm_head, decoder.head_weight, None, waiting)
     waiting.copy()
+    decoder.lay_out()
     decoder.inverse_frequencies.copy_(text.rotary_emb.inv_freq)
     decoder.rope_scaling = float(text.rotary_emb.attention_scaling)
 
