@@ -135,6 +135,8 @@ class Completion:
     whole: Prompt | None = None
     """Where tools answered with pictures: the prompt and all tokens but the last, which predicts nothing, with every
     picture."""
+    ref_logprobs: Tensor | None = None
+    """[C] float32: of each token under the KL term's frozen reference; None: not asked yet, or not needed."""
 
 
 class Rollout(NamedTuple):
@@ -234,6 +236,14 @@ class Updater(Protocol):
 
     model: Any
     """What the forward pass calls; the trainer puts the module wrapped in DDP or DeepSpeed here."""
+
+    def with_reference(self, rollouts: Sequence[Rollout], masks: Sequence[Tensor]) -> list[Rollout]:
+        """The rollouts with `ref_logprobs`, which need no rewards; without where `accumulate` is to ask for them.
+
+        `masks`: per completion, [C] bool, the tokens that count; one without any is left as it is. On all ranks
+        together.
+        """
+        ...
 
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """Per group, G tensors [C] float32: the current policy's log-probs, without gradient (π_old)."""

@@ -17,7 +17,7 @@ from fastgrpo.model.families import is_multimodal, mrope_sections, unwrap
 from fastgrpo.model.float32_head import head_in_float32
 from fastgrpo.model.router_loss import caught_router_losses
 from fastgrpo.plain.engine import vision_inputs
-from fastgrpo.types import Completion, Prompt, TrainingGroup, UpdateResult
+from fastgrpo.types import Completion, Prompt, Rollout, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import GradientAccumulation, frozen_reference
 from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result, with_router_loss
 from fastgrpo.update.packed_forward import dummy_image_prompt
@@ -76,6 +76,10 @@ class PlainUpdater:
             pieces += flat.split([len(c.token_ids) for _, c in batch])
         by_group = iter(pieces)
         return [tuple(next(by_group) for _ in group.completions) for group in groups]
+
+    def with_reference(self, rollouts: Sequence[Rollout], masks: Sequence[Tensor]) -> list[Rollout]:
+        """See `Updater.with_reference`. As the published code does, each micro-batch asks for its own."""
+        return list(rollouts)
 
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without."""

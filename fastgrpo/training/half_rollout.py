@@ -21,7 +21,7 @@ FOLDER = "rollout"
 OF_PROMPT = ("input_ids", "position_ids")
 OF_WHOLE = (*OF_PROMPT, "pixel_values", "image_grid_thw")
 """Tensors of a prompt, and of a completion's `whole`, that are kept."""
-PER_TOKEN = ("token_ids", "logprobs", "sampling_logprobs", "token_weights", "masks", "old_logprobs")
+PER_TOKEN = ("token_ids", "logprobs", "sampling_logprobs", "ref_logprobs", "token_weights", "masks", "old_logprobs")
 
 Slices = list[list[TrainingGroup]]
 """The groups of each slice; one that comes again is the same list."""
@@ -81,6 +81,7 @@ def _tensors_of(group: TrainingGroup) -> dict[str, Tensor]:
         "token_ids": [completion.token_ids for completion in completions],
         "logprobs": [completion.logprobs for completion in completions],
         "sampling_logprobs": [completion.sampling_logprobs for completion in completions],
+        "ref_logprobs": [c.logprobs if c.ref_logprobs is None else c.ref_logprobs for c in completions],
         "token_weights": group.token_weights,
         "masks": group.masks,
     }
@@ -103,6 +104,7 @@ def _words_of(group: TrainingGroup) -> dict[str, Any]:
         "lengths": [len(completion.token_ids) for completion in group.completions],
         "texts": [completion.text for completion in group.completions],
         "finish_reasons": [completion.finish_reason for completion in group.completions],
+        "have_reference": [completion.ref_logprobs is not None for completion in group.completions],
         "digests": [
             [digest.hex() for digest in completion.whole.image_digests] if completion.whole else None
             for completion in group.completions
@@ -128,12 +130,20 @@ def _group_of(prompt: Prompt, words: dict[str, Any], tensors: dict[str, Tensor])
         seen: dict[str, Any] = _under(f"whole.{i}.", tensors)
         return replace(prompt, **seen, image_digests=tuple(map(bytes.fromhex, digests)))
 
+    def of_reference(i: int) -> Tensor | None:
+        known = "have_reference" in words and words["have_reference"][i]  # which older checkpoints lack
+        return pieces["ref_logprobs"][i] if known else None
+
     told = zip(words["texts"], words["finish_reasons"], strict=True)
     completions = tuple(
-        Completion(prompt.row_id, i, pieces["token_ids"][i], text, reason, logprobs, sampling_logprobs, whole=whole(i))
-        for i, ((text, reason), logprobs, sampling_logprobs) in enumerate(
-            zip(told, pieces["logprobs"], pieces["sampling_logprobs"], strict=True)
+        Completion(
+            prompt.row_id,
+            i,
+            *(pieces["token_ids"][i], text, reason, pieces["logprobs"][i], pieces["sampling_logprobs"][i]),
+            ref_logprobs=of_reference(i),
+            whole=whole(i),
         )
+        for i, (text, reason) in enumerate(told)
     )
     return TrainingGroup(
         prompt,

@@ -202,11 +202,12 @@ class GRPOTrainer(RewardEvaluation):
             return sorted(rollouts, key=lambda rollout: order[rollout.prompt.row_id])
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """What every reward function says of every completion."""
+        """What every reward function says of every completion, and the reference, while `per_group` functions run."""
+        known = self.updater.with_reference(rollouts, token_masks(rollouts, self.config))
         with span("reward"):
             rewards = self.rewards_of(rollouts)
         per_rollout = rewards.split(self.config.num_generations)
-        return [ScoredRollout(*rollout, columns) for rollout, columns in zip(rollouts, per_rollout, strict=False)]
+        return [ScoredRollout(*rollout, columns) for rollout, columns in zip(known, per_rollout, strict=False)]
 
     def advantages(self, rollouts: Sequence[ScoredRollout]) -> Advantages:
         """Group-relative advantages."""

@@ -114,8 +114,8 @@ class PackedBatch:
     """[N] float32, or None."""
     owners: tuple[tuple[int, int], ...]
     """Per completion: the index of its group among the packed ones, and its index in the group."""
-    ref_logprobs: Tensor | None = None
-    """[N] float32, or None."""
+    ref_logprobs: Tensor | None
+    """[N] float32; None where some completion lacks them."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """A copy whose tensors, but for the grids, are on `device`."""
@@ -149,6 +149,11 @@ def contributes(group: TrainingGroup, index: int, beta: float) -> bool:
     )
 
 
+def takes_part(group: TrainingGroup, index: int, skip_beta: float | None) -> bool:
+    """Whether `pack` keeps a completion."""
+    return skip_beta is None or contributes(group, index, skip_beta)
+
+
 def pack(
     groups: Sequence[TrainingGroup],
     token_budget: int,
@@ -177,8 +182,7 @@ def pack(
         raise ValueError(f"token_budget={token_budget!r} is not valid: use 1 or more.")
     pieces: list[_Piece] = []
     for g, group in enumerate(groups):
-        every = range(len(group.completions))
-        kept = [i for i in every if skip_beta is None or contributes(group, i, skip_beta)]
+        kept = [i for i in range(len(group.completions)) if takes_part(group, i, skip_beta)]
         pieces += _pieces(group, g, kept, token_budget)
     return [_collate(groups, chosen, dummy_image) for chosen in _first_fit(pieces, token_budget)]
 
@@ -233,6 +237,7 @@ def idle_batch(dummy_image: Prompt | None) -> PackedBatch:
         advantages=one,
         cu_seqlens=torch.tensor([0, 1]),
         sampling_logprobs=one,
+        ref_logprobs=one,
     )
 
 
@@ -299,6 +304,8 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         assert len(found) in (0, len(sequences)), f"groups with and without {name} in one update"
         return torch.cat(found) if found else None
 
+    found = [group.completions[i].ref_logprobs for group, i in sequences]
+    of_reference = [one for one in found if one is not None]
     pixel_values = [p.pixel_values for p in prompts if p.pixel_values is not None]
     grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
     none = torch.zeros(0)
@@ -319,6 +326,7 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         old_logprobs=optional("old_logprobs"),
         policy_scale=optional("policy_scale"),
         entropy_weights=optional("entropy_weights"),
+        ref_logprobs=torch.cat([*of_reference, none]) if len(of_reference) == len(sequences) else None,
         owners=owners,
     )
 

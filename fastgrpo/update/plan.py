@@ -13,7 +13,7 @@ from fastgrpo.types import Completion, Rollout, ScoredRollout, TrainingGroup
 from fastgrpo.update.objective import sequence_weights
 
 
-def token_masks(groups: Sequence[ScoredRollout], config: GRPOConfig) -> list[Tensor]:
+def token_masks(groups: Sequence[Rollout | ScoredRollout], config: GRPOConfig) -> list[Tensor]:
     """Per completion, [C] bool: the counted tokens that the policy wrote; truncated completions may be masked out."""
 
     def mask(completion: Completion) -> Tensor:

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from transformers import PreTrainedModel
 from fastgrpo.model.families import unwrap
 from fastgrpo.model.router_loss import caught_router_losses
 from fastgrpo.model.vision_cache import VisionCache
-from fastgrpo.types import TrainingGroup, UpdateResult
+from fastgrpo.types import Rollout, TrainingGroup, UpdateResult
 from fastgrpo.update.accumulation import frozen_reference
 from fastgrpo.update.micro_loss import MicroBatchResult, Scaling, micro_loss, update_result, with_router_loss
 from fastgrpo.update.packed_passes import PackedPasses
-from fastgrpo.update.packing import PackedBatch, pack
+from fastgrpo.update.packing import PackedBatch, pack, takes_part
 
 NO_GRAD_BATCHES = 4
 """How many micro-batches' tokens go through a model at once where no gradients are wanted."""
@@ -76,6 +77,19 @@ class PackedUpdater(PackedPasses):
         self._tokens = 0
         """Of the optimizer step's micro-batches on this rank."""
 
+    @torch.no_grad()
+    def with_reference(self, rollouts: Sequence[Rollout], masks: Sequence[Tensor]) -> list[Rollout]:
+        """See `Updater.with_reference`."""
+        if self.loss_params.beta == 0.0:
+            return list(rollouts)
+        groups, left = [], iter(masks)
+        for prompt, completions in rollouts:
+            own = tuple(islice(left, len(completions)))
+            nothing = tuple(torch.zeros(len(mask)) for mask in own)
+            groups.append(TrainingGroup(prompt, completions, torch.zeros(len(own)), nothing, own))
+        with self.fast_layers(self.reference_model):
+            return [Rollout(group.prompt, group.completions) for group in self._asked(groups, self._skip_beta)]
+
     def logprobs(self, groups: Sequence[TrainingGroup]) -> list[tuple[Tensor, ...]]:
         """See `Updater.logprobs`."""
         return self._without_gradient(groups, entropy=False)
@@ -94,9 +108,8 @@ class PackedUpdater(PackedPasses):
 
     def accumulate(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.accumulate`. With several processes, all of them must call it, with groups or without."""
-        skip_beta = None if self.router_coefficient else self.loss_params.beta
         with self.fast_layers(self.reference_model):
-            batches = self._with_reference(groups, self._micro_batches(groups, skip_beta), skip_beta)
+            batches = self._micro_batches(self._asked(groups, self._skip_beta), self._skip_beta)
             outputs = self.each(batches, self._micro_step)
         return update_result(outputs, self.device)
 
@@ -104,7 +117,7 @@ class PackedUpdater(PackedPasses):
     def measure(self, groups: Sequence[TrainingGroup]) -> UpdateResult:
         """See `Updater.measure`. No completion is left out."""
         with self.fast_layers(self.reference_model):
-            batches = self._with_reference(groups, self._micro_batches(groups, skip_beta=None), skip_beta=None)
+            batches = self._micro_batches(self._asked(groups, skip_beta=None), skip_beta=None)
             outputs = [self._losses(unwrap(self.model), batch.to(self.device)) for batch in batches]
         return update_result(outputs, self.device)
 
@@ -129,19 +142,31 @@ class PackedUpdater(PackedPasses):
             self._tokens = sum(len(batch.input_ids) for batch in batches)
             return self.even(batches)
 
+    @property
+    def _skip_beta(self) -> float | None:
+        """For `pack`."""
+        return None if self.router_coefficient else self.loss_params.beta
+
     @torch.no_grad()
-    def _with_reference(
-        self, groups: Sequence[TrainingGroup], batches: Sequence[PackedBatch], skip_beta: float | None
-    ) -> list[PackedBatch]:
-        """The micro-batches with the reference's log-probs of their tokens."""
+    def _asked(self, groups: Sequence[TrainingGroup], skip_beta: float | None) -> list[TrainingGroup]:
+        """The groups with the reference's log-probs, for which it is asked on all ranks if some rank lacks any."""
         if self.loss_params.beta == 0.0:
-            return list(batches)
+            return list(groups)
+        known = all(
+            completion.ref_logprobs is not None or not takes_part(group, i, skip_beta)
+            for group in groups
+            for i, completion in enumerate(group.completions)
+        )
+        if not self.accumulation.most(int(not known), self.device):
+            return list(groups)
         with span("update/reference_model"), frozen_reference(self.model, self.reference_model) as model:
             pieces = self._pieces(model, groups, skip_beta, entropy=False)
-            nothing = torch.zeros(1)  # of a batch that only keeps a rank busy
-            of_batches = [torch.cat([pieces[owner] for owner in b.owners] or [nothing]) for b in batches]
         return [
-            replace(batch, ref_logprobs=found.to(self.device)) for batch, found in zip(batches, of_batches, strict=True)
+            replace(
+                group,
+                completions=tuple(replace(c, ref_logprobs=pieces.get((g, i))) for i, c in enumerate(group.completions)),
+            )
+            for g, group in enumerate(groups)
         ]
 
     def _pieces(

@@ -19,6 +19,7 @@ def group(row: int, lengths: tuple[int, ...], *, old: bool) -> TrainingGroup:
         Completion(
             row, i, torch.randint(9, (n,), generator=draw), f"text {i}", "abort" if n == 0 else "stop",
             torch.randn(n, generator=draw), torch.randn(n, generator=draw),
+            ref_logprobs=torch.randn(n, generator=draw) if i % 2 else None,
         )
         for i, n in enumerate(lengths)
     )  # fmt: skip
@@ -40,6 +41,8 @@ def assert_equal(found: TrainingGroup, expected: TrainingGroup) -> None:
         )  # fmt: skip
         for name in ("token_ids", "logprobs", "sampling_logprobs"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        assert (ours.ref_logprobs is None) == (theirs.ref_logprobs is None)
+        assert ours.ref_logprobs is None or torch.equal(ours.ref_logprobs, theirs.ref_logprobs)
     assert torch.equal(found.advantages, expected.advantages)
     for name in ("token_weights", "masks", "old_logprobs"):
         ours, theirs = getattr(found, name), getattr(expected, name)

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 
 from fastgrpo.config import GRPOConfig
 from fastgrpo.data.loading import load_rows
+from fastgrpo.rewards import per_group
 from fastgrpo.training.trainer import GRPOTrainer
 from fastgrpo.update.kl_reference import mix, place_reference
 
@@ -41,7 +43,9 @@ def values(model: Any) -> dict[str, Tensor]:
 
 @pytest.fixture
 def build(tiny_model_dir: Path, sat_file: Path, tmp_path: Path) -> Any:
-    def make(folder: str, *, callbacks: Any = None, peft_config: Any = None, **settings: Any) -> GRPOTrainer:
+    def make(
+        folder: str, *, callbacks: Any = None, peft_config: Any = None, reward_funcs: Any = token_sum, **settings: Any
+    ) -> GRPOTrainer:
         config = GRPOConfig(
             **{
                 "output_dir": str(tmp_path / folder), "use_cpu": True, "report_to": [], "save_strategy": "no",
@@ -51,9 +55,25 @@ def build(tiny_model_dir: Path, sat_file: Path, tmp_path: Path) -> Any:
             } | settings
         )  # fmt: skip
         parts: dict[str, Any] = {"callbacks": callbacks, "peft_config": peft_config}
-        return GRPOTrainer(str(tiny_model_dir), token_sum, config, load_rows(str(sat_file)), **parts)
+        return GRPOTrainer(str(tiny_model_dir), reward_funcs, config, load_rows(str(sat_file)), **parts)
 
     return make
+
+
+def test_the_reference_is_asked_once_a_rollout_while_groups_are_judged(build: Any) -> None:
+    asked = threading.Event()
+    passes: list[None] = []
+
+    @per_group
+    def waits_for_the_reference(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        assert asked.wait(timeout=60), "the reference waits for the rewards"
+        return token_sum(completion_ids)
+
+    trainer = build("run", reward_funcs=waits_for_the_reference, num_iterations=2, max_steps=2)
+    trainer.reference_model.register_forward_pre_hook(lambda *_: passes.append(asked.set()))
+    trainer.train()
+    assert len(passes) == 1, "both steps train on the same rollout"
+    assert kl_of(Path(trainer.args.output_dir))[1] > 0
 
 
 def kl_of(folder: Path) -> list[float]:

@@ -32,10 +32,8 @@ from fastgrpo.plain.updater import PlainUpdater
 from fastgrpo.types import Completion, Prompt, TrainingGroup
 from fastgrpo.update.updater import PackedUpdater
 
-VOCABULARY, IMAGE = 97, 90
-TEMPERATURE = 0.8
-EVERYTHING = 10**6
-"""A budget that no batch exceeds."""
+VOCABULARY, IMAGE, TEMPERATURE = 97, 90, 0.8
+EVERYTHING = 10**6  # a budget that no batch exceeds
 
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -240,13 +238,23 @@ def test_the_budget_has_no_influence(model_of: Any, family: str, budget: int) ->
     model, params = model_of(family), PARAMS["clipped"]
     reference = moved(model)
     groups = mixed_groups() if family == "qwen2_vl" else text_groups()
-    whole = packed(model, params, reference_model=reference).accumulate(groups)
-    found = gradients(model)
+    whole, found = packed(model, params, reference_model=reference).accumulate(groups), gradients(model)
     passes = counted(policy=model, reference=reference)
     parts = packed(model, params, budget, reference_model=reference).accumulate(groups)
     assert passes["reference"] <= -(-passes["policy"] // 2) or budget == 1
     assert parts.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5, abs=1e-6)
     assert parts.metrics.kl_sum.item() == pytest.approx(whole.metrics.kl_sum.item(), rel=1e-4)
+    assert_same_gradients(gradients(model), found)
+
+
+def test_a_reference_that_was_asked_before_is_not_asked_again(model_of: Any) -> None:
+    model, groups = model_of("qwen2_vl"), mixed_groups()
+    updater = packed(model, PARAMS["clipped"], reference_model=moved(model))
+    _, found = updater.accumulate(groups), gradients(model)
+    known = updater.with_reference([(g.prompt, g.completions) for g in groups], [m for g in groups for m in g.masks])
+    passes = counted(reference=updater.reference_model)
+    updater.accumulate([replace(g, completions=one.completions) for g, one in zip(groups, known, strict=True)])
+    assert passes["reference"] == 0
     assert_same_gradients(gradients(model), found)
 
 
