@@ -3,7 +3,8 @@
     python bench/bench_rewards.py --device cpu
 
 The step is that of `bench_step.py`; all its completions end together, so no decoding hides the wait, only the
-reference's forward pass. Steps take turns: a free reward, one that waits 0.3 s for each group and is marked `per_group`, and the same one unmarked.
+reference's forward pass. Steps take turns: a free reward, one that waits 0.3 s for each group and is marked
+`per_group`, and the same one unmarked.
 """
 
 import json
