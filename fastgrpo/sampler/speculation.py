@@ -22,8 +22,8 @@ FREE_ROWS = {"cpu": 30, "cuda": 240}
 GPU: by count, reading the weights of a 2B model takes as long as 240 rows of it on an H100; not measured."""
 NEARLY = 0.8
 """Of what they should be, how often guesses on a CPU must be right to go on."""
-PATIENCE, REST = 100, 8
-"""After so many steps of a CPU without a guess that seemed worth it, one is looked for in every eighth step alone."""
+PATIENCE, REST = 100, 16
+"""After so many steps of a CPU without a guess that was right, one is looked for in every sixteenth step alone."""
 FORGET = 0.9
 """What a check's counts of right guesses weigh at the next."""
 
@@ -34,7 +34,7 @@ class Acceptance:
     def __init__(self, most: int) -> None:
         self.right, self.asked = [0.0] * (most + 1), [0.0] * (most + 1)
         self.idle = 0
-        """Steps since a guess was taken."""
+        """Steps since a guess was right."""
         self.begin()
 
     def begin(self) -> None:
@@ -45,6 +45,8 @@ class Acceptance:
         """Counts by place; place 0 is the last token, which is never wrong. `kept`: how many tokens came of it."""
         self.tokens += kept
         self.row_steps += right[0]
+        if any(right[1:]):
+            self.idle = 0
         self.right = [FORGET * old + new for old, new in zip(self.right, right, strict=True)]
         self.asked = [FORGET * old + new for old, new in zip(self.asked, asked, strict=True)]
 
@@ -140,7 +142,6 @@ class SpeculativeRunner(Runner):
         if self.is_ragged and (not guesses or not bool((guessed >= 0).any())):
             self._single(rows, active, guessed[:, 0])
             return
-        self.acceptance.idle = 0
         tokens = torch.cat((state.tokens.unsqueeze(1), guessed), dim=1)  # [R, Q]
         counters = state.counters.unsqueeze(1) + offsets  # of the token drawn at each position
         live = active.unsqueeze(1) & (tokens >= 0) & (counters < most)

@@ -36,6 +36,15 @@ DRAWS: list[dict[str, Any]] = [
 ]
 
 
+def test_only_right_guesses_keep_a_run_looking_for_them() -> None:
+    acceptance = Acceptance(3)
+    acceptance.idle = 5
+    acceptance.add([4, 0, 0, 0], [4, 2, 0, 0], kept=4)
+    assert acceptance.idle == 5
+    acceptance.add([4, 1, 0, 0], [4, 2, 0, 0], kept=5)
+    assert acceptance.idle == 0
+
+
 def assert_same(ours: Any, theirs: Any) -> None:
     assert ours.token_ids.tolist() == theirs.token_ids.tolist()
     assert ours.finish_reason == theirs.finish_reason
