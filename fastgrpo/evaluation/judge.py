@@ -106,11 +106,11 @@ class Judge:
         """A verdict for each case; None where the endpoint gave no usable one in several tries.
 
         Raises:
-            ValueError: the endpoint refuses every such request: a wrong key, model or address.
+            ValueError: the endpoint cannot be reached, refuses every such request (a wrong key, model or address), or
+                gives no verdict at all.
         """
         self.cache.mkdir(parents=True, exist_ok=True)
-        key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {"Authorization": f"Bearer {key}"} if (key := _key()) else {}
         with (
             httpx.Client(headers=headers, timeout=self.timeout_s) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
@@ -118,10 +118,12 @@ class Judge:
             try:
                 distinct = list(dict.fromkeys(cases))  # two threads must not write one verdict
                 found = dict(zip(distinct, pool.map(lambda case: self._verdict(client, case), distinct), strict=True))
-                return [found[case] for case in cases]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if cases and not any(found.values()):
+            raise ValueError(f"the judge at {self.base_url} gave no verdict on any of {len(cases)} answers")
+        return [found[case] for case in cases]
 
     def _verdict(self, client: Any, case: Case) -> Verdict | None:
         if not case.answer.strip():
@@ -139,13 +141,14 @@ class Judge:
 
     def _ask(self, client: Any, prompt: str) -> Verdict | None:
         request = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
-        problem = ""
+        problem, unreachable = "", 0
         for attempt in range(_ATTEMPTS):
             wait = None
             try:
                 response = client.post(f"{self.base_url}/chat/completions", json=request)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = type(error).__name__
+                unreachable += isinstance(error, httpx.ConnectError)
             else:
                 if response.status_code == 200:
                     verdict = _parse(_content(response))
@@ -161,8 +164,23 @@ class Judge:
                     )
             if attempt + 1 < _ATTEMPTS:
                 self.pause(min(_LONGEST_PAUSE, wait if wait is not None else 2**attempt * (0.5 + random.random())))
+        if unreachable == _ATTEMPTS:
+            raise ValueError(f"the judge at {self.base_url} cannot be reached: check --judge_base_url")
         logger.warning("the judge gave no verdict in %d tries, the last: %s", _ATTEMPTS, problem)
         return None
+
+
+def _key() -> str | None:
+    """The first key that is set, without the line end that a file's content has.
+
+    Raises:
+        ValueError: it has characters that no header can hold.
+    """
+    name = next((name for name in KEY_VARIABLES if os.environ.get(name, "").strip()), None)
+    key = None if name is None else os.environ[name].strip()
+    if key and not (key.isascii() and key.isprintable()):
+        raise ValueError(f"{name} holds characters that no key has: set it anew")
+    return key
 
 
 def _content(response: Any) -> str:

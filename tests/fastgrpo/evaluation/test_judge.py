@@ -49,6 +49,8 @@ class Server:
                     self.send_response(status)
                     if status == 429:
                         self.send_header("Retry-After", "7")
+                    if reply == "no gzip":
+                        self.send_header("Content-Encoding", "gzip")
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
                     self.wfile.write(content)
@@ -116,7 +118,7 @@ def test_forms_of_a_verdict(serve: Any, tmp_path: Path, said: str, verdict: Verd
     assert Judge(serve(said).url, "m", tmp_path).judge(cases("x")) == [verdict]
 
 
-@pytest.mark.parametrize("trouble", [429, 500, 503, "garbage", "no JSON here", '{"score": 2}', "{}"])
+@pytest.mark.parametrize("trouble", [429, 500, 503, "garbage", "no gzip", "no JSON here", '{"score": 2}', "{}"])
 def test_passing_trouble_is_tried_again(serve: Any, tmp_path: Path, trouble: Any) -> None:
     server, pauses = serve(trouble, trouble, REFUSED), []
     assert Judge(server.url, "m", tmp_path, pause=pauses.append).judge(cases("x")) == [Verdict(True, "intent")]
@@ -150,6 +152,31 @@ def test_a_wrong_key_or_address_ends_it(serve: Any, tmp_path: Path, status: int)
     with pytest.raises(ValueError, match=f"status {status}: check --judge_base_url") as error:
         Judge(server.url, "m", tmp_path, concurrency=1).judge(cases("x", "y", "z"))
     assert KEY not in str(error.value)
+
+
+def test_an_endpoint_that_is_not_there_ends_it(serve: Any, tmp_path: Path) -> None:
+    server = serve(REFUSED)
+    server.close()
+    with pytest.raises(ValueError, match="cannot be reached: check --judge_base_url"):
+        Judge(server.url, "m", tmp_path, pause=lambda _: None).judge(cases("x", "y"))
+
+
+def test_no_verdict_at_all_is_no_result(serve: Any, tmp_path: Path) -> None:
+    server = serve(503)
+    with pytest.raises(ValueError, match="no verdict on any of 2 answers"):
+        Judge(server.url, "m", tmp_path, pause=lambda _: None).judge(cases("x", "y"))
+
+
+@pytest.mark.parametrize("key", ["sk-söcret", "sk-secret\nsk-other"])
+def test_a_key_that_no_header_can_hold(serve: Any, tmp_path: Path, monkeypatch: Any, key: str) -> None:
+    server = serve(REFUSED)
+    monkeypatch.setenv("FASTGRPO_JUDGE_API_KEY", f"{KEY}\n")  # as read from a file
+    Judge(server.url, "m", tmp_path).judge(cases("x"))
+    assert server.requests[0][1] == f"Bearer {KEY}"
+    monkeypatch.setenv("FASTGRPO_JUDGE_API_KEY", key)
+    with pytest.raises(ValueError, match="FASTGRPO_JUDGE_API_KEY holds characters") as error:
+        Judge(server.url, "m", tmp_path).judge(cases("y"))
+    assert key not in str(error.value)
 
 
 def test_verdicts_are_kept_by_endpoint_model_and_case(serve: Any, tmp_path: Path) -> None:
