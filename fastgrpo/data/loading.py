@@ -15,7 +15,7 @@ import pyarrow.parquet
 import xxhash
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from fastgrpo.data.mossbench import published_files, read_published
+from fastgrpo.data.mossbench import pictures_start, published_files, read_published
 from fastgrpo.data.row_dataset import BATCH_ROWS, RowDataset, as_rows, undecoded
 from fastgrpo.settings.given import given
 
@@ -73,7 +73,7 @@ def load_rows(
         records = _drop_multi_image(records)
     rows = as_rows(records, seed, name=f"dataset_name={name_or_path!r}")
     path = Path(name_or_path).expanduser()
-    own = [path] if path.is_dir() else [path.parent] if path.is_file() else []
+    own = [path] if path.is_dir() else [pictures_start(path)] if path.is_file() else []
     rows.folders = (*own, *(Path(folder).expanduser() for folder in picture_folders), *_caches())
     rows.files = frozenset(map(_identity, files))
     return rows

@@ -1,7 +1,9 @@
 """Rows of MOSSBench (https://huggingface.co/datasets/AIcell/MOSSBench): benign questions that look harmful.
 
-Published as two JSON dicts keyed by `pid`, `information.json` and, with harmful twins of its questions,
-`information_contrast.json`, and on the hub as the configurations `oversensitivity` and `contrast`.
+Published as two JSON dicts keyed by `pid`, each an `information.json` in `data/images_information` and, with harmful
+twins of its questions, in `data_contrast/images_information` (or beside each other, the second as
+`information_contrast.json`), and on the hub as the configurations `oversensitivity` and `contrast`. Some twins differ
+in their picture alone, and both sets' pictures have the same names.
 """
 
 import json
@@ -14,6 +16,9 @@ from fastgrpo.types import RowError
 
 REQUIRED_COLUMNS = frozenset({"pid", "question", "image", "short description"})
 BENIGN, CONTRAST = "information.json", "information_contrast.json"
+INFORMATION = "images_information"
+PICTURES = {False: ("data/images",), True: ("contrast_images", "data_contrast/images")}
+"""Whether of the contrast set → where pictures lie that its records say to be in `images`, before that folder."""
 STIMULI = {
     "type 1": "Exaggerated Risk",
     "type 2": "Negated Harm",
@@ -43,24 +48,43 @@ def convert_mossbench(raw: dict[str, Any], row_id: int, folders: Folders = None)
     if over not in STIMULI:
         raise RowError(f"metadata over is {metadata.get('over')!r}; wanted {', '.join(map(repr, STIMULI))}")
     question = require_text(raw, "question")
+    contrast = bool(raw["contrast"]) if "contrast" in raw else "contrast" in _path(raw["image"])
     columns = {
         "pid": str(raw["pid"]),
         "question": question,
         "description": str(raw.get("short description") or ""),
         "task": STIMULI[over],
-        "contrast": bool(raw["contrast"]) if "contrast" in raw else "contrast" in _path(raw["image"]),
+        "contrast": contrast,
         **{flag: _flag(flag, metadata.get(flag)) for flag in FLAGS},
         "harm": _numbers(metadata.get("harm")),
     }
-    return Row(row_id=row_id, images=[decode_image(raw["image"], folders)], question=question, columns=columns)
+    image = decode_image(_own_picture(raw["image"], contrast, folders), folders)
+    return Row(row_id=row_id, images=[image], question=question, columns=columns)
+
+
+def _own_picture(image: Any, contrast: bool, folders: Folders) -> Any:
+    """Where a picture of `images` lies, if both sets' pictures are there."""
+    if not isinstance(image, str) or Path(image).parent.name not in ("images", PICTURES[True][0]):
+        return image
+    places = [f"{place}/{Path(image).name}" for place in PICTURES[contrast]]
+    starts = (Path(),) if folders is None else folders
+    return next((place for place in places if any((start / place).is_file() for start in starts)), image)
 
 
 def published_files(path: Path) -> list[Path]:
     """Those of the two published files that a path is, or that lie in the folder it is."""
-    candidates = (
-        [path / BENIGN, path / CONTRAST] if path.is_dir() else [path] if path.name in (BENIGN, CONTRAST) else []
-    )
+    if not path.is_dir():
+        candidates = [path] if path.name in (BENIGN, CONTRAST) else []
+    else:
+        below = ("", INFORMATION, f"data/{INFORMATION}", f"data_contrast/{INFORMATION}")
+        candidates = [path / place / name for place in below for name in (BENIGN, CONTRAST)]
     return [file for file in candidates if file.is_file()]
+
+
+def pictures_start(file: Path) -> Path:
+    """The folder that a published file's pictures are named from."""
+    folder = file.absolute().parent
+    return folder.parent if folder.name == INFORMATION else folder
 
 
 def read_published(files: list[Path]) -> list[dict[str, Any]]:
@@ -77,11 +101,14 @@ def read_published(files: list[Path]) -> list[dict[str, Any]]:
             raise ValueError(f"{file} is not JSON: {error}") from error
         if not isinstance(content, dict) or not all(isinstance(record, dict) for record in content.values()):
             raise ValueError(f"{file} holds no MOSSBench: wanted a dict of records by pid")
-        contrast = file.name == CONTRAST
-        records += [
-            dict.fromkeys(REQUIRED_COLUMNS) | {"pid": pid} | record | {"contrast": contrast}
-            for pid, record in content.items()
-        ]
+        contrast = file.name == CONTRAST or "contrast" in pictures_start(file).name
+        for pid, record in content.items():
+            records.append(dict.fromkeys(REQUIRED_COLUMNS) | {"pid": pid} | record | {"contrast": contrast})
+    asked = [[str(record[name]) for name in ("pid", "question", "image")] for record in records]
+    benign = [one for one, record in zip(asked, records, strict=True) if not record["contrast"]]
+    for one, record in zip(asked, records, strict=True):
+        if record["contrast"] and one in benign:  # told apart by the picture alone: never take the benign one's
+            record["image"] = f"{PICTURES[True][0]}/{Path(one[2]).name}"
     return records
 
 

@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Path:
                 metadata |= {"human": 0, "child": i % 2, "syn": 1, "ocr": 0, "harm": [7]}  # type: ignore[dict-item]
             picture = "images/2.png" if (i, count) == (6, 6) else "images/1.png"
             records[str(i)] = {
-                "pid": str(i), "image": picture, "short description": "A room.", "question": "What is this?",
+                "pid": str(i), "image": picture, "short description": "A room.", "question": f"What is this? {count}",
                 "description": "A room.", "metadata": metadata,
             }  # fmt: skip
         (folder / name).write_text(json.dumps(records))

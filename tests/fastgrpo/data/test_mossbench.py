@@ -78,7 +78,7 @@ def test_a_folder_as_published(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").write_bytes(picture("WEBP"))
     benign = {pid: record(pid=pid, image=f"images/{pid}.png") for pid in ("1", "2")}
-    twin = {"1": record(pid="1", image="images/1.png", metadata={"over": "type 2"})}
+    twin = {"1": record(pid="1", image="images/1.png", question="Can I cut you?", metadata={"over": "type 2"})}
     (tmp_path / "information.json").write_text(json.dumps(benign))
     (tmp_path / "information_contrast.json").write_text(json.dumps(twin))
     rows = load_rows(str(tmp_path))
@@ -89,6 +89,38 @@ def test_a_folder_as_published(tmp_path: Path) -> None:
         rows.convert(*rows[1])
     assert len(load_rows(str(tmp_path / "information_contrast.json"))) == 1
     assert len(load_rows(str(tmp_path), max_samples=2)) == 2
+
+
+@pytest.mark.parametrize("part", [".", "data", "data_contrast"])
+def test_the_published_repository(tmp_path: Path, part: str) -> None:
+    """A picture of each set lies under the same name; the contrast set's file is called as the other."""
+    for name, colour in (("data", "red"), ("data_contrast", "blue")):
+        (tmp_path / name / "images_information").mkdir(parents=True)
+        (tmp_path / name / "images").mkdir()
+        Image.new("RGB", (8, 6), colour).save(tmp_path / name / "images" / "1.png")
+        twin = {"1": record(pid="1", image="images/1.png")}
+        (tmp_path / name / "images_information" / "information.json").write_text(json.dumps(twin))
+    both = [(False, (255, 0, 0)), (True, (0, 0, 255))]
+    file = tmp_path / part / "images_information" / "information.json"
+    for place in filter(Path.exists, (tmp_path / part, file)):
+        rows = load_rows(str(place))
+        found = [rows.convert(*rows[i]) for i in range(len(rows))]
+        told = [(row.columns["contrast"], row.images[0].getpixel((0, 0))) for row in found]
+        assert told == {".": both, "data": both[:1], "data_contrast": both[1:]}[part]
+
+
+def test_a_twin_never_has_the_benign_picture(tmp_path: Path) -> None:
+    """Some differ in the picture alone: beside one folder of pictures, the contrast set's lie in another."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(picture())
+    for name in ("information.json", "information_contrast.json"):
+        (tmp_path / name).write_text(json.dumps({"1": record(pid="1", image="images/1.png")}))
+    rows = load_rows(str(tmp_path))
+    with pytest.raises(RowError, match=r"contrast_images/1\.png' does not exist"):
+        rows.convert(*rows[1])
+    (tmp_path / "contrast_images").mkdir()
+    Image.new("RGB", (8, 6), "blue").save(tmp_path / "contrast_images" / "1.png")
+    assert rows.convert(*rows[1]).images[0].getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_a_broken_file_is_told(tmp_path: Path) -> None:
