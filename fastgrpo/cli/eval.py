@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     rows = load(target, options)
     found, logs = {}, []
     for label, model in zip(labels, target.models, strict=True):
-        name = target.name if len(labels) == 1 else f"{target.name}-{label.replace('/', '-')}"
+        name = target.name if len(labels) == 1 else f"{target.name}-{in_file_names(label)}"
         answers, log = ask(model, rows, options, ranks, scoring, options.output_dir / "evals" / f".{name}.answers")
         logs.append(log)
         if ranks.is_main:
@@ -85,14 +85,19 @@ def labels_of(models: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a model is named twice.
     """
-    if twice := [model for model, count in Counter(models).items() if count > 1]:
-        raise ValueError(f"{twice[0]} is named twice")
-    parts = [Path(model).parts for model in models]
+    parts = [Path(os.path.abspath(model) if os.path.isdir(model) else model).parts for model in models]
+    if twice := [model for model, one in zip(models, parts, strict=True) if parts.count(one) > 1]:
+        raise ValueError(f"{twice[-1]} is named twice")
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(one[-length:]) for one in parts]
-        if len(set(labels)) == len(labels):
+        if len(set(map(in_file_names, labels))) == len(labels):
             return labels
     return list(models)
+
+
+def in_file_names(label: str) -> str:
+    """What names of a model's files have for its label."""
+    return label.replace("/", "-")
 
 
 def ask(

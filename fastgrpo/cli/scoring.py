@@ -17,9 +17,12 @@ from fastgrpo.evaluation.comparison import Comparison, PairedTest, compare
 from fastgrpo.evaluation.judge import Judge
 from fastgrpo.evaluation.refusals import FreeAnswers, RefusalEvaluation, ask_freely, judge_answers, write_refusals
 from fastgrpo.report.comparison import write_comparison
-from fastgrpo.report.refusals import refusal_groups, refusal_tests, write_refusal_page
+from fastgrpo.report.refusals import refusal_groups, refusal_tests, stage_rows, write_refusal_page
 from fastgrpo.safe_text.terminal import Terminal
 from fastgrpo.types import SkippedRow
+
+SHOWN = 10
+"""Rows left out that are told of one by one."""
 
 
 class Scoring(Protocol):
@@ -105,6 +108,8 @@ def print_refusals(found: Mapping[str, RefusalEvaluation], tests: Sequence[Paire
     table = Table("questions", *found, title="refused, 95 % intervals", title_justify="left")
     for label, rates in refusal_groups(found).items():
         table.add_row(label, *(rates[name].text if name in rates else "–" for name in found))
+    for row in stage_rows(found):
+        table.add_row(*row)
     console.print(table)
     print_tests(tests, console)
     print_skipped({name: one.answers.skipped for name, one in found.items()}, console)
@@ -113,7 +118,7 @@ def print_refusals(found: Mapping[str, RefusalEvaluation], tests: Sequence[Paire
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """One model's figures."""
     columns = ("task", "n", "accuracy", "strict", "unreadable", "answered", "of those", "chance")
-    table = Table(*columns, box=SIMPLE_HEAD)  # fits 80 characters
+    table = Table(*columns, box=SIMPLE_HEAD, padding=0)  # fits 80 characters
     for task, score in [*evaluation.by_task.items(), ("total", evaluation.total)]:
         rates = [score.accuracy, score.accuracy_strict, score.unreadable_rate]
         rates += [score.answered_rate, score.answered_accuracy, score.chance]
@@ -129,10 +134,12 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
 
 
 def print_skipped(skipped: Mapping[str, Sequence[SkippedRow]], console: Console) -> None:
-    """By model, the rows that could not be asked about."""
+    """By model, the rows that could not be asked about, the first few by name."""
     for name, rows in skipped.items():
-        for row in rows:
-            told = f"row {row.row_id} skipped: {row.reason}"
+        lines = [f"row {row.row_id} skipped: {row.reason}" for row in rows[:SHOWN]]
+        if len(rows) > SHOWN:
+            lines.append(f"{len(rows)} rows skipped in all: the JSON file of the figures has each")
+        for told in lines:
             console.print(f"{name}: {told}" if name else told, soft_wrap=True)
 
 

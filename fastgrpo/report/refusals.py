@@ -65,7 +65,7 @@ def _content(evaluations: Evaluations, tests: list[PairedTest], title: str, data
         "tasks": [
             [label, *(rates[name].text if name in rates else "–" for name in names)] for label, rates in groups.items()
         ]
-        + _stage_rows(evaluations),
+        + stage_rows(evaluations),
         "skipped": {name: one.answers.skipped for name, one in evaluations.items() if one.answers.skipped},
     }
 
@@ -98,7 +98,7 @@ def _model_rows(rates: Mapping[str, Rate]) -> list[ModelRow]:
     ]
 
 
-def _stage_rows(evaluations: Evaluations) -> Rows:
+def stage_rows(evaluations: Evaluations) -> Rows:
     """How many benign refusals went wrong at which stage, where a judge told."""
     told = {name: one.figures.benign.stages or {} for name, one in evaluations.items()}
     stages = dict.fromkeys(stage for counts in told.values() for stage in counts)

@@ -9,9 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from fastgrpo.cli.inference import prompts_of
 from fastgrpo.cli.main import main
+from fastgrpo.cli.scoring import print_evaluation
+from fastgrpo.evaluation.figures import Evaluation, TaskScore
 
 
 @pytest.fixture
@@ -42,6 +45,13 @@ def test_eval_prints_and_writes(score: Callable[..., tuple[int, str, str]], out:
     figures = json.loads((out / "evals" / "base.json").read_text())
     assert (figures["num_questions"], figures["shuffled"]["count"]) == (6, 6)
     assert pq.read_table(out / "evals" / "base.parquet").num_rows == 6
+
+
+def test_no_name_is_cut_off_at_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    score = TaskScore(2638, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    print_evaluation(Evaluation(score, {"Relative_Depth": score, "Spatial_Relation": score}), Console(width=80))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("Relative_Depth", "Spatial_Relation", "unreadable"))
 
 
 @pytest.mark.parametrize(

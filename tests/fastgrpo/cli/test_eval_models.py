@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from fastgrpo.cli.eval import labels_of
 from fastgrpo.cli.eval_flags import read_flags
 from fastgrpo.cli.main import main
 from fastgrpo.evaluation.answer_log import AnswerLog
@@ -56,6 +57,17 @@ def test_a_model_and_its_adapters(score: Score, tiny_model_dir: Path, adapter_di
     assert [row["completion"] for row in ours] != [row["completion"] for row in base], "the adapters are in it"
     score(adapter_dir, "--name", "alone", "--prompt_template", "answer")
     assert answers(out / "evals" / "alone.parquet") == ours
+
+
+def test_models_are_told_apart_by_names_that_files_can_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("x/m", "y/m", "x-m"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "x")
+    labels = labels_of(["m", "../y/m", "../x-m"])
+    assert len({label.replace("/", "-") for label in labels}) == 3
+    assert labels_of([".", "Qwen/m"]) == ["x", "m"]
+    with pytest.raises(ValueError, match=r"\./m is named twice"):
+        labels_of(["m", "./m"])
 
 
 def test_the_last_name_is_the_data_set_unless_it_is_named(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_models_side_by_side_by_a_judge(
     assert (benign["total"]["value"], benign["total"]["count"], benign["stages"]["intent"]) == (1.0, 5, 5)
     (test,) = figures["paired_tests"]
     assert (test["count"], test["difference"], test["p_value"]) == (5, 0.0, 1.0)
+    assert "perception" in printed
     page = comparison.with_suffix(".html").read_text()
     assert page.count("100.0 % (100.0 to 100.0), n = 5") >= 4, "in total and by metadata, of both"
     assert "benign refusals, error of intent" in page
@@ -111,6 +112,16 @@ def test_models_side_by_side_by_a_judge(
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert all(KEY.encode() not in path.read_bytes() for path in written)
     assert KEY not in printed
+
+
+def test_rows_without_a_picture_are_counted(score: Callable[..., Any], data: Path) -> None:
+    records = json.loads((data / "information.json").read_text())
+    more = {f"{i}": records["6"] | {"pid": str(i)} for i in range(7, 20)}
+    (data / "information.json").write_text(json.dumps(records | more))
+    _, printed = score()
+    assert "row 14 skipped: " in printed
+    assert "row 15 skipped: " not in printed
+    assert "14 rows skipped in all" in printed
 
 
 @pytest.mark.parametrize(
