@@ -14,13 +14,18 @@ DRAWS = 10_000
 """Of a bootstrap."""
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], seed: int = 0, least: float = 0.0) -> tuple[float, float]:
     """95 % interval of the mean of independent values, one at least: B. Efron, Ann. Stat. 7 (1979) 1, by percentiles.
 
-    Resamples are drawn as counts of the distinct values, which is the same and takes no memory.
+    Resamples are drawn as counts of the distinct values, which is the same and takes no memory. Where all values are
+    alike, so are the resamples; the interval is then the exact one, of values between `least` and 1: with n alike, more
+    than 1 − 0.025^(1/n) are seldom unlike (C. Clopper, E. Pearson, Biometrika 26 (1934) 404).
     """
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     n = len(values)
+    if len(distinct) == 1:
+        unlike = 1 - 0.025 ** (1 / n)
+        return max(float(distinct[0]) - unlike, least), min(float(distinct[0]) + unlike, 1.0)
     means = np.random.default_rng(seed).multinomial(n, counts / n, size=DRAWS) @ distinct / n
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
@@ -82,7 +87,7 @@ def paired_test(
         only_first,
         only_second,
         sum(changes) / len(shared),
-        *bootstrap_interval(changes, seed),
+        *bootstrap_interval(changes, seed, least=-1.0),
         mcnemar(only_first, only_second),
     )
 

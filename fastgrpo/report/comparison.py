@@ -16,9 +16,9 @@ from fastgrpo.report.tasks import Mark
 from fastgrpo.report.templates import template
 
 LEAD = (
-    "Accuracy as a person reads the answers, in brackets its 95 % interval (bootstrap over questions); strict: by "
-    "the reward's grader; unreadable: no option could be read; answered: in the form asked for, and "
-    "how many of those are right."
+    "Accuracy as a person reads the answers, in brackets its 95 % interval (bootstrap over questions, exact "
+    "where all came out alike); strict: by the reward's grader; unreadable: no option could be read; "
+    "answered: in the form asked for, and how many of those are right."
 )
 COLUMNS = ["Model", "Questions", "Accuracy", "strict", "unreadable", "Answered", "right of them", "Tokens"]
 

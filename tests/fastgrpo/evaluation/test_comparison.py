@@ -31,11 +31,16 @@ def test_the_interval_is_that_of_resampled_rows() -> None:
     assert (high - low) / 2 == pytest.approx(1.96 * 0.7 / 10, rel=0.05), "1.96 standard errors, of 0.7 / √100"
 
 
-def test_the_interval_is_the_same_each_time_and_shut_where_nothing_varies() -> None:
+def test_the_interval_is_the_same_each_time_and_open_where_nothing_varies() -> None:
     values = [True, False, True]
     assert bootstrap_interval(values) == bootstrap_interval(values)
-    assert bootstrap_interval([True] * 5) == (1.0, 1.0)
-    assert bootstrap_interval([0.0]) == (0.0, 0.0)
+    # Clopper and Pearson's, as R's binom.test(5, 5) and binom.test(0, 1) have it.
+    assert bootstrap_interval([True] * 5) == (pytest.approx(0.4782, abs=1e-4), 1.0)
+    assert bootstrap_interval([0.0]) == (0.0, pytest.approx(0.975))
+    assert bootstrap_interval([0] * 5, least=-1.0) == (
+        pytest.approx(-0.5218, abs=1e-4),
+        pytest.approx(0.5218, abs=1e-4),
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,7 @@ def test_all_pairs_and_all_tasks() -> None:
     assert {name: (one.count, one.value) for name, one in found.total.items()} == {
         "never": (10, 0.0), "half": (10, 0.5), "always": (10, 1.0),
     }  # fmt: skip
-    assert (found.total["always"].low, found.total["never"].high) == (1.0, 0.0)
+    assert (found.total["always"].high, found.total["never"].low) == (1.0, 0.0)
     assert {task: row["half"].count for task, row in found.by_task.items()} == {"Count": 6, "Depth": 4}
     assert [(test.first, test.second) for test in found.tests] == [
         ("never", "half"), ("never", "always"), ("half", "always"),
