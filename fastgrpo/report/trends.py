@@ -70,6 +70,8 @@ def judge_responses(metrics: Metrics) -> Verdict:
     reflection = trend(metrics.get("reflection_rate"))
     accuracy_name = accuracy_metric(metrics)
     accuracy = trend(metrics.get(accuracy_name)) if accuracy_name else None
+    if not {"completions/mean_length", "reflection_rate"} <= metrics.columns.keys():
+        return Verdict("unknown", "Not measured", "No step logged response length and reflective phrases.")
     if length is None or reflection is None:
         told = f"Fewer than {MIN_STEPS} steps logged response length and reflective phrases."
         return Verdict("unknown", "Not enough steps", told)
@@ -93,19 +95,21 @@ def judge_responses(metrics: Metrics) -> Verdict:
             f"{percent(worse.first)} to {percent(worse.last)} for the worse."
         )
     if length.rose and reflection.rose:
-        if accuracy is None or not accuracy.rose:
-            return Verdict("partly", "Longer and more reflective, not more often right", told, NOT_REASONING)
+        if accuracy is None:
+            return Verdict("partly", "Longer and more reflective; no accuracy reward to tell more", told, NOT_REASONING)
+        if not accuracy.rose:
+            return Verdict("partly", "Longer and more reflective, not clearly more often right", told, NOT_REASONING)
         if better is not None and not better.rose:
-            label = "Longer, more reflective, more often right; no more self-correction"
+            label = "Longer, more reflective, more often right; no clear rise in self-correction"
             return Verdict("partly", label, told, NOT_REASONING)
         return Verdict("yes", "Longer, more reflective, and more often right", told, NOT_REASONING)
     if reflection.rose:
-        return Verdict("partly", "More reflective, not longer", told, NOT_REASONING)
+        return Verdict("partly", "More reflective, not clearly longer", told, NOT_REASONING)
     if length.rose:
-        return Verdict("no", "Longer, not more reflective", told)
+        return Verdict("no", "Longer, not clearly more reflective", told)
     if length.fell:
-        return Verdict("no", "Shorter, and not more reflective", told)
-    return Verdict("no", "Neither longer nor more reflective", told)
+        return Verdict("no", "Shorter, and not clearly more reflective", told)
+    return Verdict("no", "Neither clearly longer nor clearly more reflective", told)
 
 
 def accuracy_metric(metrics: Metrics) -> str | None:

@@ -21,11 +21,11 @@ def metrics(length: tuple[float, float], reflection: tuple[float, float], accura
     ("length", "reflection", "accuracy", "tone", "label"),
     [
         ((90, 250), (0.02, 0.4), (0.3, 0.6), "yes", "Longer, more reflective, and more often right"),
-        ((90, 250), (0.02, 0.4), (0.3, 0.3), "partly", "Longer and more reflective, not more often right"),
-        ((90, 90), (0.02, 0.4), (0.3, 0.6), "partly", "More reflective, not longer"),
-        ((90, 250), (0.02, 0.02), (0.3, 0.6), "no", "Longer, not more reflective"),
-        ((250, 90), (0.02, 0.02), (0.3, 0.6), "no", "Shorter, and not more reflective"),
-        ((90, 90), (0.0, 0.0), (0.3, 0.6), "no", "Neither longer nor more reflective"),
+        ((90, 250), (0.02, 0.4), (0.3, 0.3), "partly", "Longer and more reflective, not clearly more often right"),
+        ((90, 90), (0.02, 0.4), (0.3, 0.6), "partly", "More reflective, not clearly longer"),
+        ((90, 250), (0.02, 0.02), (0.3, 0.6), "no", "Longer, not clearly more reflective"),
+        ((250, 90), (0.02, 0.02), (0.3, 0.6), "no", "Shorter, and not clearly more reflective"),
+        ((90, 90), (0.0, 0.0), (0.3, 0.6), "no", "Neither clearly longer nor clearly more reflective"),
     ],
 )
 def test_responses(
@@ -45,7 +45,7 @@ def test_longer_more_reflective_answers_that_change_no_answer_are_no_yes() -> No
     verdict = judge_responses(with_corrections(0.0))
     assert (verdict.tone, verdict.label) == (
         "partly",
-        "Longer, more reflective, more often right; no more self-correction",
+        "Longer, more reflective, more often right; no clear rise in self-correction",
     )
     assert "differ from the option proposed first" in verdict.sentence
 
@@ -58,8 +58,14 @@ def test_responses_are_told_with_intervals_and_what_is_not_claimed() -> None:
     assert verdict.not_claimed.startswith("that the model reasons")
 
 
-def test_responses_needs_steps() -> None:
-    assert judge_responses(Metrics(np.arange(0), {})).tone == "unknown"
+def test_what_was_not_logged_is_not_judged() -> None:
+    assert judge_responses(Metrics(np.arange(0), {})).label == "Not measured"
+    logged = metrics((90, 250), (0.02, 0.4), (0.3, 0.6))
+    few = {name: column[:19] for name, column in logged.columns.items()}
+    assert judge_responses(Metrics(np.arange(19), few)).label == "Not enough steps"
+    columns = {name: column for name, column in logged.columns.items() if "accuracy" not in name}
+    label = judge_responses(Metrics(logged.steps, columns)).label
+    assert label == "Longer and more reflective; no accuracy reward to tell more"
 
 
 def test_trend_is_first_against_last_tenth() -> None:
