@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 from fastgrpo_profiling.report import ProfileReport
 from fastgrpo_profiling.span import SpanEvent
 
 from fastgrpo.profile import charts
 from fastgrpo.profile.median_steps import median_steps
 from fastgrpo.report.palette import PALETTE
+from fastgrpo.report.templates import template
 
 
 def write_page(
@@ -32,15 +32,8 @@ def render_page(
     report: ProfileReport, events: Mapping[str, Sequence[SpanEvent]], step_seconds: Mapping[str, Sequence[float]]
 ) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     longest = max((event.start + event.seconds for one in events.values() for event in one), default=0.0)
-    return environment.get_template("page.html.j2").render(
+    return template("page.html.j2", Path(__file__).parent).render(
         palette=PALETTE,
         report=report,
         ours=report.sides[report.ours],

@@ -7,23 +7,31 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from fastgrpo.report.curves import time_shares
-from fastgrpo.report.plots import BEFORE, INK, SERIES, Chart, Line, Panel, legend, panels, render
-from fastgrpo.report.run import Floats, Run
+from fastgrpo.report.plots import BEFORE, INK, MUTED, SERIES, Chart, Line, Panel, legend, panels, render
+from fastgrpo.report.run import Floats, Run, is_supervised
 
 SMALL_SPAN = 1
 """Percent of a step's time."""
+SMALL_SPANS = "small spans"
 _WIDE, _TALL = (5.0, 2.9), (5.0, 3.7)
 """Inches: a chart in one of the page's two columns."""
 
 
 def curves(runs: Sequence[Run]) -> list[Chart]:
     """What training did to the model, step by step; charts of what no run logged are left out."""
-    return [chart for draw in (reward, response_length, reflection, policy_drift) if (chart := draw(runs))]
+    return [chart for draw in (loss, reward, response_length, reflection, policy_drift) if (chart := draw(runs))]
 
 
 def timing(runs: Sequence[Run]) -> list[Chart]:
     """What a step cost."""
     return [chart for draw in (step_time, time_spent) if (chart := draw(runs))]
+
+
+def loss(runs: Sequence[Run]) -> Chart | None:
+    """The loss of supervised runs; that of reinforcement says nothing by itself."""
+    supervised = [run for run in runs if is_supervised(run.config)]
+    caption = "Mean of minus the log-prob of a target token, on the step's training rows."
+    return panels(supervised, "loss", _WIDE, [Panel([Line("loss", "loss", INK, 2.0)], "nats")], caption, "Loss")
 
 
 def reward(runs: Sequence[Run]) -> Chart | None:
@@ -86,8 +94,8 @@ def policy_drift(runs: Sequence[Run]) -> Chart | None:
 def health(runs: Sequence[Run]) -> list[Chart]:
     """Small charts of what to check when a run went wrong."""
     small = [
-        ("grad", "grad_norm", "gradient norm", "", SERIES[0], False, "Spikes here come before collapses."),
-        ("lr", "learning_rate", "learning rate", "", SERIES[2], False, "The schedule as it was applied."),
+        ("grad", "grad_norm", "gradient norm", "L2 norm", SERIES[0], False, "A spike may come before a collapse."),
+        ("lr", "learning_rate", "learning rate", "rate", SERIES[2], False, "The schedule as it was applied."),
         (
             "nosignal",
             "frac_reward_zero_std",
@@ -147,7 +155,7 @@ def time_spent(runs: Sequence[Run]) -> Chart | None:
         axes = figure.subplots()
         bottom = np.zeros(len(total))
         for i, (name, values) in enumerate(fractions.items()):
-            color = BEFORE if name == "other" else SERIES[i % len(SERIES)]
+            color = {"other": BEFORE, SMALL_SPANS: MUTED}.get(name, SERIES[i % len(SERIES)])
             axes.stairs(bottom + values, shares.edges, baseline=bottom, fill=True, color=color, alpha=0.85, label=name)
             bottom = bottom + values
         axes.set_xlim(shares.edges[0], shares.edges[-1])
@@ -161,17 +169,18 @@ def time_spent(runs: Sequence[Run]) -> Chart | None:
         return f"Share of step time by span, mean over training: {said}."
 
     caption = (
-        f"Where each step's time went; spans under {SMALL_SPAN} % are drawn as one. \u201cother\u201d is step time "
-        "that no span covers: it should stay thin."
+        f"Where each step's time went; spans under {SMALL_SPAN} %, and those behind the {len(SERIES)} largest, are "
+        "drawn as one. \u201cother\u201d is step time that no span covers: it should stay thin."
     )
     return render("timeshares", "Time by span", _WIDE, draw, caption)
 
 
 def _merge_small(fractions: dict[str, Floats]) -> dict[str, Floats]:
-    """Spans under `SMALL_SPAN` percent on average as one, before what no span covers."""
-    small = [name for name, values in fractions.items() if name != "other" and values.mean() < SMALL_SPAN]
-    if len(small) < 2:
+    """Spans under `SMALL_SPAN` percent on average, and those without a colour, as one, before what no span covers."""
+    means = sorted(((values.mean(), name) for name, values in fractions.items() if name != "other"), reverse=True)
+    small = [name for place, (mean, name) in enumerate(means) if mean < SMALL_SPAN or place >= len(SERIES)]
+    if len(small) < 2 and len(means) <= len(SERIES):
         return fractions
     kept = {name: values for name, values in fractions.items() if name not in (*small, "other")}
     rest = {name: fractions[name] for name in ("other",) if name in fractions}
-    return {**kept, "small spans": np.sum([fractions[name] for name in small], axis=0), **rest}
+    return {**kept, SMALL_SPANS: np.sum([fractions[name] for name in small], axis=0), **rest}

@@ -13,7 +13,7 @@ from fastgrpo.report.arm_table import COLUMNS, TEST_COLUMNS, arm_rows, paired_ro
 from fastgrpo.report.arms import ArmRuns, LabRuns, read_lab_runs
 from fastgrpo.report.claims import Judgement, claims_of, judge
 from fastgrpo.report.examples import Trajectory, pick_trajectories
-from fastgrpo.report.formats import NBSP, duration
+from fastgrpo.report.formats import NBSP, count, duration
 from fastgrpo.report.measures import MEASURES
 from fastgrpo.report.palette import PALETTE
 from fastgrpo.report.plots import Chart, export
@@ -115,7 +115,9 @@ def _facts(arms: Sequence[ArmRuns]) -> list[tuple[str, str]]:
     wall = sum(run.headline.wall_s or 0.0 for run in runs)
     shared = [fact for fact in headline.facts(runs) if fact[0] in ("hardware", "commit", "versions")]
     dates = sorted(date for run in runs if (date := run.headline.environment.get("date")))
+    asked = sorted({run.headline.num_questions for run in runs if run.headline.num_questions is not None})
     own = [("arms", str(len(arms))), ("seeds", ", ".join(map(str, seeds))), ("runs", str(len(runs)))]
+    own += [("held-out questions", " or ".join(map(count, asked)))] if asked else []
     when = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "–"
     return [*own, ("time of all runs", duration(wall)), ("date", when), *shared]
 

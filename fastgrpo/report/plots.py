@@ -58,6 +58,10 @@ _STYLE = {
 }
 
 
+LONGEST_LABEL = 45
+"""Characters of a legend's label."""
+
+
 @dataclass(frozen=True)
 class Chart:
     """A chart ready for the page."""
@@ -222,7 +226,9 @@ def _in_words(label: str, found: Curve, unit: str) -> str:
 
 
 def legend(axes: Any) -> None:
-    """Above the axes, in as many columns as fit."""
-    longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
+    """Above the axes, in as many columns as fit; long labels cut, since a legend may take no more than its chart."""
+    handles, labels = axes.get_legend_handles_labels()
+    labels = [label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}\u2026" for label in labels]
+    longest = max(map(len, labels))
     columns = min(4, max(1, 75 // (longest + 6)))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, fontsize=9)
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.02), ncols=columns, fontsize=9)

@@ -88,7 +88,7 @@ def read_run(path: Path) -> Run:
     config = _read_config(path, missing)
     metrics = _read_metrics(path / "metrics.jsonl", missing)
     files = completion_files(path)
-    if not files:
+    if not files and not is_supervised(config):
         missing.append("completions/ is not there: no examples from training")
     evaluations = _read_evaluations(path / "evals", missing)
     summary = _read_json(path / "summary.json", "the run did not finish, or not yet", missing)
@@ -98,6 +98,11 @@ def read_run(path: Path) -> Run:
             "expected settings.json, metrics.jsonl, completions/, evals/ or summary.json in it"
         )
     return Run(path, path.resolve().name, config, metrics, evaluations, summary, files, tuple(missing))
+
+
+def is_supervised(config: Mapping[str, Any]) -> bool:
+    """Whether the settings are those of `fastgrpo sft`, which draws no completions."""
+    return "train_on_prompt" in config
 
 
 def completion_files(path: Path) -> dict[int, Path]:

@@ -8,7 +8,7 @@ import yaml
 from fastgrpo.config import GRPOConfig
 from fastgrpo.report.formats import count, duration
 from fastgrpo.report.headline import versions_of
-from fastgrpo.report.run import Run
+from fastgrpo.report.run import Run, is_supervised
 from fastgrpo.safe_text.redaction import is_secret
 from fastgrpo.settings.sft_config import SFTConfig
 
@@ -38,7 +38,7 @@ def run_card(run: Run) -> dict[str, Any]:
             setting("lr_scheduler_type"),
             ("learning rate", setting("learning_rate")),
             ("warm-up steps", setting("warmup_steps")),
-            ("epochs", setting("num_train_epochs")),
+            ("epochs", None if (setting("max_steps") or 0) > 0 else setting("num_train_epochs")),
         ),
         "Objective": _joined(
             setting("loss_type"), ("beta", setting("beta")), ("temperature", setting("temperature")),
@@ -59,16 +59,12 @@ def run_card(run: Run) -> dict[str, Any]:
     }
 
 
-def is_supervised(config: dict[str, Any]) -> bool:
-    """Whether the settings are those of `fastgrpo sft`."""
-    return "train_on_prompt" in config
-
-
 def _joined(first: Any, *others: tuple[str, Any]) -> str:
     """Like "linear, learning rate 1e-06"."""
     if first is None:
         return ""
-    return ", ".join([str(first), *(f"{name} {value}" for name, value in others if value is not None)])
+    told = {name: f"{value:g}" if isinstance(value, float) else value for name, value in others}
+    return ", ".join([str(first), *(f"{name} {value}" for name, value in told.items() if value is not None)])
 
 
 def settings_yaml(config: dict[str, Any]) -> str:

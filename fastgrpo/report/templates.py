@@ -12,10 +12,10 @@ from fastgrpo.safe_text.inert import inert
 from fastgrpo.scoring.reflection import count_reflections
 
 
-def template(name: str) -> jinja2.Template:
-    """A page's template, with the forms of figures and of text."""
+def template(name: str, folder: Path = Path(__file__).parent) -> jinja2.Template:
+    """A page's template in `folder`, with the forms of figures and of text."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         finalize=_inert,
         undefined=jinja2.StrictUndefined,

@@ -1,13 +1,15 @@
 """Curves over several runs: alignment, mean and spread, time shares."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastgrpo.report.charts import response_length, time_spent
+from fastgrpo.report.charts import curves, response_length, reward, time_spent
 from fastgrpo.report.curves import curve, enclosing_spans, rolling_mean, time_shares
+from fastgrpo.report.plots import SERIES
 from fastgrpo.report.run import Metrics, Run
 
 
@@ -86,6 +88,26 @@ def test_small_spans_are_drawn_as_one() -> None:
     one = time_spent([run([1, 2], step_time=[10, 10], time__rollout=[9, 9], time__log=[0.05, 0.05])])
     assert one is not None
     assert "log 0 %" in one.svg
+
+
+def test_spans_beyond_the_colours_are_drawn_as_one() -> None:
+    spans = {f"time__part{i}": [9 - i, 9 - i] for i in range(len(SERIES) + 1)}
+    chart = time_spent([run([1, 2], step_time=[50, 50], **spans)])
+    assert chart is not None
+    assert "part6 6 %, small spans 4 %, other 12 %." in chart.svg
+
+
+def test_the_loss_is_drawn_of_supervised_runs_alone() -> None:
+    supervised = replace(run([1, 2], loss=[3, 2]), config={"train_on_prompt": False})
+    assert [chart.name for chart in curves([supervised])] == ["loss"]
+    assert curves([run([1, 2], loss=[3, 2])]) == []
+
+
+def test_a_long_name_is_cut_in_a_legend() -> None:
+    name = "reward" * 30
+    chart = reward([run([1, 2], reward=[1, 2], **{f"rewards__{name}__mean": [1, 2]})])
+    assert chart is not None
+    assert f">{name[:44]}…<" in chart.svg
 
 
 def test_enclosing_spans() -> None:
