@@ -5,6 +5,7 @@ import re
 
 from markupsafe import Markup, escape
 
+from fastgrpo.safe_text.inert import inert
 from fastgrpo.scoring.reflection import REFLECTION
 
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
@@ -15,14 +16,14 @@ _CHAT_QUESTION = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def completion_html(text: str, prompt: str = "") -> Markup:
-    """A completion as HTML: everything the model wrote is escaped, its tags and reflective phrases are marked.
+    """A completion as HTML: everything the model wrote is escaped and inert, its tags and reflective phrases are marked.
 
     A prompt that ends in an opening tag (base mode: `<think>`) shows that tag in front, faded: it was not generated.
     """
     opening = re.search(r"<think>\s*$", prompt)
     parts = [Markup('<span class="tag given">&lt;think&gt;</span>')] if opening else []
     inside_answer = False
-    for part in _TAGS.split(text):
+    for part in _TAGS.split(inert(text)):
         if _TAGS.fullmatch(part):
             inside_answer = part == "<answer>"
             kind = "answer" if "answer" in part else "think"

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from fastgrpo.report.curves import Curve, curve
 from fastgrpo.report.palette import PALETTE
 from fastgrpo.report.run import Run
+from fastgrpo.safe_text.inert import inert
 
 INK, MUTED, GRID, BEFORE = (PALETTE[name][0] for name in ("ink", "muted", "grid", "before"))
 SERIES = [PALETTE[f"c{i}"][0] for i in range(1, 8)]
@@ -117,7 +118,7 @@ def _inline(svg: str, name: str, alt: str) -> Markup:
     for variable, (light, _) in PALETTE.items():
         body = body.replace(light, f"var(--plot-{variable})")
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" {view_box[0]} role="img" aria-label="{escape(alt)}">'
-    return Markup(opening + body)
+    return Markup(inert(opening + body))
 
 
 @dataclass(frozen=True)

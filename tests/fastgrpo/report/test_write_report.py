@@ -140,7 +140,7 @@ def test_each_chart_has_alternative_text(fake_run: FakeRun) -> None:
 
 def test_model_text_is_escaped(fake_run: FakeRun) -> None:
     folder = fake_run()
-    attack = '<script>alert("x")</script><img src=x onerror=alert(1)></pre>'
+    attack = '<script>alert("x")</script><img src=x onerror=alert(1)></pre>\x1b[31m\u202e'
     for file in [*folder.glob("completions/*.parquet"), *folder.glob("evals/*.parquet")]:
         table = pq.read_table(file)
         rows = [
@@ -158,6 +158,8 @@ def test_model_text_is_escaped(fake_run: FakeRun) -> None:
     assert "<script" not in page
     assert "<img src=x" not in page
     assert page.count("&lt;script&gt;") > 10
+    assert "\x1b" not in page
+    assert "\u202e" not in page
     assert all(load.startswith(("#", "data:")) for load in parser.loads)
 
 
