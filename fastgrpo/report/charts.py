@@ -137,7 +137,7 @@ def health(runs: Sequence[Run]) -> list[Chart]:
 def step_time(runs: Sequence[Run]) -> Chart | None:
     """Seconds a step took."""
     panel = Panel([Line("step_time", "step time", SERIES[0])], "seconds", from_zero=True, cut_outliers=True)
-    caption = "Wall time of each step, cut at 2.5 times the median (warm-up, saves). A slope may follow response length."
+    caption = "Wall time of each step, cut at 2.5 times the median (warm-up, saves). Longer responses take longer."
     return panels(runs, "steptime", _WIDE, [panel], caption, "Step time")
 
 

@@ -16,7 +16,7 @@ _CHAT_QUESTION = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def completion_html(text: str, prompt: str = "") -> Markup:
-    """A completion as HTML: everything the model wrote is escaped and inert, its tags and reflective phrases are marked.
+    """A completion as HTML: what the model wrote is escaped and inert, its tags and reflective phrases are marked.
 
     A prompt that ends in an opening tag (base mode: `<think>`) shows that tag in front, faded: it was not generated.
     """

@@ -246,5 +246,5 @@ def test_the_page_shows_both_sides_and_loads_nothing(known):
     assert ("Model FLOPs per second" in page) == known
     assert ("told apart by names of the GPU&#39;s kernels" in page) == known
     assert ("<td>decode</td><td>1.00</td><td>–</td>" in page) == known
-    assert ("<td>attention</td><td>75.0 %</td><td>–</td>" in page) == known
+    assert ("<td>attention</td><td>75.0&nbsp;%</td><td>–</td>" in page) == known
     assert len(re.findall("<figure>\n  <h3>", page)) == (4 if known else 1)
