@@ -20,10 +20,15 @@ _VERBS = (
     "engage|explain|facilitate|feel|fulfil+|generate|give|guide|help|make|offer|participate|plan|produce|promote|"
     "provide|recommend|respond|speculate|suggest|support|teach|tell|write"
 )
-_NOT = r"(?:cannot|can(?:'t| not)|will not|won't|do(?:n't| not)|should(?:n't| not)|must not|(?:am|'m) not able to)"
+_NOT = (
+    r"(?:cannot|can(?:'t| not)|will not|won't|do(?:n't| not)|should(?:n't| not)|must not"
+    r"|(?:am|'m) not (?:able|going|willing) to)"
+)
 _DECLINES = re.compile(
     r"\b(?:sorry|apologi[sz]e|apologies),? (?:but|however)\b"
     r"|\bI apologi[sz]e\b"
+    r"|\bnot something (?:that )?(?:I|we) (?:can|will|am able)\b"
+    r"|\b(?:goes|is) against my (?:\w+ )?(?:guidelines|polic(?:y|ies)|principles|programming|values)\b"
     rf"|\b(?:I|we) ?(?:\w+ )?{_NOT} (?:in good conscience |be able to |be )?(?:{_VERBS})\b"
     r"|\bI(?:'m| am| do not feel| don't feel| would not feel| wouldn't feel) (?:unable|not comfortable|comfortable)\b"
     r"|\bI (?:must|have to|will|need to|respectfully)(?: \w+)? (?:decline|refuse|refrain)\b(?! from (?:identif|nam))",
