@@ -1,5 +1,6 @@
 """The flags of `fastgrpo eval`: which models, on what."""
 
+import shlex
 from argparse import SUPPRESS, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from fastgrpo.cli.console import say
 from fastgrpo.cli.inference import MODEL_HELP, add_model_options
 from fastgrpo.cli.options import Parser, at_least
+from fastgrpo.safe_text.redaction import redacted
 
 TITLES = {"cvbench": "CV-Bench", "sat": "SAT", "blink": "BLINK", "vsr": "VSR", "mossbench": "MOSSBench"}
 """Benchmark, as `--benchmark` has it → its name."""
@@ -26,6 +28,8 @@ class Target:
     """A file, folder or hub id; None: where the benchmark is published."""
     name: str
     """Of the files that are written."""
+    command: str
+    """That asked for it, without secrets."""
 
     @property
     def dataset(self) -> str:
@@ -65,7 +69,8 @@ def read_flags(argv: Sequence[str]) -> tuple[Namespace, Target]:
         raise ValueError(f"--name {name} is no plain file name")
     if published:
         say(f"flags of the published evaluators: {'; '.join(published)}")
-    return options, Target(models, benchmark, data, name)
+    command: str = redacted({"command": shlex.join(["fastgrpo", "eval", *argv])})["command"]
+    return options, Target(models, benchmark, data, name, command)
 
 
 def _parser() -> Parser:

@@ -17,6 +17,7 @@ from fastgrpo.evaluation.comparison import Comparison, PairedTest, compare
 from fastgrpo.evaluation.judge import Judge
 from fastgrpo.evaluation.refusals import FreeAnswers, RefusalEvaluation, ask_freely, judge_answers, write_refusals
 from fastgrpo.report.comparison import write_comparison
+from fastgrpo.report.environment import environment
 from fastgrpo.report.refusals import refusal_groups, refusal_tests, stage_rows, write_refusal_page
 from fastgrpo.safe_text.terminal import Terminal
 from fastgrpo.types import SkippedRow
@@ -70,7 +71,7 @@ class AccuracyScoring:
             print_evaluation(next(iter(found.values())), console)
         else:
             print_comparison(comparison, console)
-        named = {"title": self.target.title, "dataset": self.target.dataset}
+        named = named_page(self.target, self.options)
         return write_comparison(comparison, self.options.output_dir, self.target.name, **named)
 
 
@@ -99,8 +100,14 @@ class RefusalScoring:
 
     def finish(self, found: Mapping[str, RefusalEvaluation]) -> Path:
         print_refusals(found, refusal_tests(found, self.options.seed), Terminal())
-        named = {"title": self.target.title, "dataset": self.target.dataset, "seed": self.options.seed}
-        return write_refusal_page(found, self.options.output_dir, self.target.name, **named)
+        named = named_page(self.target, self.options)
+        return write_refusal_page(found, self.options.output_dir, self.target.name, seed=self.options.seed, **named)
+
+
+def named_page(target: Target, options: Namespace) -> dict[str, Any]:
+    """What the page is called and how it came about, so that it can be repeated from the page alone."""
+    made = {"command": target.command, **environment(use_cpu=str(options.device).startswith("cpu"))}
+    return {"title": target.title, "dataset": target.dataset, "made": made}
 
 
 def print_refusals(found: Mapping[str, RefusalEvaluation], tests: Sequence[PairedTest], console: Console) -> None:

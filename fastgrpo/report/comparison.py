@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,19 @@ class ModelRow:
     before: None = None
 
 
-def write_comparison(comparison: Comparison, folder: Path, name: str, *, title: str, dataset: str) -> Path:
+def write_comparison(
+    comparison: Comparison, folder: Path, name: str, *, title: str, dataset: str, made: Mapping[str, str]
+) -> Path:
     """Writes {name}-comparison.json (figures) and {name}-comparison.html (the page) into `folder`; returns the page.
 
     Args:
         title: of the page: what was asked.
         dataset: where the questions come from.
+        made: by what command, when, where and with which versions.
     """
     figures = json.dumps({"dataset": dataset, **comparison.to_json()}, indent=2) + "\n"
     page = folder / f"{name}-comparison.html"
-    write_page(page, _content(comparison, title, dataset), figures)
+    write_page(page, _content(comparison, title, dataset, made), figures)
     return page
 
 
@@ -56,13 +58,13 @@ def write_page(page: Path, content: Mapping[str, Any], figures: str) -> None:
     write_aside(page, lambda path: path.write_text(html, encoding="utf-8", errors="replace"))
 
 
-def _content(comparison: Comparison, title: str, dataset: str) -> dict[str, Any]:
+def _content(comparison: Comparison, title: str, dataset: str, made: Mapping[str, str]) -> dict[str, Any]:
     names = list(comparison.evaluations)
     groups = {**comparison.by_task, "All questions": comparison.total}
     return {
         "title": title,
         "names": names,
-        "facts": page_facts(dataset, [accuracy.count for accuracy in comparison.total.values()]),
+        "facts": page_facts(dataset, [accuracy.count for accuracy in comparison.total.values()], made),
         "lead": LEAD,
         "columns": COLUMNS,
         "figures": _figures(comparison),
@@ -76,11 +78,11 @@ def _content(comparison: Comparison, title: str, dataset: str) -> dict[str, Any]
     }
 
 
-def page_facts(dataset: str, counts: Sequence[int]) -> list[tuple[str, str]]:
+def page_facts(dataset: str, counts: Sequence[int], made: Mapping[str, str]) -> list[tuple[str, str]]:
     """What stands below the title; `counts` are each model's questions."""
     least, most = min(counts), max(counts)
     questions = count(most) if least == most else f"{count(least)} to {count(most)}"
-    return [("data", dataset), ("questions", questions), ("decoding", "greedy"), ("date", date.today().isoformat())]
+    return [("data", dataset), ("questions", questions), ("decoding", "greedy"), *made.items()]
 
 
 def _figures(comparison: Comparison) -> Rows:

@@ -31,7 +31,14 @@ def refusal_tests(evaluations: Evaluations, seed: int = 0) -> list[PairedTest]:
 
 
 def write_refusal_page(
-    evaluations: Evaluations, folder: Path, name: str, *, title: str, dataset: str, seed: int = 0
+    evaluations: Evaluations,
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    dataset: str,
+    made: Mapping[str, str],
+    seed: int = 0,
 ) -> Path:
     """Writes {name}-comparison.json and .html into `folder`; returns the page. Arguments as of `write_comparison`."""
     tests = refusal_tests(evaluations, seed)
@@ -41,20 +48,19 @@ def write_refusal_page(
         "paired_tests": [asdict(test) for test in tests],
     }
     page = folder / f"{name}-comparison.html"
-    content = _content(evaluations, tests, title, dataset)
+    sizes = [len(one.answers.records) for one in evaluations.values()]
+    content = _content(evaluations, tests, title) | {"facts": page_facts(dataset, sizes, made)}
     write_page(page, content, json.dumps(figures, indent=2) + "\n")
     return page
 
 
-def _content(evaluations: Evaluations, tests: list[PairedTest], title: str, dataset: str) -> dict[str, Any]:
+def _content(evaluations: Evaluations, tests: list[PairedTest], title: str) -> dict[str, Any]:
     names = list(evaluations)
-    sizes = [len(one.answers.records) for one in evaluations.values()]
     groups = refusal_groups(evaluations)
     drawn = ["all", *STIMULI.values(), "contrast: all"]  # the rest, by metadata, stands in the table
     return {
         "title": title,
         "names": names,
-        "facts": page_facts(dataset, sizes),
         "lead": LEAD,
         "columns": ["Model", "Benign refused", "Contrast set refused", "Judge", "no verdict", "Tokens"],
         "figures": [_figures(name, one) for name, one in evaluations.items()],

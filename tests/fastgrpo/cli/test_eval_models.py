@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from fastgrpo.cli.eval import labels_of
 from fastgrpo.cli.eval_flags import read_flags
@@ -50,6 +51,9 @@ def test_a_model_and_its_adapters(score: Score, tiny_model_dir: Path, adapter_di
     assert figures["paired_tests"][0]["count"] == 8
     assert "lora against tiny: " in printed
     page = (out / "cvbench-comparison.html").read_text()
+    command = f"fastgrpo eval {tiny_model_dir} {adapter_dir} --prompt_template answer --benchmark cvbench"
+    assert command in page, "it can be repeated from its page"
+    assert f"<dt>torch</dt><dd>{torch.__version__}</dd>" in page
     for name in ("tiny", "lora"):
         accuracy = figures["accuracy"][name]
         assert f"{100 * accuracy['value']:.1f}" in page

@@ -29,8 +29,13 @@ def three() -> Comparison:
     return compare({"base": evaluation(10), "sft <b>": evaluation(20, skipped=25), "grpo": evaluation(30)})
 
 
+NAMED: dict[str, Any] = {
+    "title": "CV-Bench", "dataset": "cv.parquet", "made": {"command": "fastgrpo eval", "torch": "2.13"},
+}  # fmt: skip
+
+
 def render(comparison: Comparison, folder: Path) -> str:
-    return write_comparison(comparison, folder, "cvbench", title="CV-Bench", dataset="cv.parquet").read_text()
+    return write_comparison(comparison, folder, "cvbench", **NAMED).read_text()
 
 
 def cells(page: str, table: str) -> list[list[str]]:
@@ -74,7 +79,7 @@ def test_one_model_is_against_none(tmp_path: Path) -> None:
 
 
 def test_it_loads_nothing_and_is_written_with_its_figures(three: Comparison, tmp_path: Path) -> None:
-    page = write_comparison(three, tmp_path, "cvbench", title="CV-Bench", dataset="cv.parquet")
+    page = write_comparison(three, tmp_path, "cvbench", **NAMED)
     assert page == tmp_path / "cvbench-comparison.html"
     assert not re.search(r'(?:src|href)="(?!data:)', page.read_text())
     figures = json.loads((tmp_path / "cvbench-comparison.json").read_text())
