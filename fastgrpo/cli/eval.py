@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 def run(argv: Sequence[str]) -> None:
     """Scores the models as the flags say, prints the figures and writes them."""
     options, target = read_flags(argv)
+    labels = labels_of(target.models)
     require_writable(options.output_dir)
     if target.data is not None:
         require_no_splits(target.data, ["--split"] if options.split else [])
 
     from fastgrpo.cli.launched import join_ranks
     from fastgrpo.cli.quiet import quieten
+    from fastgrpo.model.load import load_processing
 
     quieten()
+    for model in target.models[1:]:  # a wrong name should not wait until the models before it are scored
+        load_processing(model, options.min_pixels, options.max_pixels, options.trust_remote_code)
     ranks, options.device = join_ranks(options.device)
-    labels = labels_of(target.models)
     scoring = scoring_of(target, options)
     rows = load(target, options)
     found, logs = {}, []

@@ -154,7 +154,7 @@ def _builder_arguments(name_or_path: str, path: Path, split: str, config_name: s
             raise ValueError(f"dataset_name={name_or_path!r} has no rows: the file is empty")
         return {"path": FILE_TYPES[path.suffix], "data_files": {split: glob.escape(str(path))}}
     if path.is_dir():
-        return {"path": str(path), "name": config_name}
+        return {"path": str(path.absolute()), "name": config_name}  # "." has no name that `datasets` could take
     if path.suffix in FILE_TYPES or path.is_absolute() or name_or_path.startswith((".", "~")):
         raise ValueError(f"dataset_name={name_or_path!r}: no such file or folder ({path.absolute()})")
     hub_id, _ = ALIASES.get(name_or_path, (name_or_path, None))

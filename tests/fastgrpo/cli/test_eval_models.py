@@ -83,6 +83,12 @@ def test_the_last_name_is_the_data_set_unless_it_is_named(tmp_path: Path) -> Non
     assert (target.models, target.data, target.name, target.title) == (["one", "two"], None, "blink", "BLINK")
 
 
+def test_a_wrong_name_is_told_before_any_model_is_asked(score: Score, tiny_model_dir: Path) -> None:
+    printed = score(tiny_model_dir, "./nowhere", code=2)
+    assert "model_name_or_path='./nowhere' is neither" in printed
+    assert "scoring" not in printed
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -158,7 +158,7 @@ def test_conversations_in_json_lines(tmp_path: Path) -> None:
     assert row.columns == {"solution": "x", "images": row.images}
 
 
-def test_folder_of_parquet_files(tmp_path: Path) -> None:
+def test_folder_of_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = sat_records(6)
     write_sat(tmp_path / "train-00000-of-00002.parquet", records[:3])
     write_sat(tmp_path / "train-00001-of-00002.parquet", records[3:])
@@ -168,6 +168,8 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
     ]
     assert len(load_rows(str(tmp_path), max_samples=4)) == 4
     assert len(load_rows(str(tmp_path), split="test")) == 1
+    monkeypatch.chdir(tmp_path)
+    assert len(load_rows(".", split="test")) == 1
     with pytest.raises(ValueError, match=r"has no split 'val', only .*train"):
         load_rows(str(tmp_path), split="val")
 
