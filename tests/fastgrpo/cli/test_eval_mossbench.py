@@ -106,7 +106,7 @@ def test_models_side_by_side_by_a_judge(
     assert (test["count"], test["difference"], test["p_value"]) == (5, 0.0, 1.0)
     assert "perception" in printed
     page = comparison.with_suffix(".html").read_text()
-    assert page.count("100.0 % (100.0 to 100.0), n = 5") >= 4, "in total and by metadata, of both"
+    assert page.count("100.0 % (47.8 to 100.0), n = 5") >= 4, "in total and by metadata, of both"
     assert "benign refusals, error of intent" in page
     assert "some-model" in page
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
