@@ -1,5 +1,9 @@
-"""DeepSpeed's settings for a batch that is one whole optimizer step, wherever they come from."""
+"""DeepSpeed's settings for a batch that is one whole optimizer step, wherever they come from; what it leaves behind."""
 
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 from transformers.utils import logging
 
@@ -7,6 +11,7 @@ from fastgrpo.settings.run_config import RunConfig
 
 logger = logging.get_logger(__name__)
 
+SHARED_MEMORY = Path("/dev/shm")
 WHOLE_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 
 
@@ -39,3 +44,17 @@ def take_whole_steps(config: RunConfig) -> None:
     if {"gradient_accumulation_steps", "train_batch_size"} <= settings.keys():  # else DeepSpeed's own are 1
         settings["train_batch_size"] //= settings["gradient_accumulation_steps"]
         settings["gradient_accumulation_steps"] = 1
+
+
+def forget_shared_buffers(accelerator: Accelerator) -> None:
+    """Ranks on CPUs reduce over files of 66 MB each in /dev/shm, which DeepSpeed never removes; on all ranks together.
+
+    Once all ranks have opened them they go by name, and their memory with the processes, also with killed ones.
+    """
+    if accelerator.state.deepspeed_plugin is None or accelerator.device.type != "cpu":
+        return
+    accelerator.wait_for_everyone()
+    place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+    rank = str(accelerator.process_index)
+    name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place, rank])
+    (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from fastgrpo.data.prompts import PromptBuilder
 from fastgrpo.data.row_dataset import Rows
 from fastgrpo.settings.run_config import RunConfig
 from fastgrpo.training.checkpoints import NOT_RESUMING, find_checkpoint, load_state, reading
+from fastgrpo.training.deepspeed_settings import forget_shared_buffers
 from fastgrpo.training.guarded_steps import GuardedSteps
 from fastgrpo.training.model_card import RunFacts, write_model_card
 from fastgrpo.training.progress import ProgressDisplay, StepTrace
@@ -98,6 +99,7 @@ class RunTrainer(GuardedSteps):
 
     def begin(self, resume: str | bool | None) -> Path | None:
         """Clears the output folder, or cuts its logs back to the checkpoint that the run goes on from: returned."""
+        forget_shared_buffers(self.accelerator)
         output_dir = Path(self.config.output_dir)
         checkpoint = self.checkpoint_to_resume(resume, whole=True)
         state = load_state(checkpoint)

@@ -1,12 +1,16 @@
 """DeepSpeed's batch sizes and precision, from `--deepspeed` or from the environment of `accelerate launch`."""
 
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fastgrpo.config import GRPOConfig
-from fastgrpo.training.deepspeed_settings import WHOLE_WEIGHTS, take_whole_steps
+from fastgrpo.training import deepspeed_settings
+from fastgrpo.training.deepspeed_settings import WHOLE_WEIGHTS, forget_shared_buffers, take_whole_steps
 
 ACCUMULATED, MICRO_BATCH = 4, 8
 
@@ -85,3 +89,22 @@ def test_precision_follows_the_launcher_where_no_flag_sets_it(
 def test_deepspeed_and_we_agree_on_the_launchers_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert settings_of(tmp_path)["bf16"]["enabled"] is True
+
+
+def test_a_ranks_own_shared_buffer_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_settings, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    places = ["29501_0", "29501_1", "29502_0"]
+    names = [f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{place}" for place in places]
+    for name in names:
+        (tmp_path / name).touch()
+    ranks = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=object()),
+        device=torch.device("cpu"),
+        process_index=0,
+        wait_for_everyone=lambda: None,
+    )
+    for _ in range(2):
+        forget_shared_buffers(ranks)  # type: ignore[arg-type]
+        assert sorted(file.name for file in tmp_path.iterdir()) == names[1:]
