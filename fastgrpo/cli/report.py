@@ -31,5 +31,6 @@ def run(argv: Sequence[str]) -> None:
         else:
             page = write_report(options.runs, options.out, options.export)
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be written: {error.strerror}. Name a file with --out.") from error
+        fix = "Name a file with --out, a folder with --export."
+        raise ValueError(f"{error.filename} cannot be written: {error.strerror}. {fix}") from error
     print(inert(str(page)))

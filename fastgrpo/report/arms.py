@@ -65,7 +65,7 @@ def read_lab_runs(path: Path) -> LabRuns:
             try:
                 runs[seed] = read_run(folder)
             except ValueError:
-                missing.append(f"{arm['name']} seed {seed}: nothing yet")
+                missing.append(f"{arm['name']} seed {seed}: nothing yet: not begun, or failed before its first step")
                 continue
             if not runs[seed].summary:
                 missing.append(f"{arm['name']} seed {seed}: not finished, shown as far as it is")

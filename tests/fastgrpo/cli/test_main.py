@@ -55,7 +55,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["report", str(tmp_path)]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert f"{tmp_path / 'report.html'} cannot be written" in line
-    assert line.endswith("Name a file with --out.")
+    assert line.endswith("Name a file with --out, a folder with --export.")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
 
 
