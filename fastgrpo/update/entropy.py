@@ -82,7 +82,7 @@ class EntropyControl:
         masks = [mask for group in groups for mask in group.masks]
         size, device = self.config.batch_plan.completions_per_micro_batch, self.accelerator.device
         self._kept_entropy = torch.zeros(2, device=device)
-        scales: list[Tensor] = []
+        kept_tokens = [torch.zeros(0, device=device)]
         for first in range(0, micro_batches * size, size):
             part = slice(first, first + size)
             counted = [entropy[mask.to(device)] for entropy, mask in zip(own[part], masks[part], strict=True)]
@@ -92,9 +92,8 @@ class EntropyControl:
             threshold = torch.quantile(every, 1 - self.config.top_entropy_quantile) if len(every) else 0.0
             kept = mine[mine >= threshold]
             self._kept_entropy += torch.stack([kept.sum(), torch.ones_like(kept).sum()])
-            whole = torch.cat([torch.zeros(0, device=device), *own[part]])
-            scales += (whole >= threshold).float().cpu().split([len(entropy) for entropy in own[part]])
-        pieces = iter(scales)
+            kept_tokens += [(entropy >= threshold).float() for entropy in own[part]]
+        pieces = iter(torch.cat(kept_tokens).cpu().split([len(entropy) for entropy in own]))
         return [replace(group, policy_scale=tuple(next(pieces) for _ in group.masks)) for group in groups]
 
     def _with_bonus(self, groups: list[TrainingGroup], micro_batches: int) -> list[TrainingGroup]:

@@ -302,7 +302,7 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
     def optional(name: str) -> Tensor | None:
         found = [pieces[i] for group, i in sequences if (pieces := getattr(group, name)) is not None]
         assert len(found) in (0, len(sequences)), f"groups with and without {name} in one update"
-        return torch.cat(found) if found else None
+        return _joined(found) if found else None
 
     found = [group.completions[i].ref_logprobs for group, i in sequences]
     of_reference = [one for one in found if one is not None]
@@ -326,9 +326,14 @@ def _collate(groups: Sequence[TrainingGroup], pieces: Sequence[_Piece], dummy_im
         old_logprobs=optional("old_logprobs"),
         policy_scale=optional("policy_scale"),
         entropy_weights=optional("entropy_weights"),
-        ref_logprobs=torch.cat([*of_reference, none]) if len(of_reference) == len(sequences) else None,
+        ref_logprobs=_joined(of_reference) if found and len(of_reference) == len(found) else None,
         owners=owners,
     )
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """One behind the other, where the first is: what comes from a checkpoint is on the host, what was asked now not."""
+    return torch.cat([piece.to(pieces[0].device) for piece in pieces])
 
 
 def _moved(record: Any, device: torch.device) -> Any:

@@ -48,17 +48,11 @@ def rope_and_cache(
 
 def write_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Writes keys and values [T, Hkv, D] to their slots [T]; −1: nowhere."""
-    kept = _somewhere(slots)
-    if kept is not None:
+    if len(slots) and int(slots.amin()) < 0:
+        kept = slots >= 0
         slots, key, value = slots[kept], key[kept], value[kept]
     key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slots, key.to(key_cache.dtype))
     value_cache.view(-1, *value_cache.shape[2:]).index_copy_(0, slots, value.to(value_cache.dtype))
-
-
-@lru_cache(maxsize=1)
-def _somewhere(slots: Tensor) -> Tensor | None:
-    """[T] bool: which of the slots are any; None: all. A step's layers share them, so they are looked at once."""
-    return slots >= 0 if len(slots) and int(slots.amin()) < 0 else None
 
 
 def paged_attention(

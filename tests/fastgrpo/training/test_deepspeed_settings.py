@@ -99,12 +99,12 @@ def test_a_ranks_own_shared_buffer_is_forgotten(tmp_path: Path, monkeypatch: pyt
     names = [f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{place}" for place in places]
     for name in names:
         (tmp_path / name).touch()
-    ranks = SimpleNamespace(
+    ranks: Any = SimpleNamespace(
         state=SimpleNamespace(deepspeed_plugin=object()),
         device=torch.device("cpu"),
         process_index=0,
         wait_for_everyone=lambda: None,
     )
     for _ in range(2):
-        forget_shared_buffers(ranks)  # type: ignore[arg-type]
+        forget_shared_buffers(ranks)
         assert sorted(file.name for file in tmp_path.iterdir()) == names[1:]
